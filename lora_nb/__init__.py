@@ -1,0 +1,36 @@
+"""Low-rank adaptation of text-to-image diffusion models: the book that you can run.
+
+Importing the package loads nothing else. Every public function and class of every module is offered here too, and its
+module is imported at the first use (PEP 562): `from lora_nb import Lora, apply_lora, load_base`.
+"""
+from importlib import import_module
+
+_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "extraction", "composition", "bases", "evaluation",
+            "scheduling", "preprocessing", "dataset", "training", "dreambooth", "textual_inversion", "pti", "sd3", "studio", "cli")
+
+
+def _public():
+    "name -> module, from nbdev's index of exported symbols; earlier chapters win."
+    from ._modidx import d
+    names = {}
+    for m in _MODULES:
+        for full in d["syms"].get(f"lora_nb.{m}", ()):
+            name = full.removeprefix(f"lora_nb.{m}.")
+            if "." not in name and not name.startswith("_"): names.setdefault(name, m)
+    return names
+
+
+def __getattr__(name):
+    if name == "__version__":
+        from importlib.metadata import version
+        return version("lora_nb")
+    if name.startswith("_"): raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
+    if module := _public().get(name): return getattr(import_module(f"lora_nb.{module}"), name)
+    if name in _MODULES:
+        try: return import_module(f"lora_nb.{name}")
+        except ModuleNotFoundError as e:
+            if e.name != f"lora_nb.{name}": raise
+    raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
+
+
+def __dir__(): return sorted({*globals(), *_public(), "__version__"})
