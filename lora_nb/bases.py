@@ -435,16 +435,17 @@ def generate(self:Base,
              steps=25,           # denoising steps
              guidance_scale=4.,  # 1 switches guidance off
              size=None,          # pixels, or (width, height); None: the base's own
-             batch_size=24):     # pictures denoised together
+             batch_size=24,      # pictures denoised together
+             **options):         # anything else the pipeline's call takes
     "A list of pictures: each depends on its own prompt and seed only"
     if isinstance(prompts, str): prompts = [prompts] * (1 if seeds is None or isinstance(seeds, int) else len(seeds))
     seeds, out = _seed_list(seeds, len(prompts)), []
     w, h = (size, size) if isinstance(size, int) else size or (self.resolution,) * 2
-    extra = dict(max_sequence_length=self.t5_length) if self.family == "sd3" else {}
+    if self.family == "sd3": options = {"max_sequence_length": self.t5_length, **options}
     for i in range(0, len(prompts), batch_size):
         p = list(prompts[i:i + batch_size])
         out += self.pipe(p, negative_prompt=[negative_prompt] * len(p), generator=generators(seeds[i:i + batch_size]),
-                         num_inference_steps=steps, guidance_scale=guidance_scale, width=w, height=h, **extra).images
+                         num_inference_steps=steps, guidance_scale=guidance_scale, width=w, height=h, **options).images
     return out
 
 # %% ../nbs/08_bases.ipynb #88fda07e

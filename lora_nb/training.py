@@ -244,26 +244,36 @@ def _optimizer(groups, recipe, rates, device):
     return torch.optim.AdamW([dict(params=p, lr=rate(n), name=n) for n, p in groups.items()],
                              weight_decay=recipe.weight_decay, fused=device.type in ("cpu", "cuda"))
 
+def _groups(params):
+    "Trainable parameters by component, of an injection or a dict"
+    if hasattr(params, "parts"): params = {c: params.params(c) for c in params.parts}
+    return {n: list(ps) for n, ps in params.items() if len(list(ps))}
+
+def _off(params):
+    "How to turn an injection off; None for bare parameters"
+    from lora_nb.injection import disabled
+    return (lambda: disabled(params)) if hasattr(params, "parts") else None
+
 # %% ../nbs/13_training.ipynb #fc207663
 class Trainer:
     "The training loop"
     def __init__(self,
                  base,             # a `Base`
-                 params,           # component name -> list of parameters that learn
+                 params,           # what `inject_lora` gave, or component name -> list of parameters that learn
                  streams,          # list of `Stream`
                  recipe,           # a `Recipe`
-                 off=None,         # function giving a context in which the LoRA is off; needed by teachers
+                 off=None,         # function giving a context in which the LoRA is off; None: that of the injection
                  previews=None,    # dict(prompts=[...], seeds=..., steps=..., guidance_scale=...) for `base.generate`
                  output_dir=None,  # folder of checkpoints; None: none are written
                  validation=None,  # stream name -> `Examples` to validate on; default: the stream's own
                  callback=None,    # called with the trainer after each step; True stops
                  rates=None):      # component name -> learning rate, beside the recipe's
         from diffusers.optimization import get_scheduler
-        self.base, self.streams, self.recipe, self.off = base, list(streams), recipe, off or contextlib.nullcontext
-        self.groups = {n: list(p) for n, p in params.items() if len(list(p))}
+        self.base, self.streams, self.recipe = base, list(streams), recipe
+        self.groups, self.off = _groups(params), off or _off(params)
         self.previews, self.callback, self.validation = previews, callback, validation or {}
         self.dir = None if output_dir is None else Path(output_dir)
-        self._check(off)
+        self._check()
         self.precision = _precision(recipe, base.device)
         self.accel = _accelerator(self.precision, base.device)
         opt = _optimizer(self.groups, recipe, rates, base.device)
@@ -275,7 +285,7 @@ class Trainer:
 
 # %% ../nbs/13_training.ipynb #a0c371d8
 @patch_to(Trainer)
-def _check(self:Trainer, off):
+def _check(self:Trainer):
     "Refuse what could only fail later"
     if not self.groups: raise TrainingError("Nothing to train: no parameters were given. Inject a LoRA first.")
     frozen = [n for n, ps in self.groups.items() if not all(p.requires_grad for p in ps)]
@@ -283,7 +293,7 @@ def _check(self:Trainer, off):
     if not self.streams: raise TrainingError("Nothing to train on: expected at least one stream of examples.")
     empty = [s.name for s in self.streams if not len(s.examples) or s.batch < 1]
     if empty: raise TrainingError(f"Empty streams: {', '.join(empty)}. Expected pictures and a batch of at least 1.")
-    if off is None and any(s.teacher for s in self.streams):
+    if self.off is None and any(s.teacher for s in self.streams):
         raise TrainingError("A teacher stream asks the base with its LoRA off: give `off`, such as `lambda: disabled(injected)`.")
 
 @patch_to(Trainer)
@@ -291,9 +301,14 @@ def all_params(self:Trainer): "Everything that learns, in one list"; return [p f
 
 # %% ../nbs/13_training.ipynb #4e2b9586
 @patch_to(Trainer)
+def frozen_text(self:Trainer, captions):
+    "Cond of the captions from the cache, made in the encoders' own precision"
+    with torch.autocast(self.base.device.type, enabled=False): return self.texts(captions)
+
+@patch_to(Trainer)
 def condition(self:Trainer, captions):
     "Cond of the captions: cached where the text encoders are frozen"
-    if not any(n.startswith("text") for n in self.groups): return self.texts(captions)
+    if not any(n.startswith("text") for n in self.groups): return self.frozen_text(captions)
     unique = list(dict.fromkeys(captions))
     return self.base.encode_prompts(unique)[[unique.index(c) for c in captions]]
 
@@ -306,7 +321,7 @@ def _places(self:Trainer, s, micro):
 @patch_to(Trainer)
 def _teach(self:Trainer, noisy, t, captions):
     "The base's own answer"
-    with torch.no_grad(), self.off(): return self.base.predict(noisy, t, self.texts(captions))
+    with torch.no_grad(), self.off(): return self.base.predict(noisy, t, self.frozen_text(captions))
 
 # %% ../nbs/13_training.ipynb #e6766ed3
 @patch_to(Trainer)
