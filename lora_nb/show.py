@@ -153,16 +153,17 @@ def _height(titles, width):
     "Pixels that the tallest of some wrapped titles needs."
     return max((len(_wrap(t, width)) for t in titles), default=0) * (FONT_SIZE + 4) + PAD if titles else 0
 
-def _layout(tiles, cols, width, pad, titles, row_titles, col_titles):
-    "Left margin, top margin, height of a title, tops of the rows, and size of the whole."
-    size = max(_font(FONT_SIZE).getlength(t) for t in row_titles) if row_titles else 0
-    left = min(math.ceil(size) + 4, 200) + pad if row_titles else 0
-    top, caption = _height(col_titles, width), _height(titles, width)
-    tops, y = [], top
+def _margin(row_titles, pad):
+    "Pixels to the left of the tiles; longer titles than that are wrapped."
+    return min(math.ceil(max(_font(FONT_SIZE).getlength(t) for t in row_titles)) + 4, 200) + pad if row_titles else 0
+
+def _layout(tiles, cols, width, pad, left, titles, col_titles):
+    "Height of a title, tops of the rows, and size of the whole."
+    caption, tops, y = _height(titles, width), [], _height(col_titles, width)
     for r in range(0, len(tiles), cols):
         tops.append(y)
         y += caption + max(t.height for t in tiles[r:r + cols]) + pad
-    return left, caption, tops, (left + cols * (width + pad) - pad, y - pad)
+    return caption, tops, (left + cols * (width + pad) - pad, y - pad)
 
 # %% ../nbs/01_show.ipynb #20d800e6
 def grid(
@@ -181,14 +182,15 @@ def grid(
     titles, row_titles = _checked(titles, len(images), "titles"), _checked(row_titles, rows, "row titles")
     col_titles = _checked(col_titles, cols, "column titles")
     own = max(i.width for i in images)
-    size = size or max(min(own, 64), min(max(own, 160), WIDTH // cols - pad))
-    tiles = [_tile(i, int(size)) for i in images]
-    left, caption, tops, whole = _layout(tiles, cols, int(size), pad, titles, row_titles, col_titles)
+    left = _margin(row_titles, pad)
+    size = int(size or max(min(own, 64), min(max(own, 160), (WIDTH - left) // cols - pad)))
+    tiles = [_tile(i, size) for i in images]
+    caption, tops, whole = _layout(tiles, cols, size, pad, left, titles, col_titles)
     sheet = Image.new("RGB", whole, PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, t in enumerate(col_titles or []): _write(draw, t, (left + j * (size + pad), 0, size, tops[0]))
     for i, tile in enumerate(tiles):
-        x, y = left + i % cols * (int(size) + pad), tops[i // cols]
+        x, y = left + i % cols * (size + pad), tops[i // cols]
         if titles: _write(draw, titles[i], (x, y, size, caption))
         if row_titles and i % cols == 0: _write(draw, row_titles[i // cols], (0, y + caption, left - pad - 2, tile.height), "right")
         sheet.paste(tile, (x, y + caption))
@@ -360,6 +362,6 @@ def heat(
         if col_titles: ax.set_xticks(range(len(col_titles)), col_titles, rotation=45, ha="right")
         middle = (np.nanmin(m) + np.nanmax(m)) / 2
         for (i, j), v in np.ndenumerate(m) if (m.size <= 100 if numbers is None else numbers) else ():
-            ax.text(j, i, _label(v), ha="center", va="center", fontsize=8, color="white" if v < middle else "black")
+            ax.text(j, i, _label(v if np.nanmax(np.abs(m)) < .1 else round(v, 2)), ha="center", va="center", fontsize=8, color="white" if v < middle else "black")
         figure.colorbar(image, shrink=.8)
     return Plot(figure, title, path)
