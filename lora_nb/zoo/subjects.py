@@ -10,6 +10,7 @@ __all__ = ['STYLE_OBJECTS', 'scene', 'clear_colors', 'plan', 'describe', 'save_s
 # %% ../../nbs/zoo/03_subjects.ipynb #829f3bfa
 import random
 from pathlib import Path
+import numpy as np
 import torch
 from PIL import Image
 from ..core import data_path
@@ -39,7 +40,7 @@ def clear_colors(
     code,  # code point of the glyph
 ):     # names of `COLORS`, the closest third left out
     "Background colours that do not hide the object."
-    g = torch.tensor(list(draw_glyph(code, 32).convert("RGBa").getdata())).float() / 255
+    g = torch.from_numpy(np.array(draw_glyph(code, 32).convert("RGBa"))).flatten(0, 1).float() / 255
     mean = g[:, :3].sum(0) / g[:, 3].sum()
     far = {n: (torch.tensor(c) / 255 - mean).norm().item() for n, c in COLORS.items()}
     return sorted(far, key=far.get)[len(far) // 3:]
