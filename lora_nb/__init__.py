@@ -25,11 +25,11 @@ def __getattr__(name):
         from importlib.metadata import version
         return version("lora_nb")
     if name.startswith("_"): raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
-    if module := _public().get(name): return getattr(import_module(f"lora_nb.{module}"), name)
-    if name in _MODULES:
+    if name in _MODULES:                                                # a module's name is always the module
         try: return import_module(f"lora_nb.{name}")
         except ModuleNotFoundError as e:
             if e.name != f"lora_nb.{name}": raise
+    if module := _public().get(name): return getattr(import_module(f"lora_nb.{module}"), name)
     raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
 
 

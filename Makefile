@@ -1,0 +1,47 @@
+# make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures)
+# make test                     everything that is checked
+# make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
+# make bench / quality          the measured comparisons / the measured quality of the embedded base (minutes)
+PYTHON ?= python3
+BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(INDEX)
+META := constraints.txt settings.ini setup.py pyproject.toml
+QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test bench quality readme export clean
+
+demo: .venv/.run
+	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)")
+
+test: .venv/.dev
+	$(BIN)/python tools/test.py $(ONLY)
+
+bench: .venv/.dev
+	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
+	$(BIN)/nbdev-clean --fname nbs/benchmarks
+
+quality: .venv/.dev
+	$(BIN)/python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json
+
+readme: .venv/.dev
+	$(BIN)/python tools/readme.py README.md
+
+export: .venv/.dev
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+# A Linux machine without an NVIDIA GPU is spared the CUDA build of torch where PyTorch's own index can be reached;
+# INDEX="--extra-index-url ..." says otherwise.
+INDEX ?= $(shell [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && command -v curl >/dev/null \
+	&& curl -sfI -m 4 https://download.pytorch.org/whl/cpu/torch/ >/dev/null && echo --extra-index-url https://download.pytorch.org/whl/cpu)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python $(META)
+	$(PIP) -e . && touch $@
+
+.venv/.dev: .venv/bin/python $(META)
+	$(PIP) -e '.[dev]' && touch $@ .venv/.run
+
+clean:
+	rm -rf build dist out *.egg-info
