@@ -22,8 +22,9 @@ def _public():
 
 def __getattr__(name):
     if name == "__version__":
-        from importlib.metadata import version
-        return version("lora_nb")
+        from importlib.metadata import PackageNotFoundError, version
+        try: return version("lora_nb")
+        except PackageNotFoundError: return "unknown (not installed)"
     if name.startswith("_"): raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
     if name in _MODULES:                                                # a module's name is always the module
         try: return import_module(f"lora_nb.{name}")
