@@ -7,9 +7,9 @@ Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 # %% auto #0
 __all__ = ['TARGETS', 'UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTENDED_TARGET_REPLACE', 'TEXT_ENCODER_DEFAULT_TARGET_REPLACE',
            'TEXT_ENCODER_EXTENDED_TARGET_REPLACE', 'DEFAULT_TARGET_REPLACE', 'EMBED_FLAG', 'monkeypatch_replace_lora',
-           'monkeypatch_lora', 'find_targets', 'branches', 'Injected', 'branch_parameters', 'layer_factors',
-           'inject_lora', 'adapters', 'Worn', 'apply_lora', 'place_lora', 'remove_lora', 'set_scale', 'extract_lora',
-           'disabled', 'vector_tokens', 'find_in_classes', 'inject_trainable_lora', 'inject_trainable_lora_extended',
+           'monkeypatch_lora', 'find_targets', 'stack_of', 'branches', 'Injected', 'branch_parameters', 'layer_factors',
+           'inject_lora', 'adapters', 'Worn', 'disabled', 'remove_lora', 'apply_lora', 'place_lora', 'vector_tokens',
+           'set_scale', 'extract_lora', 'find_in_classes', 'inject_trainable_lora', 'inject_trainable_lora_extended',
            'extract_lora_ups_down', 'extract_lora_as_tensor', 'monkeypatch_or_replace_lora',
            'monkeypatch_or_replace_lora_extended', 'monkeypatch_add_lora', 'monkeypatch_remove_lora', 'tune_lora_scale',
            'set_lora_diag', 'collapse_lora', 'inspect_lora', 'weight_apply_lora', 'apply_learned_embed_in_clip',
@@ -27,7 +27,8 @@ from torch import nn
 from .core import DataError, LoraError, ShapeError, TargetError, closest
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank, patch_to
 from .lora import (Factors, Lora, Place, add_factors, canonical, component_of, places, resolve_components,
-                          some, table)
+                          some)
+from .lora import table as as_table
 
 # %% ../nbs/04_injection.ipynb #b537ebf4
 _attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -102,24 +103,29 @@ def _unknown_target(model, targets, component):
     return TargetError(f"targets {shown!r} match no linear or convolution of {component} ({type(model).__name__}).{near} "
                        f"Presets: {', '.join(TARGETS)}; layers here: {some(leaves, 12)}")
 
-# %% ../nbs/04_injection.ipynb #e0addde9
+# %% ../nbs/04_injection.ipynb #41138bdd
 def _wrapper(module):
     "The adapted class for a linear or a convolution"
     return LoraInjectedConv2d if isinstance(_root(module), nn.Conv2d) else LoraInjectedLinear
+
+def stack_of(module):
+    "The branches around a module, outermost first"
+    stack = []
+    while isinstance(module, LoraLayer):
+        stack.append(module)
+        module = module.base
+    return stack
 
 def branches(pipe_or_model, name=None):
     "Every adapted layer that a model wears, outermost first: full name -> list of layers"
     found = {}
     for component, model in resolve_components(pipe_or_model).items():
         for path, place in places(model).items():
-            stack, module = [], place.module
-            while isinstance(module, LoraLayer):
-                if name is None or module.adapter == name: stack.append(module)
-                module = module.base
+            stack = [m for m in stack_of(place.module) if name in (None, m.adapter)]
             if stack: found[f"{component}.{path}"] = stack
     return found
 
-# %% ../nbs/04_injection.ipynb #6f9b4697
+# %% ../nbs/04_injection.ipynb #689401d9
 class Injected:
     "A LoRA in training: its layers inside a model"
     def __init__(self, parts, layers, adapter):
@@ -132,6 +138,8 @@ class Injected:
 
     @property
     def num_parameters(self): return sum(p.numel() for p in self.params())
+
+    def __repr__(self): return f"{len(self.layers)} layers of {', '.join(self.parts)}: {self.num_parameters:,} parameters"
 
     def set_scale(self, scale):
         "Strength of all branches, live"
@@ -262,124 +270,38 @@ def _wears(model):
     return model.__dict__.setdefault("_lora_worn", Worn())
 
 # %% ../nbs/04_injection.ipynb #5c5388e0
-def apply_lora(
-    pipe_or_model,  # pipeline, loaded base, or bare model
-    lora,           # a Lora, or the path of a file
-    scale=1.,       # strength, or a dict component -> strength
-    mode="merge",   # "merge": into the weights (no cost per step); "inject": as branches (scale costs nothing)
-    name=None,      # for `set_scale` and `remove_lora`; None: "lora", "lora_2" ...
+@patch_to(Injected)
+def table(self):
+    "What was adapted, and the share of the parameters that learn: markdown"
+    rows = []
+    for c, model in self.parts.items():
+        own = {n: m for n, m in self.layers.items() if n.split(".")[0] == c}
+        learning = sum(p.numel() for p in self.params(c))
+        branch = {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in branch_parameters(m)}
+        total = sum(p.numel() for p in model.parameters() if id(p) not in branch)
+        kinds = sorted({".".join(w for w in n.split(".")[-2:] if not w.isdigit()) for n in own})
+        ranks = sorted({m.r for m in own.values()})
+        rows.append([c, len(own), "-".join(map(str, ranks)), f"{learning:,}", f"{total:,}", f"{learning / total:.2%}",
+                     ", ".join(kinds)])
+    return as_table(["part", "layers", "rank", "trainable", "of", "share", "kinds"], rows)
+
+@patch_to(Injected)
+def _repr_markdown_(self): return self.table()
+
+# %% ../nbs/04_injection.ipynb #48c9ec0e
+@contextmanager
+def disabled(
+    handle_or_model,  # `Injected`, pipeline or model
 ):
-    "Make a model wear a LoRA; returns its name. On an error nothing has changed"
-    if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
-    if not isinstance(lora, Lora): lora = Lora.load(lora, base=pipe_or_model)
-    parts, name = resolve_components(pipe_or_model), _free_name(pipe_or_model, name)
-    placed = place_lora(parts, lora)
-    words = _plan_tokens(pipe_or_model, parts, lora)
-    wear = _plan_merge if mode == "merge" else _plan_inject
-    commits = [wear(parts[c], layers, _of(scale, c), name) for c, layers in placed.items()]
-    for commit in commits: commit()
-    for c, plan in words.items(): _add_tokens(parts[c], *plan, name)
-    for c in {*placed, *words}: _wears(parts[c]).about[name] = dict(lora.metadata)
-    return name
-
-# %% ../nbs/04_injection.ipynb #e39f1fdd
-def _of(scale, component): return float(scale.get(component, 1.) if isinstance(scale, dict) else scale)
-
-def _free_name(pipe_or_model, name):
-    "A name that no worn LoRA has"
-    taken = adapters(pipe_or_model)
-    if name in taken:
-        raise TargetError(f"the model wears a LoRA named {name!r} already. Take it off with remove_lora(..., {name!r})"
-                          ", or give this one another name")
-    return name or next(n for i in range(1, 10**6) if (n := "lora" if i == 1 else f"lora_{i}") not in taken)
-
-# %% ../nbs/04_injection.ipynb #e89189e6
-def place_lora(
-    parts,  # component -> model
-    lora,   # a Lora
-):
-    "component -> {path: (place, factors)}, or an error that lists whatever does not fit"
-    lora.check()
-    found, lost, misshaped = {}, [], []
-    for full, f in lora.layers.items():
-        component, _, path = full.partition(".")
-        if component not in parts:
-            lost.append(full)
-            continue
-        if component not in found: found[component] = ({}, places(parts[component]))
-        placed, there = found[component]
-        place = there.get(canonical(path))
-        if place is None: lost.append(full)
-        elif tuple(_root(place.module).weight.shape) != f.shape: misshaped.append((full, f, place))
-        else: placed[canonical(path)] = (place, f)
-    _report_lost(parts, lora, lost, misshaped, found)
-    return {c: placed for c, (placed, _) in found.items()}
-
-# %% ../nbs/04_injection.ipynb #1181c021
-def _report_lost(parts, lora, lost, misshaped, found):
-    "Raise if something has no place. A bare model wears its own component's part"
-    if misshaped:
-        full, f, place = misshaped[0]
-        raise ShapeError(f"{len(misshaped)} of {len(lora)} layers have another shape than the model's: {full} is made "
-                         f"for a weight of {f.shape}, the model's is {tuple(_root(place.module).weight.shape)}. The "
-                         "LoRA was trained on another base: load that base, or look at lora.report(pipe)")
-    if len(parts) == 1: lost = [n for n in lost if n.split(".")[0] in parts]
-    if lost:
-        names = [f"{c}.{n}" for c, (_, there) in found.items() for n in there]
-        raise TargetError(f"{len(lost)} of {len(lora)} layers have no place in the model ({', '.join(parts)}): "
-                          f"{some(lost)}.{closest(lost[0], names)} The LoRA was probably trained on another base: see lora.report(pipe)")
-    if not any(placed for placed, _ in found.values()) and not lora.embeddings:
-        raise TargetError(f"the LoRA holds nothing for {', '.join(parts)}: it adapts {', '.join(lora.components) or 'nothing'}")
-
-# %% ../nbs/04_injection.ipynb #a22b8a66
-def _plan_inject(model, layers, scale, name):
-    "Build the branches; the function returned hangs them in"
-    made = []
-    for place, f in layers.values():
-        w, f = _root(place.module).weight, f.plain()
-        up, down = (t.detach().to(w.device, w.dtype) for t in (f.up, f.down))
-        magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
-        layer = _wrapper(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
-        for p in branch_parameters(layer): p.requires_grad_(False)
-        layer.adapter = name
-        made.append((place, layer))
-    def commit():
-        for place, layer in made: place.parent._modules[place.attr] = layer
-    return commit
-
-# %% ../nbs/04_injection.ipynb #4f86dc32
-def _sum(weight, worn):
-    "The original weight plus every merged difference, in the weight's dtype"
-    total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for f, scale in worn:
-        f = f.to(weight.device)
-        if f.magnitude is None:
-            up, down = f.matrices()
-            total.view(len(total), -1).addmm_(up.to(total.dtype), down.to(total.dtype), alpha=scale * f.scaling)
-        else: total += scale * f.delta(weight)
-    return total.to(weight.dtype)
-
-def _plan_merge(model, layers, scale, name):
-    "Compute the new weights; the function returned puts them in"
-    worn, new = _worn(model), {}
-    for path, (place, f) in layers.items():
-        if any(isinstance(m, LoraLayer) and m.start is not None for m in [place.module]):
-            raise LoraError(f"{path} was split by PiSSA: remove that LoRA first, or wear this one with mode='inject'")
-        root = _root(place.module)
-        others = [(fs[path], s) for fs, s in worn.merged.values() if path in fs]
-        new[root] = _sum(_original(root), [*others, (f, scale)])
-    def commit():
-        _wears(model).merged[name] = ({p: f for p, (_, f) in layers.items()}, scale)
-        for root, w in new.items():
-            if not hasattr(root, "_kept_weight"): root._kept_weight = root.weight.detach()
-            root.weight.data = w
-    return commit
-
-# %% ../nbs/04_injection.ipynb #60fe1639
-def _original(root):
-    "A module's weight before any merge"
-    kept = getattr(root, "_kept_weight", None)
-    return root.weight.detach() if kept is None else kept.to(root.weight)
+    "Within this context the branches are off: the base alone answers"
+    if isinstance(handle_or_model, Injected): layers = list(handle_or_model.layers.values())
+    else: layers = [m for model in resolve_components(handle_or_model).values() for m in model.modules()
+                    if isinstance(m, LoraLayer)]
+    before = [m.enabled for m in layers]
+    for m in layers: m.enabled = False
+    try: yield
+    finally:
+        for m, flag in zip(layers, before): m.enabled = flag
 
 # %% ../nbs/04_injection.ipynb #85897029
 def remove_lora(
@@ -425,64 +347,142 @@ def _remerge(model, paths):
         root.weight.data = _sum(_original(root), left) if left else _original(root)
         if not left and hasattr(root, "_kept_weight"): del root._kept_weight
 
-# %% ../nbs/04_injection.ipynb #d6bda4d3
-def set_scale(
-    pipe_or_model,  # what wears the LoRA
-    scale,          # new strength, or a dict component -> strength
-    name=None,      # which; None: all
-):
-    "Change the strength of a worn LoRA, live"
-    parts = resolve_components(pipe_or_model)
-    if name is not None and name not in (worn := adapters(parts)):
-        raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
-    for c, model in parts.items():
-        if isinstance(scale, dict) and c not in scale: continue
-        for m in model.modules():
-            if isinstance(m, LoraLayer) and name in (None, m.adapter): m.scale = _of(scale, c)
-        worn, paths = _worn(model), set()
-        for n, (fs, s) in list(worn.merged.items()):
-            if name not in (None, n): continue
-            worn.merged[n] = (fs, _of(scale, c))
-            paths |= set(fs)
-        _remerge(model, paths)
+# %% ../nbs/04_injection.ipynb #f7efab71
+@patch_to(Injected)
+def load(self, lora):
+    "Start from the factors of `lora`: the same layers and ranks"
+    ours, theirs = set(self.layers), set(lora.layers)
+    if ours != theirs: raise TargetError(f"the LoRA and the branches differ in {len(ours ^ theirs)} layers, such as "
+                                         f"{some(sorted(ours ^ theirs), 2)}: inject with the targets it was trained with")
+    for n, m in self.layers.items():
+        f = lora.layers[n].plain()
+        if f.down.shape != m.lora_down.weight.shape or f.up.shape != m.lora_up.weight.shape:
+            raise ShapeError(f"{n} has rank {m.r} here and {f.rank} in the LoRA: inject with the LoRA's rank")
+    for n, m in self.layers.items():
+        f = lora.layers[n].plain()
+        m.lora_up.weight.data.copy_(f.up * (f.scaling / m.scaling))
+        m.lora_down.weight.data.copy_(f.down)
+        if m.magnitude is not None and f.magnitude is not None: m.magnitude.data.copy_(f.magnitude.flatten())
 
-# %% ../nbs/04_injection.ipynb #1054bab4
-def extract_lora(
-    pipe_or_model,  # what wears LoRAs
-    name=None,      # which; None: the sum of all
+# %% ../nbs/04_injection.ipynb #4cdc53ca
+def apply_lora(
+    pipe_or_model,  # pipeline, loaded base, or bare model
+    lora,           # a Lora, or the path of a file
+    scale=1.,       # strength, or a dict component -> strength
+    mode="merge",   # "merge": into the weights (no cost per step); "inject": as branches (scale costs nothing)
+    name=None,      # for `set_scale` and `remove_lora`; None: "lora", "lora_2" ...
 ):
-    "What a model wears, as a value: branches, merged LoRAs and words"
-    parts, found = resolve_components(pipe_or_model), {}
-    for full, stack in branches(parts, name).items():
-        found[full] = [layer_factors(m) for m in stack if not m.merged]
-    words, about = {}, {}
-    for c, model in parts.items():
-        worn = _worn(model)
-        for n, (fs, s) in worn.merged.items():
-            if name in (None, n):
-                for p, f in fs.items(): found.setdefault(f"{c}.{p}", []).append(f.scaled(s))
-        for n, tokens in worn.tokens.items():
-            if name in (None, n):
-                for t, e in tokens.items(): words.setdefault(t, {})[c] = e.clone()
-        about |= {n: m for n, m in worn.about.items() if name in (None, n)}
-    if not found and not words: raise TargetError("the model wears no LoRA" + (f" named {name!r}" if name else ""))
-    metadata = next(iter(about.values())) if len(about) == 1 else {}
-    return Lora({n: add_factors(fs) for n, fs in found.items() if fs}, words, metadata)
+    "Make a model wear a LoRA; returns its name. On an error nothing has changed"
+    if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
+    if not isinstance(lora, Lora): lora = Lora.load(lora, base=pipe_or_model)
+    parts, name = resolve_components(pipe_or_model), _free_name(pipe_or_model, name)
+    placed = place_lora(pipe_or_model, lora)
+    words = _plan_tokens(pipe_or_model, parts, lora)
+    wear = _plan_merge if mode == "merge" else _plan_inject
+    commits = [wear(parts[c], layers, _of(scale, c), name) for c, layers in placed.items()]
+    for commit in commits: commit()
+    for c, plan in words.items(): _add_tokens(parts[c], *plan, name)
+    for c in {*placed, *words}: _wears(parts[c]).about[name] = dict(lora.metadata)
+    return name
 
-# %% ../nbs/04_injection.ipynb #48c9ec0e
-@contextmanager
-def disabled(
-    handle_or_model,  # `Injected`, pipeline or model
+# %% ../nbs/04_injection.ipynb #e39f1fdd
+def _of(scale, component): return float(scale.get(component, 1.) if isinstance(scale, dict) else scale)
+
+def _free_name(pipe_or_model, name):
+    "A name that no worn LoRA has"
+    taken = adapters(pipe_or_model)
+    if name in taken:
+        raise TargetError(f"the model wears a LoRA named {name!r} already. Take it off with remove_lora(..., {name!r})"
+                          ", or give this one another name")
+    return name or next(n for i in range(1, 10**6) if (n := "lora" if i == 1 else f"lora_{i}") not in taken)
+
+# %% ../nbs/04_injection.ipynb #e89189e6
+def place_lora(
+    pipe_or_model,  # what shall wear it; a bare model wears its own part only
+    lora,           # a Lora
 ):
-    "Within this context the branches are off: the base alone answers"
-    if isinstance(handle_or_model, Injected): layers = list(handle_or_model.layers.values())
-    else: layers = [m for model in resolve_components(handle_or_model).values() for m in model.modules()
-                    if isinstance(m, LoraLayer)]
-    before = [m.enabled for m in layers]
-    for m in layers: m.enabled = False
-    try: yield
-    finally:
-        for m, flag in zip(layers, before): m.enabled = flag
+    "component -> {path: (place, factors)}, or an error that lists whatever does not fit"
+    parts, lora = resolve_components(pipe_or_model), lora.check()
+    if isinstance(pipe_or_model, (nn.Module, dict)): lora = lora.only(*parts)
+    found, lost, misshaped = {}, [], []
+    for full, f in lora.layers.items():
+        component, _, path = full.partition(".")
+        if component not in parts:
+            lost.append(full)
+            continue
+        if component not in found: found[component] = ({}, places(parts[component]))
+        placed, there = found[component]
+        place = there.get(canonical(path))
+        if place is None: lost.append(full)
+        elif tuple(_root(place.module).weight.shape) != f.shape: misshaped.append((full, f, place))
+        else: placed[canonical(path)] = (place, f)
+    _report_lost(parts, lora, lost, misshaped, found)
+    return {c: placed for c, (placed, _) in found.items()}
+
+# %% ../nbs/04_injection.ipynb #1181c021
+def _report_lost(parts, lora, lost, misshaped, found):
+    "Raise if something has no place"
+    if misshaped:
+        full, f, place = misshaped[0]
+        raise ShapeError(f"{len(misshaped)} of {len(lora)} layers have another shape than the model's: {full} is made "
+                         f"for a weight of {f.shape}, the model's is {tuple(_root(place.module).weight.shape)}. The "
+                         "LoRA was trained on another base: load that base, or look at lora.report(pipe)")
+    if lost:
+        names = [f"{c}.{n}" for c, (_, there) in found.items() for n in there]
+        raise TargetError(f"{len(lost)} of {len(lora)} layers have no place in the model ({', '.join(parts)}): "
+                          f"{some(lost)}.{closest(lost[0], names)} The LoRA was probably trained on another base: see lora.report(pipe)")
+    if not lora.layers and not lora.embeddings:
+        raise TargetError(f"the LoRA holds nothing for {', '.join(parts)}: see its table for what it adapts")
+
+# %% ../nbs/04_injection.ipynb #a22b8a66
+def _plan_inject(model, layers, scale, name):
+    "Build the branches; the function returned hangs them in"
+    made = []
+    for place, f in layers.values():
+        w, f = _root(place.module).weight, f.plain()
+        up, down = (t.detach().to(w.device, w.dtype) for t in (f.up, f.down))
+        magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
+        layer = _wrapper(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
+        for p in branch_parameters(layer): p.requires_grad_(False)
+        layer.adapter = name
+        made.append((place, layer))
+    def commit():
+        for place, layer in made: place.parent._modules[place.attr] = layer
+    return commit
+
+# %% ../nbs/04_injection.ipynb #4f86dc32
+def _sum(weight, worn):
+    "The original weight plus every merged difference, in the weight's dtype"
+    total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for f, scale in worn:
+        f = f.to(weight.device)
+        if f.magnitude is None:
+            up, down = f.matrices()
+            total.view(len(total), -1).addmm_(up.to(total.dtype), down.to(total.dtype), alpha=scale * f.scaling)
+        else: total += scale * f.delta(weight)
+    return total.to(weight.dtype)
+
+def _plan_merge(model, layers, scale, name):
+    "Compute the new weights; the function returned puts them in"
+    worn, new = _worn(model), {}
+    for path, (place, f) in layers.items():
+        if any(m.start is not None for m in stack_of(place.module)):
+            raise LoraError(f"{path} was split by PiSSA: remove that LoRA first, or wear this one with mode='inject'")
+        root = _root(place.module)
+        others = [(fs[path], s) for fs, s in worn.merged.values() if path in fs]
+        new[root] = _sum(_original(root), [*others, (f, scale)])
+    def commit():
+        _wears(model).merged[name] = ({p: f for p, (_, f) in layers.items()}, scale)
+        for root, w in new.items():
+            if not hasattr(root, "_kept_weight"): root._kept_weight = root.weight.detach()
+            root.weight.data = w
+    return commit
+
+# %% ../nbs/04_injection.ipynb #60fe1639
+def _original(root):
+    "A module's weight before any merge"
+    kept = getattr(root, "_kept_weight", None)
+    return root.weight.detach() if kept is None else kept.to(root.weight)
 
 # %% ../nbs/04_injection.ipynb #466c0c53
 def _tokenizers(pipe_or_model):
@@ -504,7 +504,7 @@ def _plan_tokens(pipe_or_model, parts, lora):
     plans, tokenizers = {}, _tokenizers(pipe_or_model)
     for token, vectors in lora.embeddings.items():
         for c, e in vectors.items():
-            if len(parts) == 1 and not tokenizers: continue               # a bare model: no vocabulary to extend
+            if isinstance(pipe_or_model, (nn.Module, dict)): continue     # bare models have no vocabulary
             if c not in parts or c not in tokenizers:
                 raise TargetError(f"the word {token!r} was learned for {c}, which is missing here: expected a "
                                   f"pipeline with {c} and its tokenizer, found {', '.join([*parts, *tokenizers])}")
@@ -565,6 +565,50 @@ def _remove_tokens(model, name):
     if not worn.tokens: worn.kept = None
     for words in worn.tokens.values():
         for token, e in words.items(): _set_token(model, tokenizer, token, e)
+
+# %% ../nbs/04_injection.ipynb #d6bda4d3
+def set_scale(
+    pipe_or_model,  # what wears the LoRA
+    scale,          # new strength, or a dict component -> strength
+    name=None,      # which; None: all
+):
+    "Change the strength of a worn LoRA, live"
+    parts = resolve_components(pipe_or_model)
+    if name is not None and name not in (worn := adapters(parts)):
+        raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
+    for c, model in parts.items():
+        if isinstance(scale, dict) and c not in scale: continue
+        for m in model.modules():
+            if isinstance(m, LoraLayer) and name in (None, m.adapter): m.scale = _of(scale, c)
+        worn, paths = _worn(model), set()
+        for n, (fs, s) in list(worn.merged.items()):
+            if name not in (None, n): continue
+            worn.merged[n] = (fs, _of(scale, c))
+            paths |= set(fs)
+        _remerge(model, paths)
+
+# %% ../nbs/04_injection.ipynb #1054bab4
+def extract_lora(
+    pipe_or_model,  # what wears LoRAs
+    name=None,      # which; None: the sum of all
+):
+    "What a model wears, as a value: branches, merged LoRAs and words"
+    parts, found = resolve_components(pipe_or_model), {}
+    for full, stack in branches(parts, name).items():
+        found[full] = [layer_factors(m) for m in stack if not m.merged]
+    words, about = {}, {}
+    for c, model in parts.items():
+        worn = _worn(model)
+        for n, (fs, s) in worn.merged.items():
+            if name in (None, n):
+                for p, f in fs.items(): found.setdefault(f"{c}.{p}", []).append(f.scaled(s))
+        for n, tokens in worn.tokens.items():
+            if name in (None, n):
+                for t, e in tokens.items(): words.setdefault(t, {})[c] = e.clone()
+        about |= {n: m for n, m in worn.about.items() if name in (None, n)}
+    if not found and not words: raise TargetError("the model wears no LoRA" + (f" named {name!r}" if name else ""))
+    metadata = next(iter(about.values())) if len(about) == 1 else {}
+    return Lora({n: add_factors(fs) for n, fs in found.items() if fs}, words, metadata)
 
 # %% ../nbs/04_injection.ipynb #6e8dd981
 UNET_DEFAULT_TARGET_REPLACE = {"CrossAttention", "Attention", "GEGLU"}
@@ -691,17 +735,6 @@ def monkeypatch_or_replace_lora_extended(model, loras, target_replace_module=DEF
 
 monkeypatch_replace_lora = monkeypatch_lora = monkeypatch_or_replace_lora
 
-# %% ../nbs/04_injection.ipynb #63f57b6c
-def _wear_pairs(model, loras, found):
-    "Check all pairs, then wrap or replace"
-    if not found: raise TargetError(f"{type(model).__name__} has nothing below these classes that could wear a LoRA")
-    pairs = _check_pairs(loras, [p for p, _ in found])
-    for (place, _), (up, down) in zip(found, pairs):
-        root = _root(place.module)
-        if isinstance(place.module, LoraLayer): _unlink(place, None)
-        up, down = (t.detach().to(root.weight.device, root.weight.dtype, copy=True) for t in (up, down))
-        place.parent._modules[place.attr] = _wrapper(root).from_factors(root, up, down)
-
 # %% ../nbs/04_injection.ipynb #31110dee
 def monkeypatch_add_lora(
     model,
@@ -721,6 +754,17 @@ def monkeypatch_add_lora(
         up = torch.cat([beta * layer.scaling * up0, alpha * up.to(up0)], 1)
         layer.restore_base()
         layer.set_factors(up, torch.cat([down0, down.to(down0)]))
+
+# %% ../nbs/04_injection.ipynb #63f57b6c
+def _wear_pairs(model, loras, found):
+    "Check all pairs, then wrap or replace"
+    if not found: raise TargetError(f"{type(model).__name__} has nothing below these classes that could wear a LoRA")
+    pairs = _check_pairs(loras, [p for p, _ in found])
+    for (place, _), (up, down) in zip(found, pairs):
+        root = _root(place.module)
+        if isinstance(place.module, LoraLayer): _unlink(place, None)
+        up, down = (t.detach().to(root.weight.device, root.weight.dtype, copy=True) for t in (up, down))
+        place.parent._modules[place.attr] = _wrapper(root).from_factors(root, up, down)
 
 # %% ../nbs/04_injection.ipynb #43c45c85
 def monkeypatch_remove_lora(model):
@@ -819,7 +863,7 @@ def patch_pipe(
     wanted = lora.only(*([c for c in parts if c not in texts] if patch_unet else []), *(texts if patch_text else []))
     wanted = Lora(wanted.layers, metadata=lora.metadata)
     words = {t: d["text_encoder"] for t, d in lora.embeddings.items() if "text_encoder" in d} if patch_ti else {}
-    if wanted.layers: place_lora(parts, wanted)
+    if wanted.layers: place_lora(pipe, wanted)
     for c in {n.split(".")[0] for n in wanted.layers}: _take_off(parts[c], None, words=False)
     if wanted.layers: apply_lora(pipe, wanted, mode="inject", name="default")
     if words: apply_learned_embed_in_clip(words, pipe.text_encoder, pipe.tokenizer, token, idempotent_token)

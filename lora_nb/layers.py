@@ -390,13 +390,15 @@ def _dora(self, x, y, h):
 @patch_to(LoraInjectedLinear)
 def _bare(self, x, y):
     "`W x` without bias"
-    if isinstance(self.base, LoraLayer): return F.linear(x, self.original_weight.to(x.dtype))
+    if self.base is not self.root or hasattr(self.root, "_kept_weight"):     # y holds more than W x
+        return F.linear(x, self.original_weight.to(x.dtype))
     return y if self.bias is None else y - self.bias
 
 @patch_to(LoraInjectedConv2d)
 def _bare(self, x, y):
     "`W x` without bias"
-    if isinstance(self.base, LoraLayer): return self.root._conv_forward(x, self.original_weight.to(x.dtype), None)
+    if self.base is not self.root or hasattr(self.root, "_kept_weight"):
+        return self.root._conv_forward(x, self.original_weight.to(x.dtype), None)
     return y if self.bias is None else y - self.bias.view(-1, 1, 1)
 
 # %% ../nbs/02_layers.ipynb #dd58a63f

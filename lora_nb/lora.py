@@ -6,7 +6,7 @@ Docs: https://lora-nb.github.io/lora_nb/lora.html.md"""
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'Place', 'Factors', 'add_factors', 'Lora', 'some', 'block_of', 'table', 'human', 'component_of',
-           'resolve_components', 'canonical', 'places']
+           'resolve_components', 'canonical', 'places', 'Report']
 
 # %% ../nbs/03_lora.ipynb #f9de4299
 import hashlib
@@ -140,6 +140,9 @@ class Lora:
         words = {t: {c: e.to(device=device, dtype=dtype) for c, e in d.items()} for t, d in self.embeddings.items()}
         return Lora({n: f.to(device, dtype) for n, f in self.layers.items()}, words, self.metadata)
 
+# %% ../nbs/03_lora.ipynb #7fc00f7b
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
 # %% ../nbs/03_lora.ipynb #e6ae2c0b
 @patch_to(Lora, as_prop=True)
 def ranks(self):
@@ -183,9 +186,6 @@ def only(
     words = {t: {c: e for c, e in d.items() if c in components} for t, d in self.embeddings.items()}
     return Lora({n: f for n, f in self.layers.items() if n.split(".")[0] in components},
                 {t: d for t, d in words.items() if d}, self.metadata)
-
-# %% ../nbs/03_lora.ipynb #7fc00f7b
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # %% ../nbs/03_lora.ipynb #0ffc31a6
 @patch_to(Lora)
@@ -338,3 +338,105 @@ def places(model):
             elif child is not None: walk(child, f"{prefix}{attr}.")
     walk(model, "")
     return found
+
+# %% ../nbs/03_lora.ipynb #2552a55e
+@dataclass
+class Report:
+    "A LoRA held against a model"
+    matched: list      # names that fit
+    missing: list      # modules of the model, of a kind that the LoRA adapts elsewhere, that it leaves alone
+    unexpected: list   # names that the model lacks
+    misshaped: list    # names made for a weight of another shape
+    norms: dict        # block -> (norm of the differences, norm of the weights)
+    advice: list       # sentences
+
+    @property
+    def ok(self): return bool(self.matched) and not self.unexpected and not self.misshaped
+
+    def __repr__(self):
+        counts = ", ".join(f"{len(getattr(self, k))} {k}" for k in ("matched", "missing", "unexpected", "misshaped"))
+        return "\n".join([counts, *(f"{b}: {d:.3g} on {w:.3g}" for b, (d, w) in self.norms.items()), *self.advice])
+
+# %% ../nbs/03_lora.ipynb #2d76a2af
+def _sort_names(lora, parts):
+    "matched, missing, unexpected, misshaped: names, or (name, module) where the model has one"
+    there = {f"{c}.{n}": p.module for c, m in parts.items() for n, p in places(m).items()}
+    ours = {_spelled(n): f for n, f in lora.layers.items()}
+    fits = lambda n, f: tuple(_bottom(there[n]).weight.shape) == f.shape
+    matched = {n: there[n] for n, f in ours.items() if n in there and fits(n, f)}
+    unexpected = [n for n in ours if n not in there]
+    misshaped = [n for n, f in ours.items() if n in there and not fits(n, f)]
+    kinds = {_kind(n) for n in ours}
+    missing = [n for n in there if n not in ours and _kind(n) in kinds and n.split(".")[0] in lora.components]
+    return matched, missing, unexpected, misshaped
+
+# %% ../nbs/03_lora.ipynb #7da50367
+def _bottom(module): return module.root if isinstance(module, LoraLayer) else module
+
+def _kind(name):
+    "A name without its place: component and last two words"
+    words = [w for w in name.split(".") if not w.isdigit()]
+    return (words[0], *words[-2:])
+
+def _spelled(name):
+    "A layer's name in today's spelling"
+    component, _, path = name.partition(".")
+    return f"{component}.{canonical(path)}"
+
+# %% ../nbs/03_lora.ipynb #2a9375cf
+@patch_to(Lora)
+def report(self,
+    pipe,  # pipeline, loaded base, or model
+):
+    "Does it fit, how strong is it, and if it has no effect, why?"
+    parts = resolve_components(pipe)
+    matched, missing, unexpected, misshaped = _sort_names(self, parts)
+    norms, layers = {}, {_spelled(n): f for n, f in self.layers.items()}
+    for n, module in matched.items():
+        d, w = norms.get(block_of(n), (0., 0.))
+        norms[block_of(n)] = (d + layers[n].norm()**2, w + _bottom(module).weight.detach().float().norm().item()**2)
+    norms = {b: (d**.5, w**.5) for b, (d, w) in norms.items()}
+    found = Report(list(matched), missing, unexpected, misshaped, norms, [])
+    found.advice = [*_about_fit(self, found, parts), *_about_strength(self, found), *_about_use(self, pipe, parts)]
+    return found
+
+# %% ../nbs/03_lora.ipynb #ee972ab0
+def _about_fit(lora, r, parts):
+    "Sentences about names and shapes"
+    base = lora.metadata.get("base")
+    trained = f" It says it was trained on {base!r}." if base else ""
+    if not lora.layers: yield "It holds no layers" + (", only words." if lora.embeddings else ": the file was empty.")
+    elif not r.matched: yield f"Nothing fits: it was made for another base, {', '.join(parts)} is what is here.{trained}"
+    elif r.misshaped: yield f"{len(r.misshaped)} layers have another shape: it was made for another base.{trained}"
+    if r.unexpected and r.matched: yield f"{len(r.unexpected)} names are unknown here, such as {r.unexpected[0]}.{trained}"
+
+def _about_strength(lora, r):
+    "Sentences about size"
+    try: lora.check()
+    except DataError as e: yield f"{e}."
+    change = max((d / (w or 1) for d, w in r.norms.values()), default=0)
+    if r.matched and all(d == 0 for d, _ in r.norms.values()): yield "Every difference is zero: it was never trained."
+    elif r.matched and change < 1e-3:
+        yield f"It is very weak: no block changes by more than {change:.2%}. Train longer, or wear it at a higher scale."
+
+# %% ../nbs/03_lora.ipynb #29ca8e13
+def _about_use(lora, pipe, parts):
+    "Sentences about how it is worn and called"
+    strengths = [m.scale * m.enabled for p in parts.values() for m in p.modules() if isinstance(m, LoraLayer)]
+    for p in parts.values(): strengths += [s for _, s in getattr(p.__dict__.get("_lora_worn"), "merged", {}).values()]
+    if lora.layers and not strengths: yield "The model wears no LoRA now: apply_lora(pipe, lora) puts it on."
+    elif lora.layers and not any(strengths): yield "The model wears it at scale 0: set_scale(pipe, 1.) turns it up."
+    trigger = lora.metadata.get("trigger")
+    if trigger: yield f"Its trigger is {trigger!r}: it belongs into the prompt."
+    tokenizer = getattr(getattr(pipe, "pipe", pipe), "tokenizer", None)
+    for token in lora.embeddings if tokenizer is not None else []:
+        if token not in tokenizer.get_vocab(): yield f"The word {token!r} is not in the vocabulary: apply_lora adds it."
+
+# %% ../nbs/03_lora.ipynb #81d39e95
+@patch_to(Report)
+def _repr_markdown_(self):
+    rows = [[k, len(v), ", ".join(f"`{n}`" for n in v[:2])] for k, v in
+            dict(matched=self.matched, missing=self.missing, unexpected=self.unexpected, misshaped=self.misshaped).items()]
+    blocks = [[f"`{b}`", f"{d:.3g}", f"{w:.3g}", f"{d / (w or 1):.2%}"] for b, (d, w) in self.norms.items()]
+    return "\n\n".join([table(["", "layers", "such as"], rows), "\n".join(f"- {a}" for a in self.advice),
+                        table(["block", "norm of delta", "norm of weights", "change"], blocks)])
