@@ -2,13 +2,14 @@
 # make test                     everything that is checked
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make bench / quality          the measured comparisons / the measured quality of the embedded base (minutes)
+# make base                     train the embedded base again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
 BIN := .venv/bin
-PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(INDEX)
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt $(INDEX)
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench quality readme export clean
+.PHONY: demo test bench quality base readme export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)")
@@ -23,16 +24,17 @@ bench: .venv/.dev
 quality: .venv/.dev
 	$(BIN)/python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json
 
+base: .venv/.run
+	$(BIN)/python -m lora_nb.zoo.unet $(or $(OUT),out/base)
+
 readme: .venv/.dev
 	$(BIN)/python tools/readme.py README.md
 
 export: .venv/.dev
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 
-# A Linux machine without an NVIDIA GPU is spared the CUDA build of torch where PyTorch's own index can be reached;
-# INDEX="--extra-index-url ..." says otherwise.
-INDEX ?= $(shell [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && command -v curl >/dev/null \
-	&& curl -sfI -m 4 https://download.pytorch.org/whl/cpu/torch/ >/dev/null && echo --extra-index-url https://download.pytorch.org/whl/cpu)
+# INDEX="--extra-index-url ..." adds a package index, e.g. one with CPU builds of torch
+INDEX ?=
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
