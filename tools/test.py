@@ -40,7 +40,7 @@ def compare(copy, pattern, advice):
     "Files of the copy and of the project must agree."
     files = {p.relative_to(base) for base in (ROOT, copy) for p in base.glob(pattern) if not IGNORED & set(p.relative_to(base).parts)}
     read = lambda p: p.read_text(encoding="utf-8").splitlines() if p.exists() else []
-    diff = [d for f in sorted(files) for d in list(difflib.unified_diff(read(ROOT / f), read(copy / f), str(f), f"{f}, renewed", lineterm="", n=1))[:30]]
+    diff = [d for f in sorted(files) for d in list(difflib.unified_diff(read(ROOT / f), read(copy / f), str(f), f"{f}, renewed", lineterm="", n=1))[:12]]
     assert not diff, f"{advice}\n" + "\n".join(d[:160] for d in diff[:80])
 
 
