@@ -58,7 +58,9 @@ class Base:
 # %% ../nbs/08_bases.ipynb #fc75db0d
 def patch_to(cls):
     "Decorator: add the function to `cls` as a method of the same name"
-    def add(f): setattr(cls, f.__name__, f); return f
+    def add(f):
+        setattr(cls, f.__name__, f)
+        return f.__globals__.get(f.__name__)   # what else bears the name keeps it
     return add
 
 # %% ../nbs/08_bases.ipynb #d11b44fb
@@ -66,6 +68,7 @@ def _affine(vae):
     "The VAE's (scale, shift) of latents"
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.
 
+# %% ../nbs/08_bases.ipynb #8960aeb7
 @patch_to(Base)
 @torch.no_grad()
 def encode_images(self:Base,
@@ -128,12 +131,14 @@ def timesteps_at(self:SDBase,
     lo, hi = (r * self.max_timestep for r in t_range)
     return (lo + q * (hi - lo)).long().clamp(0, self.max_timestep - 1).to(self.device)
 
+# %% ../nbs/08_bases.ipynb #571cf72d
 @patch_to(SDBase)
 def add_noise(self:SDBase, latents, noise, t):
     "The noisy latents at timesteps `t`"
     signal, sigma = self.mix(t)
     return signal * latents + sigma * noise
 
+# %% ../nbs/08_bases.ipynb #1f567db5
 @patch_to(SDBase)
 def target(self:SDBase, latents, noise, t):
     "What the denoiser should answer"
@@ -148,6 +153,7 @@ def encode_prompts(self:SDBase,
     e, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
     return Cond(prompt_embeds=e)
 
+# %% ../nbs/08_bases.ipynb #ce4bb4e1
 @patch_to(SDBase)
 def predict(self:SDBase, noisy, t, cond):
     "The denoiser's answer, in fp32"
@@ -295,18 +301,20 @@ def add_noise(self:SD3Base, latents, noise, t):
     s = self.sigma(t)
     return (1 - s) * latents + s * noise
 
+# %% ../nbs/08_bases.ipynb #88a26723
 @patch_to(SD3Base)
 def target(self:SD3Base, latents, noise, t):
     "The line's direction"
     return noise - latents
 
+# %% ../nbs/08_bases.ipynb #7d9a44de
 @patch_to(SD3Base)
 def min_snr(self:SD3Base, t, gamma):
     "Min-SNR for a flow: the clean picture is z - s v, so its error is s^2 times that of v"
     s = t / self.max_timestep
     return s**2 * ((1 - s) / s).square().clamp(max=gamma)
 
-# %% ../nbs/08_bases.ipynb #88a26723
+# %% ../nbs/08_bases.ipynb #b65b4a81
 @patch_to(SD3Base)
 def encode_prompts(self:SD3Base, prompts):
     "Hidden states of the CLIPs and T5 along the sequence, and the pooled vector"
@@ -314,6 +322,7 @@ def encode_prompts(self:SD3Base, prompts):
                                               do_classifier_free_guidance=False, max_sequence_length=self.t5_length)
     return Cond(prompt_embeds=e, pooled=pooled)
 
+# %% ../nbs/08_bases.ipynb #15de180e
 @patch_to(SD3Base)
 def predict(self:SD3Base, noisy, t, cond):
     "The transformer's answer, in fp32"
@@ -391,9 +400,9 @@ def _from_pretrained(source, dtype):
             off = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in config else {}
             return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, **off)
     except Exception as e:
-        raise LoraError(f"No pipeline could be loaded from {str(source)!r} ({type(e).__name__}: {str(e)[:300]}). Expected "
-                        "an embedded base, a diffusers folder with model_index.json, a .safetensors or .ckpt file, or a hub "
-                        "id that this machine can reach.") from e
+        raise LoraError(f"No pipeline could be loaded from {str(source)!r} ({type(e).__name__}: {str(e)[:300]}). "
+                        "Expected an embedded base, a diffusers folder with model_index.json, a .safetensors or .ckpt "
+                        "file, or a hub id that this machine can reach.") from e
 
 # %% ../nbs/08_bases.ipynb #7467311c
 def embedded_bases():
@@ -414,14 +423,16 @@ def load_base(source="tiny-sd",  # embedded name, folder, single file, hub id, p
         with _quiet(): pipe = _from_pretrained(data_path(str(source)), dtype)
     elif "/" in str(source) and not path.is_absolute(): pipe = _from_pretrained(source, dtype)
     else:
-        raise LoraError(f"No base {str(source)!r}: it is neither an embedded base ({', '.join(embedded_bases())}), nor a "
-                        f"folder, file or hub id ('owner/name').{closest(str(source), embedded_bases())}")
+        names = embedded_bases()
+        raise LoraError(f"No base {str(source)!r}: it is neither an embedded base ({', '.join(names)}), nor a folder, "
+                        f"file or hub id ('owner/name').{closest(str(source), names)}")
     return as_base(pipe.to(device), path.name or str(source))
 
 # %% ../nbs/08_bases.ipynb #f7a8bc5e
 def _seed_list(seeds, n):
     "`n` seeds: None counts from 0, an int from there, a list is taken as it is"
-    seeds = list(range(seeds or 0, (seeds or 0) + n)) if seeds is None or isinstance(seeds, int) else [int(s) for s in seeds]
+    if seeds is None or isinstance(seeds, int): seeds = range(seeds or 0, (seeds or 0) + n)
+    seeds = [int(s) for s in seeds]
     if len(seeds) != n: raise LoraError(f"{len(seeds)} seeds for {n} prompts: give one seed a picture, or one number.")
     return seeds
 
@@ -454,6 +465,7 @@ def parts(self:Base):
     "The networks by component name"
     return {self.denoiser_name: self.denoiser, **self.text_encoders, "vae": self.vae}
 
+# %% ../nbs/08_bases.ipynb #084da534
 @patch_to(Base)
 def _repr_markdown_(self:Base):
     rows = [f"| {n} | {type(m).__name__} | {sum(p.numel() for p in m.parameters())/1e6:,.2f} M |"
@@ -461,5 +473,7 @@ def _repr_markdown_(self:Base):
     head = f"**{self.name}** (family {self.family}, {self.prediction} prediction, {self.resolution} px, {self.dtype})"
     return "\n".join([head, "", "| part | class | parameters |", "|---|---|---|", *rows])
 
+# %% ../nbs/08_bases.ipynb #674dcbd2
 @patch_to(Base)
-def __repr__(self:Base): return f"{type(self).__name__}({self.name!r}, {self.resolution} px, {self.dtype}, {self.device})"
+def __repr__(self:Base):
+    return f"{type(self).__name__}({self.name!r}, {self.resolution} px, {self.dtype}, {self.device})"

@@ -33,8 +33,9 @@ def to_rgb(image,                        # a PIL image of any mode
 def _to_8bit(image):
     "Grey of 16 or 32 bits, or of floats, to 8: by its type's range, or by what it holds where that has no limit"
     a = np.asarray(image).astype(np.float64)
-    top = 65535. if image.mode.startswith("I") and a.max(initial=0) > 255 else 1. if a.max(initial=0) <= 1 else 255.
-    return Image.fromarray((a / max(top, a.max(initial=0)) * 255).clip(0, 255).round().astype(np.uint8))
+    most, deep = a.max(initial=0), image.mode.startswith("I;16")
+    top = 65535. if deep or most > 255 else 1. if image.mode == "F" and most <= 1 else 255.
+    return Image.fromarray((a / max(top, most) * 255).clip(0, 255).round().astype(np.uint8))
 
 # %% ../nbs/12_dataset.ipynb #f14c4a07
 def open_picture(path):  # a .jpg, .png or .webp
@@ -56,10 +57,11 @@ def to_pixels(image):  # RGB
 # %% ../nbs/12_dataset.ipynb #a0ce22cc
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
-def find_pictures(folder):  # path
+def find_pictures(folder):  # path of a folder, or of one picture
     "The picture files of a folder, sorted by name"
     folder = Path(folder)
-    if not folder.is_dir(): raise DataError(f"No folder {folder}: expected a folder with {', '.join(PICTURES)} pictures.")
+    if folder.is_file(): return [folder]
+    if not folder.is_dir(): raise DataError(f"No folder {folder}: expected one with {', '.join(PICTURES)} pictures.")
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
     if files: return files
     kinds = sorted({f.suffix or ("a folder" if f.is_dir() else f.name) for f in folder.iterdir()})
@@ -75,8 +77,8 @@ def read_metadata(folder):  # path
         if not line.strip(): continue
         try: row = json.loads(line); name = row["file_name"]
         except (ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{path}, line {i}: {type(e).__name__} {e}. Expected one JSON object a line, with `file_name` "
-                            "and `text`.") from e
+            raise DataError(f"{path}, line {i}: {type(e).__name__} {e}. Expected one JSON object a line, with "
+                            "`file_name` and `text`.") from e
         text = row.get("text") or row.get("caption")
         if text: out[Path(name).name] = text
     return out
@@ -85,9 +87,12 @@ def read_metadata(folder):  # path
 def captions_of(files, prompt, trigger="", own=True):
     "One caption a file: its own where it has one and `own` is asked for, else `prompt`"
     meta = {d: read_metadata(d) for d in {f.parent for f in files}} if own else {}
-    def one(f):
+    def of(f):
         txt = f.with_suffix(".txt")
-        caption = (meta[f.parent].get(f.name) or (txt.read_text("utf-8").strip() if txt.is_file() else "")) if own else ""
+        if not own: return ""
+        return meta[f.parent].get(f.name) or (txt.read_text("utf-8").strip() if txt.is_file() else "")
+    def one(f):
+        caption = of(f)
         if caption and "{caption}" not in prompt: text = caption
         else: text = prompt.replace("{caption}", caption)
         return " ".join(text.replace("{trigger}", trigger).split())

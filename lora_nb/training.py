@@ -94,7 +94,7 @@ Recipe.replace = _replace
 def _jsonable(v):
     "A value that JSON can hold; functions by their text"
     if isinstance(v, (list, tuple)): return list(v)
-    return v if isinstance(v, (int, float, str, type(None))) else str(v)
+    return v if isinstance(v, (int, float, str, type(None))) else getattr(v, "__name__", str(v))
 
 # %% ../nbs/13_training.ipynb #0f7a872c
 @patch_to(Recipe)
@@ -217,6 +217,8 @@ def draw(examples, places, seed, t_range=(0., 1.)):
 # %% ../nbs/13_training.ipynb #04dcf792
 def _precision(recipe, device):
     "The mixed precision that `auto` stands for on this device"
+    if recipe.mixed_precision == "fp16" and device.type == "cpu":
+        raise TrainingError("mixed_precision = 'fp16' on a CPU: expected 'no' or 'bf16' there. 'auto' chooses.")
     if recipe.mixed_precision != "auto": return recipe.mixed_precision
     if device.type != "cuda": return "no"     # on a CPU bf16's backward pass gave back what its forward pass gained
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
@@ -358,7 +360,7 @@ def step(self:Trainer):
         total, parts = self.loss(self.done * n + k)
         self.accel.backward(total / n)
         sums = sums + torch.stack([total, *parts]).detach() / n
-    self._sync_gradients()
+    sums = self._sync(sums)
     norm = self.accel.clip_grad_norm_(self.all_params(), self.recipe.max_grad_norm or float("inf"))
     self.pending.append((torch.cat([sums, norm.detach().float()[None]]), self.lr.get_last_lr()[0]))
     if self.base.device.type == "cpu" or len(self.pending) >= 10: self._flush()
@@ -367,11 +369,12 @@ def step(self:Trainer):
 
 # %% ../nbs/13_training.ipynb #d4334b14
 @patch_to(Trainer)
-def _sync_gradients(self:Trainer):
-    "Average gradients over processes"
-    if self.accel.num_processes == 1: return
+def _sync(self:Trainer, sums):
+    "Average gradients and losses over processes"
+    if self.accel.num_processes == 1: return sums
     for p in self.all_params():
         if p.grad is not None: p.grad.copy_(self.accel.reduce(p.grad, "mean"))
+    return self.accel.reduce(sums, "mean")
 
 # %% ../nbs/13_training.ipynb #f2e03371
 @patch_to(Trainer)
@@ -553,13 +556,10 @@ def _look(self:Trainer, step, last=False):
 # %% ../nbs/13_training.ipynb #3de1fd6e
 @patch_to(Trainer)
 def _guarded_step(self:Trainer):
-    "A step; out of memory becomes advice, an interruption leaves a checkpoint"
+    "A step; out of memory becomes advice"
     try: self.step()
     except torch.OutOfMemoryError as e:
         n = sum(s.batch for s in self.streams)
         raise TrainingError(f"Out of memory at step {self.done + 1} with batches of {n}. Try batch_size=1 with "
-                            "accumulate raised to match (the same gradient), gradient_checkpointing=True, a lower rank, or "
-                            "targets='attention'.") from e
-    except KeyboardInterrupt:
-        if self.dir and self.recipe.checkpoint_every and self.done: self.save()
-        raise
+                            "accumulate raised to match (the same gradient), gradient_checkpointing=True, a lower "
+                            "rank, or targets='attention'.") from e
