@@ -152,7 +152,7 @@ def train_clip(
             u, v = model.get_image_features(pixel_values=x).pooler_output, model.get_text_features(**ids).pooler_output
         same = (ids.input_ids[:, None] == ids.input_ids[None]).all(-1)
         run.learn(contrastive_loss(u, v, model.logit_scale.exp().clamp(max=60), same))
-    model.load_state_dict(run.ema); model.save_pretrained(Path(out) / "clip")
+    model.load_state_dict(run.average.state); model.save_pretrained(Path(out) / "clip")
     return model, tok
 
 # %% ../../nbs/zoo/02_clip.ipynb #b481ec6d

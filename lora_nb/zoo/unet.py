@@ -152,7 +152,7 @@ def train_unet(
     for i in run.steps(measure):
         if i % 25 == 24: data.renew(256)
         run.learn(denoising_loss(unet, sched, *data.batch(batch)))
-    unet.load_state_dict(run.ema); pipe.save_pretrained(out / "tiny-sd")
+    unet.load_state_dict(run.average.state); pipe.save_pretrained(out / "tiny-sd")
     return pipe
 
 # %% ../../nbs/zoo/05_unet.ipynb #adb157f1
