@@ -19,7 +19,8 @@ from torch import nn
 from PIL import Image, ImageOps
 
 # %% ../nbs/09_evaluation.ipynb #c6a2b89e
-from .core import DataError, LoraError, atomic_path, data_path, generator
+from .core import DataError, atomic_path, data_path, generator
+from .bases import _quiet
 from .zoo.world import CLASS_OF, COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, an, backgrounds
 
 # %% ../nbs/09_evaluation.ipynb #9c0e564d
@@ -210,9 +211,10 @@ class Clip:
     def __init__(self,
                  source=None):  # hub id, folder, or a `CLIPModel`; None: the bundled one
         from transformers import AutoTokenizer, CLIPModel
-        source = source or data_path("clip")
-        if isinstance(source, CLIPModel): self.model, self.tokenizer = source.eval(), None
-        else: self.model, self.tokenizer = CLIPModel.from_pretrained(source).float().eval(), AutoTokenizer.from_pretrained(source)
+        source, self.tokenizer = source or data_path("clip"), None
+        if not isinstance(source, CLIPModel):
+            with _quiet(): self.tokenizer, source = AutoTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source)
+        self.model = source.float().eval()
         self.size = self.model.config.vision_config.image_size
         tiny = self.size <= 64   # ours sees pixels in -1..1, OpenAI's are normalised by the mean and spread of photographs
         mean, std = ((.5,) * 3,) * 2 if tiny else ((.4815, .4578, .4082), (.2686, .2613, .2758))
