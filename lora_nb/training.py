@@ -240,7 +240,8 @@ def _optimizer(groups, recipe, rates, device):
 def _groups(params):
     "Trainable parameters by component, of an injection or a dict"
     if hasattr(params, "parts"): params = {c: params.params(c) for c in params.parts}
-    return {n: list(ps) for n, ps in params.items() if len(list(ps))}
+    lists = {n: list(ps) for n, ps in params.items()}
+    return {n: ps for n, ps in lists.items() if ps}
 
 def _off(params):
     "How to turn an injection off; None for bare parameters"
@@ -284,6 +285,8 @@ def _check(self:Trainer):
     frozen = [n for n, ps in self.groups.items() if not all(p.requires_grad for p in ps)]
     if frozen: raise TrainingError(f"Parameters of {', '.join(frozen)} do not require gradients: expected those of a "
                                    "fresh injection.")
+    if self.dir:
+        with atomic_path(self.dir/"checkpoints"/"probe"): pass     # an unwritable folder shows before the work, not after
     if not self.streams: raise TrainingError("Nothing to train on: expected at least one stream of examples.")
     empty = [s.name for s in self.streams if not len(s.examples) or s.batch < 1]
     if empty: raise TrainingError(f"Empty streams: {', '.join(empty)}. Expected pictures and a batch of at least 1.")
