@@ -152,11 +152,13 @@ _SPELLINGS = [(re.compile(a), b) for a, b in [
     (r"^(text_model\.|encoder\.layers\.)", r"text_encoder.\1"),
     (r"^(text_encoder(?:_\d)?)\.text_model\.", r"\1."),
 ]]
+_CURRENT = re.compile(r"(?!.*\.processor\.)((?:unet|transformer)\.[\w.]+(?<!to_out))\.lora_([AB])\.weight")
 _KEY = re.compile(r"((?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\..+)\.(up|down|alpha|magnitude)")
 
 # %% ../nbs/05_formats.ipynb #1262b0b6
 def split_key(key): # as found in a peft or diffusers file
     "`(name, part)` in today's spelling, or None if this is no key of a LoRA"
+    if m := _CURRENT.fullmatch(key): return m[1], "down" if m[2] == "A" else "up"       # most keys, and quick
     for pattern, spelling in _SPELLINGS: key = pattern.sub(spelling, key)
     found = _KEY.fullmatch(key)
     return found and found.groups()
@@ -399,8 +401,8 @@ def fit_base(lora, base):
     if off: raise ShapeError(f"{len(off)} of {len(lora.layers)} modules differ in size: {off[0]} in the file "
                              f"{lora.layers[off[0]].shape}, in this base {tuple(known[off[0]].weight.shape)}. "
                              f"{_base_hint(lora)}Load it with the base it was made for.")
-    groups = {n: getattr(known[n], "groups", 1) for n in lora.layers}
-    return Lora({n: replace(f, groups=groups[n]) for n, f in lora.layers.items()}, lora.embeddings, lora.metadata)
+    grouped = {n: replace(f, groups=known[n].groups) for n, f in lora.layers.items() if getattr(known[n], "groups", 1) > 1}
+    return Lora({**lora.layers, **grouped}, lora.embeddings, lora.metadata) if grouped else lora
 
 def _base_hint(lora): return f"The file says it is for {lora.metadata['base']}. " if lora.metadata.get("base") else ""
 
