@@ -1,6 +1,7 @@
 # make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures)
 # make test                     everything that is checked
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
+# make picture                  run the demo and put its picture and numbers on the index
 # make bench / quality          the measured comparisons / the measured quality of the embedded base (minutes)
 # make base                     train the embedded base again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench quality base readme export clean
+.PHONY: demo test bench quality base readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)")
@@ -28,7 +29,11 @@ base: .venv/.run
 	$(BIN)/python -m lora_nb.zoo.unet $(or $(OUT),out/base)
 
 readme: .venv/.dev
+	$(QUIET) $(BIN)/nbdev-test nbs/index.ipynb --save && $(BIN)/nbdev-clean --fname nbs/index.ipynb
 	$(BIN)/python tools/readme.py README.md
+
+picture: demo
+	cp out/demo/before_after.jpg out/demo/metrics.json nbs/images/
 
 export: .venv/.dev
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

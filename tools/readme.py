@@ -4,6 +4,7 @@ from pathlib import Path
 import nbformat
 from fastcore.nbio import nb2str, read_nb
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 from nbdev.processors import (FilterDefaults, clean_magics, hide_, hide_line, rm_export, rm_header_dash, strip_ansi,
                               strip_hidden_metadata)
 
@@ -24,8 +25,11 @@ def readme(notebook):
     nb = read_nb(notebook)
     ForGitHub()(nb)
     nb.metadata["language_info"] = {"name": "python"}
-    for c in nb.cells: c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
-    text, found = MarkdownExporter().from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
+    for c in nb.cells:
+        if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.metadata["tags"] = ["no-source"]
+        c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
+    options = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=["no-source"]))
+    text, found = MarkdownExporter(config=options).from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
     if found["outputs"]: raise SystemExit(f"the index has pictures among its outputs; keep them in files: {list(found['outputs'])}")
     note = "<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n\n"
     return note + from_root(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"

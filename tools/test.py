@@ -9,7 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKERS, TIMEOUT, THREADS = int(os.environ.get("WORKERS", 2)), 900, "1"
+WORKERS, TIMEOUT, THREADS = int(os.environ.get("WORKERS", 2)), 1200, "1"
 ENV = {**os.environ, "LORA_NB_QUIET": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
        "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore::DeprecationWarning",
        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), THREADS)}
