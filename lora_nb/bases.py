@@ -68,7 +68,6 @@ def _affine(vae):
     "The VAE's (scale, shift) of latents"
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.
 
-# %% ../nbs/08_bases.ipynb #8960aeb7
 @patch_to(Base)
 @torch.no_grad()
 def encode_images(self:Base,
@@ -80,7 +79,6 @@ def encode_images(self:Base,
     z = post.mean if generator is None else post.sample(generator)
     return (z.float() - shift) * scale
 
-# %% ../nbs/08_bases.ipynb #ad1de777
 @patch_to(Base)
 @torch.no_grad()
 def decode_latents(self:Base,
@@ -99,7 +97,6 @@ def sample_timesteps(self:Base,
     "Random timesteps from the family's training distribution, on the base's device"
     return self.timesteps_at(torch.rand(n, generator=generator), t_range)
 
-# %% ../nbs/08_bases.ipynb #b9fd5cd5
 @patch_to(Base)
 def loss_weight(self:Base,
                 t,                # (B,) timesteps
@@ -122,7 +119,6 @@ class SDBase(Base):
         a = self.alphas.to(t.device)[t].view(-1, 1, 1, 1)
         return a.sqrt(), (1 - a).sqrt()
 
-# %% ../nbs/08_bases.ipynb #2bf7518f
 @patch_to(SDBase)
 def timesteps_at(self:SDBase,
                  q,                  # (B,) quantiles in 0..1
@@ -131,14 +127,13 @@ def timesteps_at(self:SDBase,
     lo, hi = (r * self.max_timestep for r in t_range)
     return (lo + q * (hi - lo)).long().clamp(0, self.max_timestep - 1).to(self.device)
 
-# %% ../nbs/08_bases.ipynb #571cf72d
+# %% ../nbs/08_bases.ipynb #2bf7518f
 @patch_to(SDBase)
 def add_noise(self:SDBase, latents, noise, t):
     "The noisy latents at timesteps `t`"
     signal, sigma = self.mix(t)
     return signal * latents + sigma * noise
 
-# %% ../nbs/08_bases.ipynb #1f567db5
 @patch_to(SDBase)
 def target(self:SDBase, latents, noise, t):
     "What the denoiser should answer"
@@ -153,7 +148,6 @@ def encode_prompts(self:SDBase,
     e, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
     return Cond(prompt_embeds=e)
 
-# %% ../nbs/08_bases.ipynb #ce4bb4e1
 @patch_to(SDBase)
 def predict(self:SDBase, noisy, t, cond):
     "The denoiser's answer, in fp32"
@@ -301,20 +295,17 @@ def add_noise(self:SD3Base, latents, noise, t):
     s = self.sigma(t)
     return (1 - s) * latents + s * noise
 
-# %% ../nbs/08_bases.ipynb #88a26723
 @patch_to(SD3Base)
 def target(self:SD3Base, latents, noise, t):
     "The line's direction"
     return noise - latents
 
-# %% ../nbs/08_bases.ipynb #7d9a44de
 @patch_to(SD3Base)
 def min_snr(self:SD3Base, t, gamma):
     "Min-SNR for a flow: the clean picture is z - s v, so its error is s^2 times that of v"
     s = t / self.max_timestep
     return s**2 * ((1 - s) / s).square().clamp(max=gamma)
 
-# %% ../nbs/08_bases.ipynb #b65b4a81
 @patch_to(SD3Base)
 def encode_prompts(self:SD3Base, prompts):
     "Hidden states of the CLIPs and T5 along the sequence, and the pooled vector"
@@ -404,7 +395,6 @@ def _from_pretrained(source, dtype):
                         "Expected an embedded base, a diffusers folder with model_index.json, a .safetensors or .ckpt "
                         "file, or a hub id that this machine can reach.") from e
 
-# %% ../nbs/08_bases.ipynb #7467311c
 def embedded_bases():
     "Names of the bases that ship with lora_nb"
     return sorted(p.parent.name for p in data_path().glob("*/model_index.json"))
@@ -465,7 +455,6 @@ def parts(self:Base):
     "The networks by component name"
     return {self.denoiser_name: self.denoiser, **self.text_encoders, "vae": self.vae}
 
-# %% ../nbs/08_bases.ipynb #084da534
 @patch_to(Base)
 def _repr_markdown_(self:Base):
     rows = [f"| {n} | {type(m).__name__} | {sum(p.numel() for p in m.parameters())/1e6:,.2f} M |"
@@ -473,7 +462,6 @@ def _repr_markdown_(self:Base):
     head = f"**{self.name}** (family {self.family}, {self.prediction} prediction, {self.resolution} px, {self.dtype})"
     return "\n".join([head, "", "| part | class | parameters |", "|---|---|---|", *rows])
 
-# %% ../nbs/08_bases.ipynb #674dcbd2
 @patch_to(Base)
 def __repr__(self:Base):
     return f"{type(self).__name__}({self.name!r}, {self.resolution} px, {self.dtype}, {self.device})"

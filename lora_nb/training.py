@@ -23,7 +23,6 @@ def setting(default, doc):
     "A dataclass field with a sentence of documentation"
     return field(default=default, metadata=dict(doc=doc))
 
-# %% ../nbs/13_training.ipynb #1a68739e
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 def check_recipe(r):
@@ -96,25 +95,22 @@ def _jsonable(v):
     if isinstance(v, (list, tuple)): return list(v)
     return v if isinstance(v, (int, float, str, type(None))) else getattr(v, "__name__", str(v))
 
-# %% ../nbs/13_training.ipynb #0f7a872c
 @patch_to(Recipe)
 def to_dict(self:Recipe):
     "Plain values by name"
     return {f.name: _jsonable(getattr(self, f.name)) for f in fields(self)}
 
-# %% ../nbs/13_training.ipynb #9d57e578
+# %% ../nbs/13_training.ipynb #0f7a872c
 @patch_to(Recipe)
 def to_json(self:Recipe):
     "One line of JSON, as it goes into a LoRA's metadata"
     return json.dumps(self.to_dict())
 
-# %% ../nbs/13_training.ipynb #036ee1b2
 @patch_to(Recipe)
 def _repr_markdown_(self:Recipe):
     rows = [f"| {f.name} | {getattr(self, f.name)} | {f.metadata['doc']} |" for f in fields(self)]
     return "\n".join(["| setting | value | what it does |", "|---|---|---|", *rows])
 
-# %% ../nbs/13_training.ipynb #edf80890
 @patch_to(Recipe)
 def __str__(self:Recipe):
     return "\n".join(f"{f.name:>22} = {str(getattr(self, f.name)):<12} {f.metadata['doc']}" for f in fields(self))
@@ -170,7 +166,6 @@ def curve(self:TrainingLog,
 def _repr_mimebundle_(self:TrainingLog, include=None, exclude=None):
     return {**self.curve()._repr_mimebundle_(), "text/plain": repr(self)} if self.steps else {"text/plain": repr(self)}
 
-# %% ../nbs/13_training.ipynb #0854908e
 @patch_to(TrainingLog)
 def __repr__(self:TrainingLog):
     if not self.steps: return "TrainingLog(empty)"
@@ -178,14 +173,13 @@ def __repr__(self:TrainingLog):
     rate = f", {self.steps / self.seconds:.2f} it/s" if self.seconds else ""
     return f"TrainingLog({self.steps} steps, loss {running_mean(self.losses)[-1]:.4f}{val}{rate})"
 
-# %% ../nbs/13_training.ipynb #317d9846
+# %% ../nbs/13_training.ipynb #0854908e
 @patch_to(TrainingLog)
 def table(self:TrainingLog, every=10):
     "Rows (step, loss, parts..., lr) of every n-th step, for reading or a data frame"
     def row(i): return dict(step=i + 1, loss=self.losses[i], **{k: v[i] for k, v in self.parts.items()}, lr=self.lrs[i])
     return [row(i) for i in range(self.steps) if (i + 1) % every == 0 or i == 0]
 
-# %% ../nbs/13_training.ipynb #dc7ef5a9
 @patch_to(TrainingLog)
 def preview_grid(self:TrainingLog, titles=None):
     "Previews over steps: a row for each prompt, a column for each step"
@@ -274,7 +268,7 @@ class Trainer:
         course = "constant_with_warmup" if recipe.lr_schedule == "constant" and recipe.warmup else recipe.lr_schedule
         self.lr = get_scheduler(course, opt, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps)
         self.opt, self.log, self.done = self.accel.prepare(opt), TrainingLog(), 0
-        self.texts, self.pending = TextCache(base), []
+        self.texts, self.pending, self.learning = TextCache(base), [], False
         for s in self.streams: s.examples.latents = s.examples.latents.to(base.device)
 
 # %% ../nbs/13_training.ipynb #a0c371d8
@@ -286,7 +280,7 @@ def _check(self:Trainer):
     if frozen: raise TrainingError(f"Parameters of {', '.join(frozen)} do not require gradients: expected those of a "
                                    "fresh injection.")
     if self.dir:
-        with atomic_path(self.dir/"checkpoints"/"probe"): pass     # an unwritable folder shows before the work, not after
+        with atomic_path(self.dir/"checkpoints"/"probe"): pass     # an unwritable folder shows before the work
     if not self.streams: raise TrainingError("Nothing to train on: expected at least one stream of examples.")
     empty = [s.name for s in self.streams if not len(s.examples) or s.batch < 1]
     if empty: raise TrainingError(f"Empty streams: {', '.join(empty)}. Expected pictures and a batch of at least 1.")
@@ -294,7 +288,6 @@ def _check(self:Trainer):
         raise TrainingError("A teacher stream asks the base with its LoRA off: pass what `inject_lora` gave as "
                             "`params`, or give `off`.")
 
-# %% ../nbs/13_training.ipynb #580b3f3e
 @patch_to(Trainer)
 def all_params(self:Trainer):
     "Everything that learns, in one list"
@@ -306,7 +299,6 @@ def frozen_text(self:Trainer, captions):
     "Cond of the captions from the cache, made in the encoders' own precision"
     with torch.autocast(self.base.device.type, enabled=False): return self.texts(captions)
 
-# %% ../nbs/13_training.ipynb #e6766ed3
 @patch_to(Trainer)
 def condition(self:Trainer, captions):
     "Cond of the captions: cached where the text encoders are frozen"
@@ -314,20 +306,18 @@ def condition(self:Trainer, captions):
     unique = list(dict.fromkeys(captions))
     return self.base.encode_prompts(unique)[[unique.index(c) for c in captions]]
 
-# %% ../nbs/13_training.ipynb #4c98418f
 @patch_to(Trainer)
 def _places(self:Trainer, s, micro):
     "Places of this process's samples of stream `s` in batch number `micro`"
     start = (micro * self.accel.num_processes + self.accel.process_index) * s.batch
     return range(start, start + s.batch)
 
-# %% ../nbs/13_training.ipynb #574319d4
 @patch_to(Trainer)
 def _teach(self:Trainer, noisy, t, captions):
     "The base's own answer"
     with torch.no_grad(), self.off(): return self.base.predict(noisy, t, self.frozen_text(captions))
 
-# %% ../nbs/13_training.ipynb #6707cdfb
+# %% ../nbs/13_training.ipynb #e6766ed3
 @patch_to(Trainer)
 def errors(self:Trainer,
            drawn):  # a list of (stream, latents, captions, quantiles, noise)
@@ -343,7 +333,6 @@ def errors(self:Trainer,
     error = (answer - torch.cat(targets)).square().flatten(1).mean(1) * self.base.loss_weight(t, self.recipe.snr_gamma)
     return [e.mean() for e in error.split([len(d[1]) for d in drawn])]
 
-# %% ../nbs/13_training.ipynb #c13b34ed
 @patch_to(Trainer)
 def loss(self:Trainer, micro):
     "Total loss and each stream's, of batch number `micro`"
@@ -379,7 +368,6 @@ def _sync(self:Trainer, sums):
         if p.grad is not None: p.grad.copy_(self.accel.reduce(p.grad, "mean"))
     return self.accel.reduce(sums, "mean")
 
-# %% ../nbs/13_training.ipynb #f2e03371
 @patch_to(Trainer)
 def _flush(self:Trainer):
     "Read the losses that wait on the device into the log"
@@ -411,7 +399,7 @@ def _check_finite(self:Trainer, total, parts, norm, lr):
 @torch.no_grad()
 def validate(self:Trainer):
     "Loss of each stream on fixed samples, noise and timesteps"
-    self._mode(False); m, out = self.recipe.validation_samples, {}
+    was, m, out = self._mode(False), self.recipe.validation_samples, {}
     for s in self.streams:
         ex = self.validation.get(s.name, s.examples)
         rows, q = torch.arange(m) % len(ex), (torch.arange(m) + .5) / m
@@ -422,29 +410,29 @@ def validate(self:Trainer):
                                     noise[i:i + s.batch])])[0] * len(z[i:i + s.batch]) for i in range(0, m, s.batch)]
         out[s.name] = float(sum(chunks) / m)
         self.log.val.setdefault(s.name, []).append((self.done, out[s.name]))
-    self._mode(True)
+    self._mode(was)
     return out
 
 # %% ../nbs/13_training.ipynb #6b48e2cd
 @patch_to(Trainer)
 def preview(self:Trainer):
     "Draw the preview prompts with their fixed seeds"
-    self._mode(False)
-    images = self.base.generate(**self.previews)
+    was, images = self._mode(False), self.base.generate(**self.previews)
     self.log.previews.append((self.done, images))
     if self.dir:
         (self.dir/"previews").mkdir(parents=True, exist_ok=True)
         for i, im in enumerate(images): im.save(self.dir/"previews"/f"step-{self.done:06d}-{i:02d}.png")
-    self._mode(True)
+    self._mode(was)
     return images
 
-# %% ../nbs/13_training.ipynb #df1dc861
 @patch_to(Trainer)
 def _mode(self:Trainer, training):
-    "Dropout of the LoRA's branches on or off; everything else stays in evaluation mode"
+    "Dropout of the LoRA's branches on or off, everything else stays in evaluation mode; gives what it was"
     for net in self.base.parts().values():
         for m in net.modules():
             if hasattr(m, "lora_up"): m.train(training)
+    was, self.learning = self.learning, training
+    return was
 
 # %% ../nbs/13_training.ipynb #660ea835
 @patch_to(Trainer)
@@ -460,11 +448,11 @@ def save(self:Trainer):
     for old in sorted(folder.glob("step-*.pt"))[:-self.recipe.keep_checkpoints or None]: old.unlink()
     return path
 
-# %% ../nbs/13_training.ipynb #11b8cc9d
 @patch_to(Trainer)
 def resume(self:Trainer):
     "Take up the newest readable checkpoint of the output folder; False if there is none"
-    for path in sorted((self.dir or Path("none")).glob("checkpoints/step-*.pt"), reverse=True):
+    if self.dir is None: raise TrainingError("Nothing to resume from: give the output_dir of the run that was stopped.")
+    for path in sorted(self.dir.glob("checkpoints/step-*.pt"), reverse=True):
         try: state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception: continue          # cut short by a full disk: the one before will do
         self._restore(state, path)
@@ -556,7 +544,6 @@ def _look(self:Trainer, step, last=False):
     if due(r.preview_every) and self.previews: self.preview()
     if step and self.dir and due(r.checkpoint_every) and self.accel.is_main_process: self.save()
 
-# %% ../nbs/13_training.ipynb #3de1fd6e
 @patch_to(Trainer)
 def _guarded_step(self:Trainer):
     "A step; out of memory becomes advice"
