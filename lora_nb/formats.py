@@ -401,8 +401,9 @@ def fit_base(lora, base):
     if off: raise ShapeError(f"{len(off)} of {len(lora.layers)} modules differ in size: {off[0]} in the file "
                              f"{lora.layers[off[0]].shape}, in this base {tuple(known[off[0]].weight.shape)}. "
                              f"{_base_hint(lora)}Load it with the base it was made for.")
-    grouped = {n: replace(f, groups=known[n].groups) for n, f in lora.layers.items() if getattr(known[n], "groups", 1) > 1}
-    return Lora({**lora.layers, **grouped}, lora.embeddings, lora.metadata) if grouped else lora
+    groups = {n: g for n in lora.layers if (g := getattr(known[n], "groups", 1)) > 1}
+    regrouped = {n: replace(lora.layers[n], groups=g) for n, g in groups.items()}
+    return Lora({**lora.layers, **regrouped}, lora.embeddings, lora.metadata) if groups else lora
 
 def _base_hint(lora): return f"The file says it is for {lora.metadata['base']}. " if lora.metadata.get("base") else ""
 
