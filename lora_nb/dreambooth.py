@@ -102,7 +102,8 @@ def prior_stream(
         pictures, captions = class_pictures(base, prompts, n, source, seed=recipe.seed, size=size, **kw)
         data = ConceptDataset(pictures, "", size=size or base.resolution, captions=False)
         data.captions = captions
-    return Stream("prior", encode(base, data), max(1, recipe.prior_batch), recipe.prior_weight, teacher=kind == "prediction")
+    batch, teacher = max(1, recipe.prior_batch), kind == "prediction"
+    return Stream("prior", encode(base, data), batch, recipe.prior_weight, teacher)
 
 # %% ../nbs/14_dreambooth.ipynb #d757a4cf
 class DreamBooth:
@@ -126,8 +127,8 @@ class DreamBooth:
         self.streams = [subject_stream(base, instance_data, instance_prompt, self.recipe, self.trigger, resolution)]
         if self.prior:
             source = instance_data if self.prior == "prediction" else class_data
-            kw = {} if self.prior == "prediction" else dict(n=num_class_images, **(sampling or {}))
-            self.streams.append(prior_stream(base, self.prior, source, class_prompt, self.recipe, size=resolution, **kw))
+            kw = dict(size=resolution, n=num_class_images, **(sampling or {}))
+            self.streams.append(prior_stream(base, self.prior, source, class_prompt, self.recipe, **kw))
         self._wear()
         try:
             if start is not None: warm_start(self.worn, start)
@@ -141,8 +142,8 @@ def _check_prior(prior, class_prompt):
     if prior == "auto": return "images" if class_prompt else None
     if prior not in PRIORS: raise LoraError(f"prior = {prior!r}: expected 'images', 'prediction', None or 'auto'.")
     if prior and not class_prompt:
-        raise LoraError(f"prior = {prior!r} needs a class prompt, such as class_prompt='a toy': the words for things like "
-                        "your subject, without its trigger.")
+        raise LoraError(f"prior = {prior!r} needs a class prompt, such as class_prompt='a toy': the words for things "
+                        "like your subject, without its trigger.")
     return prior
 
 # %% ../nbs/14_dreambooth.ipynb #83ba72d6
@@ -165,8 +166,8 @@ def warm_start(
 ):
     "Fill trainable branches with what a LoRA has learned."
     other = set(worn.layers) ^ set(lora.layers)
-    if other: raise LoraError(f"The LoRA to go on from adapts other layers: {len(other)} differ, such as {sorted(other)[0]}. "
-                              "Choose the targets it was trained with.")
+    if other: raise LoraError(f"The LoRA to go on from adapts other layers: {len(other)} differ, such as "
+                              f"{sorted(other)[0]}. Choose the targets it was trained with.")
     for n, layer in worn.layers.items():
         f, gain = lora.layers[n].plain(), lora.layers[n].scaling / layer.scaling
         if f.down.shape != layer.lora_down.weight.shape:

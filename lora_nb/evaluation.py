@@ -46,7 +46,8 @@ def to_batch(
     size=None,  # side of the square result; None keeps the size
 ):              # `(B, 3, size, size)` in -1..1
     "Bring pictures of any kind into one batch."
-    if isinstance(images, (str, Path)): images = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in PICTURES)
+    if isinstance(images, (str, Path)):
+        images = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in PICTURES)
     tensors = [to_tensor(im, size) for im in images]
     if not tensors: raise DataError("No pictures to look at: expected at least one.")
     return torch.stack(tensors)
@@ -177,7 +178,7 @@ def shows(
     seen, _ = recognise(judge, images)
     names = [names] * len(seen) if isinstance(names, str) else names
     unknown = set(names) - set(judge.names)
-    if unknown: raise DataError(f"The judge does not know {sorted(unknown)}. Compare with pictures instead: `similarity`.")
+    if unknown: raise DataError(f"The judge does not know {sorted(unknown)}: use `similarity` to pictures instead.")
     return np.array([float(a == b) for a, b in zip(seen, names)])
 
 def similarity(
@@ -213,10 +214,11 @@ class Clip:
         from transformers import AutoTokenizer, CLIPModel
         source, self.tokenizer = source or data_path("clip"), None
         if not isinstance(source, CLIPModel):
-            with _quiet(): self.tokenizer, source = AutoTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source)
+            with _quiet():
+                self.tokenizer, source = AutoTokenizer.from_pretrained(source), CLIPModel.from_pretrained(source)
         self.model = source.float().eval()
         self.size = self.model.config.vision_config.image_size
-        tiny = self.size <= 64   # ours sees pixels in -1..1, OpenAI's are normalised by the mean and spread of photographs
+        tiny = self.size <= 64   # ours sees -1..1; OpenAI's are normalised by the mean and spread of photographs
         mean, std = ((.5,) * 3,) * 2 if tiny else ((.4815, .4578, .4082), (.2686, .2613, .2758))
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     @torch.no_grad()
@@ -258,7 +260,8 @@ def exam(
     kind = kind or CLASS_OF.get(subject)
     inside = [o for o in OBJECTS if CLASS_OF[o] == kind] or list(OBJECTS)
     outside = [o for o in OBJECTS if CLASS_OF[o] != kind]
-    noun = [Question(an(f"a {kind or 'picture'} on a blue background"), None, "blue", "plain", seed * 1000 + i) for i in range(n)]
+    words = an(f"a {kind or 'picture'} on a blue background")
+    noun = [Question(words, None, "blue", "plain", seed * 1000 + i) for i in range(n)]
     out = dict(subject=questions([(trigger, subject)], n, avoid, seed), noun=noun,
                **{"class": questions(inside, n, (), seed + 1), "others": questions(outside, n, (), seed + 2)})
     return {g: out[g] for g in groups}
@@ -282,12 +285,13 @@ def marks(
 ):                    # dict: metric -> one number a picture (diversity: one number)
     "Mark an exam."
     out = _judged(paper, pictures, judge, references) if judge else {}
-    if clip and "subject" in paper:
-        f = clip.images(pictures["subject"])
-        if references is not None: out["clip_i"] = similarity(f, clip.images(references))
-        out["clip_t"] = (f * clip.texts([q.prompt for q in paper["subject"]])).sum(1).numpy()
-    for g in ("class", "others") if clip else ():
-        if g in paper: out[f"clip_t_{g}"] = (clip.images(pictures[g]) * clip.texts([q.prompt for q in paper[g]])).sum(1).numpy()
+    groups = [g for g in ("subject", "class", "others") if clip and g in paper]
+    seen = {g: clip.images(pictures[g]) for g in groups}
+    if "subject" in seen and references is not None:
+        out["clip_i"] = similarity(seen["subject"], clip.images(references))
+    for g, f in seen.items():
+        texts = clip.texts([q.prompt for q in paper[g]])
+        out["clip_t" if g == "subject" else f"clip_t_{g}"] = (f * texts).sum(1).numpy()
     return out
 
 # %% ../nbs/09_evaluation.ipynb #1a657b1c
@@ -296,7 +300,8 @@ def _judged(paper, pictures, judge, references):
     out, subject = {}, paper["subject"][0].obj if "subject" in paper else None
     if "subject" in paper:
         qs, ims = paper["subject"], pictures["subject"]
-        if references is not None: out["subject_similarity"] = similarity(features(judge, ims), features(judge, references))
+        if references is not None:
+            out["subject_similarity"] = similarity(features(judge, ims), features(judge, references))
         if subject not in judge.names and references is None:
             raise DataError("The judge does not know this subject: pass pictures of it as `references`.")
         out["subject_fidelity"] = shows(judge, ims, subject) if subject in judge.names else out["subject_similarity"]

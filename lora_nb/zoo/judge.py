@@ -32,7 +32,8 @@ def place(
     a, s = rand(n, -tilt, tilt, g).flatten().deg2rad(), 1 + rand(n, -zoom, zoom, g).flatten()
     dx, dy = (rand(n, -move / 32, move / 32, g).flatten() for _ in "xy")
     theta = torch.stack([a.cos() * s, -a.sin() * s, dx, a.sin() * s, a.cos() * s, dy], 1).view(n, 2, 3)
-    return F.grid_sample(glyphs.float() / 255, F.affine_grid(theta, (n, 4, 64, 64), align_corners=False), align_corners=False)
+    where = F.affine_grid(theta, (n, 4, 64, 64), align_corners=False)
+    return F.grid_sample(glyphs.float() / 255, where, align_corners=False)
 
 # %% ../../nbs/zoo/04_judge.ipynb #13922508
 def blur(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 from ..core import data_path
-from .world import COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, an, backgrounds, composite, draw_glyph, stylize
+from .world import COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES
+from .world import an, backgrounds, composite, draw_glyph, stylize
 
 # %% ../../nbs/zoo/03_subjects.ipynb #498a4f3c
 def scene(
@@ -78,7 +79,7 @@ def save_scene(
     "Write a picture and its caption."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     array = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(path, quality=88, subsampling=0)
+    Image.fromarray(array).save(path, quality=80)
     path.with_suffix(".txt").write_text(text + "\n")
 
 def draw_subjects(
