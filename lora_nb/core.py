@@ -75,13 +75,15 @@ def data_path(
     *parts,  # path below the data folder, e.g. "subjects", "teapot"
 ):           # `Path`
     "Where bundled data lies, wherever the package lives."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path(importlib.util.find_spec("lora_nb").origin).parent
+    here = Path(importlib.util.find_spec("lora_nb").origin).resolve().parent
     roots = [r for r in (here / "data", here.parent / "data") if r.is_dir()]
     for r in roots:
         if r.joinpath(*parts).exists(): return r.joinpath(*parts)
     where = roots[0] if roots else here / "data"
-    near = closest(parts[-1], os.listdir(where.joinpath(*parts[:-1]))) if parts and where.joinpath(*parts[:-1]).is_dir() else ""
-    raise DataError(f"bundled data {'/'.join(parts)!r} not found in {where}.{near} Reinstall lora_nb, or clone the whole repository.")
+    folder = where.joinpath(*parts[:-1])
+    near = closest(parts[-1], os.listdir(folder)) if parts and folder.is_dir() else ""
+    raise DataError(f"bundled data {'/'.join(parts)!r} not found in {where}.{near} "
+                    "Reinstall lora_nb, or clone the whole repository.")
 
 # %% ../nbs/00_core.ipynb #c7fb93dc
 def _remove(p):
@@ -108,7 +110,7 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         box = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
     except OSError as e:
-        raise LoraError(f"cannot write {path}: {e.strerror}. Choose a folder that exists and that you may write to.") from e
+        raise LoraError(f"cannot write {path}: {e.strerror}. Choose a folder that you may write to.") from e
     try:
         tmp = box / path.name
         yield tmp

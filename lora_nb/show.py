@@ -31,16 +31,16 @@ def _array(x):
     if x.ndim == 2: x = x[None]
     if x.ndim == 3 and x.shape[0] in (1, 3, 4): return x.transpose(1, 2, 0)
     if x.ndim == 3 and x.shape[2] in (1, 3, 4): return x
-    raise DataError(f"found an array of shape {tuple(x.shape)}, expected a picture: (C, H, W) or (H, W, C) with 1, 3 or 4 channels. "
-                    "A VAE's latents are no picture yet: decode them first.")
+    raise DataError(f"found an array of shape {tuple(x.shape)}, expected a picture: (C, H, W) or (H, W, C) with 1, 3 "
+                    "or 4 channels. A VAE's latents are no picture yet: decode them first.")
 
 def _to_bytes(x):
     "Values as uint8: fractions from -1..1, whole numbers from 0..255."
     if x.dtype.kind in "iub": return (x * 255 if x.dtype == bool else x.clip(0, 255)).astype(np.uint8)
     if not np.isfinite(x).all():
         raise DataError("found NaN or infinite values in a picture. Did fp16 overflow? Decode in fp32 or bf16.")
-    if np.abs(x).max() > 8:
-        raise DataError(f"found fractions up to {np.abs(x).max():.4g}, expected -1..1. Pass whole numbers (uint8) for 0..255, or x / 127.5 - 1.")
+    if (top := np.abs(x).max()) > 8:
+        raise DataError(f"found fractions up to {top:.4g}, expected -1..1. Pass uint8 for 0..255, or x / 127.5 - 1.")
     return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 # %% ../nbs/01_show.ipynb #0ac1a126
@@ -50,9 +50,10 @@ def to_image(
     "One picture of any kind as an RGB image; transparent parts become white paper."
     if isinstance(x, (str, Path)):
         try: x = Image.open(x)
-        except OSError as e: raise DataError(f"cannot read the picture {x}: {e}. Expected a .jpg, .png or .webp file.") from e
+        except OSError as e: raise DataError(f"cannot read {x}: {e}. Expected a .jpg, .png or .webp picture.") from e
     if not isinstance(x, Image.Image):
-        if not hasattr(x, "shape"): raise DataError(f"found {type(x).__name__}, expected a picture: PIL image, tensor, array or file name.")
+        if not hasattr(x, "shape"):
+            raise DataError(f"found {type(x).__name__}, expected a picture: PIL image, tensor, array or file name.")
         a = _to_bytes(_array(x))
         x = Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a)
     if x.mode in ("RGBA", "LA", "P", "PA"):
@@ -116,8 +117,9 @@ def _write(draw, text, box, align="center", size=FONT_SIZE):
     "Draw wrapped text in the middle of `box` = (left, top, width, height)."
     left, top, width, height = box
     x = {"center": left + width / 2, "right": left + width, "left": left}[align]
-    draw.multiline_text((x, top + height / 2), "\n".join(_wrap(text, width, size)), INK, _font(size),
-                        {"center": "mm", "right": "rm", "left": "lm"}[align], spacing=3, align=align)
+    anchor = {"center": "mm", "right": "rm", "left": "lm"}[align]
+    lines = "\n".join(_wrap(text, width, size))
+    draw.multiline_text((x, top + height / 2), lines, INK, _font(size), anchor, spacing=3, align=align)
 
 # %% ../nbs/01_show.ipynb #4ed8b79a
 def _flatten(images):
@@ -125,21 +127,25 @@ def _flatten(images):
     if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 4) < 4: images = [images]
     images = list(images)
     if not images: raise DataError("found no pictures, expected at least one for a grid.")
-    if not all(isinstance(r, (list, tuple)) or getattr(r, "ndim", 0) == 4 for r in images): return [to_image(i) for i in images], None
+    if not all(isinstance(r, (list, tuple)) or getattr(r, "ndim", 0) == 4 for r in images):
+        return [to_image(i) for i in images], None
     rows = [[to_image(i) for i in row] for row in images]
-    if len({*map(len, rows)}) > 1: raise DataError(f"found rows of {[len(r) for r in rows]} pictures, expected rows of one length.")
+    lengths = [len(r) for r in rows]
+    if len({*lengths}) > 1: raise DataError(f"found rows of {lengths} pictures, expected rows of one length.")
     return [i for row in rows for i in row], len(rows[0])
 
 def _shape(n, rows, cols):
     "Rows and columns for `n` pictures; what is not given is found."
     if cols is None: cols = math.ceil(n / rows) if rows else min(n, 8)
     rows = rows or math.ceil(n / cols)
-    if rows * cols < n: raise DataError(f"found {n} pictures, expected at most {rows} x {cols}. Leave out rows or cols.")
+    if rows * cols < n:
+        raise DataError(f"found {n} pictures, expected at most {rows} x {cols}. Leave out rows or cols.")
     return rows, cols
 
 def _tile(image, width):
     "Scaled to `width`; small pictures are enlarged smoothly."
-    return image if image.width == width else image.resize((width, max(1, round(image.height * width / image.width))), Image.LANCZOS)
+    height = max(1, round(image.height * width / image.width))
+    return image if image.width == width else image.resize((width, height), Image.LANCZOS)
 
 def _checked(titles, n, what):
     "Titles as a list of `n` strings, or None."
@@ -155,7 +161,8 @@ def _height(titles, width):
 
 def _margin(row_titles, pad):
     "Pixels to the left of the tiles; longer titles than that are wrapped."
-    return min(math.ceil(max(_font(FONT_SIZE).getlength(t) for t in row_titles)) + 4, 200) + pad if row_titles else 0
+    longest = max((_font(FONT_SIZE).getlength(t) for t in row_titles or ()), default=None)
+    return 0 if longest is None else min(math.ceil(longest) + 4, 200) + pad
 
 def _layout(tiles, cols, width, pad, left, titles, col_titles):
     "Height of a title, tops of the rows, and size of the whole."
@@ -192,7 +199,8 @@ def grid(
     for i, tile in enumerate(tiles):
         x, y = left + i % cols * (size + pad), tops[i // cols]
         if titles: _write(draw, titles[i], (x, y, size, caption))
-        if row_titles and i % cols == 0: _write(draw, row_titles[i // cols], (0, y + caption, left - pad - 2, tile.height), "right")
+        if row_titles and i % cols == 0:
+            _write(draw, row_titles[i // cols], (0, y + caption, left - pad - 2, tile.height), "right")
         sheet.paste(tile, (x, y + caption))
     return sheet
 
@@ -204,12 +212,14 @@ def before_after(
 ):              # PIL image
     "A row for each prompt, a column for each stage."
     for prompt, images in rows.items():
-        if len(images) != len(columns): raise DataError(f"found {len(images)} pictures for {prompt!r}, expected {len(columns)}: one for each of {list(columns)}.")
+        if len(images) != len(columns):
+            raise DataError(f"found {len(images)} pictures for {prompt!r}, expected {len(columns)}: {list(columns)}.")
     return grid([list(images) for images in rows.values()], row_titles=list(rows), col_titles=columns, size=size)
 
 # %% ../nbs/01_show.ipynb #6f6215a3
-_RC = {"svg.fonttype": "none", "svg.hashsalt": "lora_nb", "font.family": ["DejaVu Sans", "sans-serif"], "font.size": 10, "text.color": INK,
-       "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 11, "figure.facecolor": PAPER}
+_RC = {"svg.fonttype": "none", "svg.hashsalt": "lora_nb", "font.family": ["DejaVu Sans", "sans-serif"], "font.size": 10,
+       "axes.titlesize": 11, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK,
+       "ytick.color": INK, "figure.facecolor": PAPER}
 
 def _axes(title, xlabel, ylabel, width=6.4, height=3.2):
     "A figure with one pair of axes in house style, outside of pyplot."
@@ -236,16 +246,19 @@ class Plot:
         "The drawing as an <svg> element."
         import matplotlib
         buffer = io.StringIO()
-        with matplotlib.rc_context(_RC): self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        with matplotlib.rc_context(_RC):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.S)
     def save(self, path):
         "Write .svg or .png, whole or not at all."
         kind = Path(path).suffix.lower()
-        if kind not in (".svg", ".png"): raise DataError(f"found {kind or 'no ending'!r} in {path}, expected .svg or .png.")
+        if kind not in (".svg", ".png"): raise DataError(f"found the file name {path}, expected .svg or .png at its end.")
         with atomic_path(path) as p:
-            p.write_text(self.svg, encoding="utf-8") if kind == ".svg" else self.figure.savefig(p, dpi=120)
+            if kind == ".svg": p.write_text(self.svg, encoding="utf-8")
+            else: self.figure.savefig(p, dpi=120)
         return Path(path)
-    def _repr_mimebundle_(self, include=None, exclude=None): return {"image/svg+xml": self.svg, "text/plain": repr(self)}
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"image/svg+xml": self.svg, "text/plain": repr(self)}
     def __repr__(self): return f"Plot({self.title!r})"
 
 # %% ../nbs/01_show.ipynb #c0ba87ea
@@ -254,7 +267,7 @@ def running_mean(
     beta=0.9,   # weight of the past, 0 (none) .. below 1
 ):              # array of the same length
     "Exponential running mean, without a bias at the start."
-    if not 0 <= beta < 1: raise DataError(f"found smooth={beta}, expected 0 <= smooth < 1; .9 averages about ten values.")
+    if not 0 <= beta < 1: raise DataError(f"found smooth={beta}, expected 0 <= smooth < 1; .9 averages ten values.")
     m, out = 0., []
     for t, y in enumerate(ys, 1):
         m = beta * m + (1 - beta) * y
@@ -266,8 +279,10 @@ def _numbers(ys, name):
     "A series as a float array; what cannot be drawn is an error."
     ys = ys.detach().float().cpu().numpy() if hasattr(ys, "detach") else ys
     try: ys = np.asarray([float(y) for y in ys])
-    except (TypeError, ValueError) as e: raise DataError(f"{name or 'the curve'}: found {type(ys).__name__} {str(ys)[:40]}, expected a list of numbers.") from e
-    if not np.isfinite(ys).any(): raise DataError(f"{name or 'the curve'}: found no finite number among {len(ys)}, nothing can be drawn.")
+    except (TypeError, ValueError) as e:
+        raise DataError(f"{name or 'values'}: found {type(ys).__name__} {str(ys)[:30]}, expected numbers.") from e
+    if not np.isfinite(ys).any():
+        raise DataError(f"{name or 'values'}: found no finite number among {len(ys)}, nothing can be drawn.")
     return ys
 
 def _series(ys, x):
@@ -278,7 +293,8 @@ def _series(ys, x):
         xs, y = zip(*y) if pairs else (x, y)
         y = _numbers(y, name)
         xs = np.arange(len(y)) if xs is None else _numbers(xs, "x")
-        if len(xs) != len(y): raise DataError(f"{name or 'the curve'}: found {len(xs)} x and {len(y)} y values, expected as many of each.")
+        if len(xs) != len(y):
+            raise DataError(f"{name or 'values'}: found {len(xs)} x and {len(y)} y values, expected as many of each.")
         out[name] = xs, y
     return out
 
@@ -306,7 +322,8 @@ def curve(
         for i, (name, (xs, y)) in enumerate(series.items()):
             color, mark = PALETTE[i % len(PALETTE)], "o" if len(y) <= 20 else None
             if smooth: ax.plot(*_thin(xs, y), color=color, alpha=.25, lw=.8)
-            ax.plot(*_thin(xs, running_mean(y, smooth) if smooth else y), color=color, lw=1.6, label=name, marker=mark, ms=4)
+            line = _thin(xs, running_mean(y, smooth) if smooth else y)
+            ax.plot(*line, color=color, lw=1.6, label=name, marker=mark, ms=4)
         if log: ax.set_yscale("log")
         if len(series) > 1: ax.legend(frameon=False)
     return Plot(figure, title, path)
@@ -332,7 +349,8 @@ def bars(
         figure, ax = _axes(title, xlabel, ylabel)
         for j, name in enumerate(names):
             ys = _numbers([g.get(name, math.nan) for g in groups.values()], name)
-            drawn = ax.bar(np.arange(len(groups)) + (j - (len(names) - 1) / 2) * wide, ys, wide * .94, color=PALETTE[j % len(PALETTE)], label=name)
+            places = np.arange(len(groups)) + (j - (len(names) - 1) / 2) * wide
+            drawn = ax.bar(places, ys, wide * .94, color=PALETTE[j % len(PALETTE)], label=name)
             ax.bar_label(drawn, [_label(y) if math.isfinite(y) else "" for y in ys], fontsize=9)
         ax.set_xticks(range(len(groups)), ["\n".join(textwrap.wrap(str(k), chars)) for k in groups])
         ax.margins(y=.12)
@@ -354,14 +372,17 @@ def heat(
     import matplotlib
     m = np.asarray(matrix.detach().float().cpu() if hasattr(matrix, "detach") else matrix, float)
     if m.ndim != 2 or not m.size: raise DataError(f"found shape {m.shape}, expected a matrix: (rows, columns).")
-    row_titles, col_titles = _checked(row_titles, m.shape[0], "row titles"), _checked(col_titles, m.shape[1], "column titles")
+    row_titles = _checked(row_titles, m.shape[0], "row titles")
+    col_titles = _checked(col_titles, m.shape[1], "column titles")
+    small = m.size <= 100 if numbers is None else numbers
     with matplotlib.rc_context(_RC):
         figure, ax = _axes(title, xlabel, ylabel, 6.4, min(7, max(2.4, 1 + 6 * m.shape[0] / m.shape[1] * .8)))
         image = ax.imshow(m, cmap="viridis", aspect="auto" if m.shape[1] > 3 * m.shape[0] else "equal")
         if row_titles: ax.set_yticks(range(len(row_titles)), row_titles)
         if col_titles: ax.set_xticks(range(len(col_titles)), col_titles, rotation=45, ha="right")
         middle = (np.nanmin(m) + np.nanmax(m)) / 2
-        for (i, j), v in np.ndenumerate(m) if (m.size <= 100 if numbers is None else numbers) else ():
-            ax.text(j, i, _label(v if np.nanmax(np.abs(m)) < .1 else round(v, 2)), ha="center", va="center", fontsize=8, color="white" if v < middle else "black")
+        for (i, j), v in np.ndenumerate(m) if small else ():
+            text = _label(v if np.nanmax(np.abs(m)) < .1 else round(v, 2))
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if v < middle else "black")
         figure.colorbar(image, shrink=.8)
     return Plot(figure, title, path)
