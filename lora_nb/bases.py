@@ -171,7 +171,9 @@ def _quiet(on=True):
     was = [(l, l.get_verbosity(), l.is_progress_bar_enabled()) for l in libs]
     try:
         for l in libs: l.set_verbosity_error(); l.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():   # diffusers renames torch_dtype to dtype; older versions know only the first
+            warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
+            yield
     finally:
         for l, level, bar in was:
             l.set_verbosity(level)
@@ -378,15 +380,15 @@ def _from_single_file(path, dtype, config=None):
         raise LoraError(f"{path} can not be read as a checkpoint ({type(e).__name__}: {e}). Expected an intact "
                         ".safetensors file, or a .ckpt that holds tensors only.") from e
     name = dict(sd="StableDiffusionPipeline", sdxl="StableDiffusionXLPipeline", sd3="StableDiffusion3Pipeline")[family]
-    return getattr(diffusers, name).from_single_file(str(path), torch_dtype=dtype, config=config)
+    with _quiet(False): return getattr(diffusers, name).from_single_file(str(path), torch_dtype=dtype, config=config)
 
 # %% ../nbs/08_bases.ipynb #d7b9d911
 def _from_pretrained(source, dtype):
     "A pipeline from a folder or a hub id, without a safety checker"
-    from diffusers import DiffusionPipeline
+    small = Path(source).is_dir() and sum(f.stat().st_size for f in Path(source).rglob("*.safetensors")) < 3e8
     try:
-        with warnings.catch_warnings():   # diffusers renames torch_dtype to dtype; older versions know only the first
-            warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
+        with _quiet(small):
+            from diffusers import DiffusionPipeline
             config = DiffusionPipeline.load_config(str(source))
             off = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in config else {}
             return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, **off)
@@ -409,14 +411,13 @@ def load_base(source="tiny-sd",  # embedded name, folder, single file, hub id, p
     device = default_device(device); dtype = dtype or default_dtype(device); path = Path(source)
     if path.is_file(): pipe = _from_single_file(path, dtype, config)
     elif path.is_dir(): pipe = _from_pretrained(path, dtype)
-    elif str(source) in embedded_bases():
-        with _quiet(): pipe = _from_pretrained(data_path(str(source)), dtype)
+    elif str(source) in embedded_bases(): pipe = _from_pretrained(data_path(str(source)), dtype)
     elif "/" in str(source) and not path.is_absolute(): pipe = _from_pretrained(source, dtype)
     else:
         names = embedded_bases()
         raise LoraError(f"No base {str(source)!r}: it is neither an embedded base ({', '.join(names)}), nor a folder, "
                         f"file or hub id ('owner/name').{closest(str(source), names)}")
-    return as_base(pipe.to(device), path.name or str(source))
+    return as_base(pipe.to(device), path.name if path.exists() else str(source))
 
 # %% ../nbs/08_bases.ipynb #f7a8bc5e
 def _seed_list(seeds, n):
