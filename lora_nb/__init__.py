@@ -5,8 +5,9 @@ module is imported at the first use (PEP 562): `from lora_nb import Lora, apply_
 """
 from importlib import import_module
 
-_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "extraction", "composition", "bases", "evaluation",
-            "scheduling", "preprocessing", "dataset", "training", "dreambooth", "textual_inversion", "pti", "sd3", "studio", "cli")
+_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "extraction", "composition", "bases",
+            "evaluation", "scheduling", "preprocessing", "dataset", "training", "dreambooth", "textual_inversion",
+            "pti", "sd3", "studio", "cli")
 
 
 def _public():

@@ -11,7 +11,8 @@ from nbdev.processors import (FilterDefaults, clean_magics, hide_, hide_line, rm
 
 class ForGitHub(FilterDefaults):
     "Without what only the site needs: front matter, links into the API pages, folds."
-    def base_procs(self): return [strip_ansi, hide_line, rm_header_dash, rm_export, clean_magics, hide_, strip_hidden_metadata]
+    def base_procs(self):
+        return [strip_ansi, hide_line, rm_header_dash, rm_export, clean_magics, hide_, strip_hidden_metadata]
 
 
 def from_root(text, folder="nbs"):
@@ -30,7 +31,7 @@ def readme(notebook):
         c.source = re.sub(r"^#\|.*\n", "", c.source, flags=re.M)
     options = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=["no-source"]))
     text, found = MarkdownExporter(config=options).from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
-    if found["outputs"]: raise SystemExit(f"the index has pictures among its outputs; keep them in files: {list(found['outputs'])}")
+    if found["outputs"]: raise SystemExit("the index has pictures among its outputs: they belong in files")
     note = "<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n\n"
     return note + from_root(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
 

@@ -3,25 +3,26 @@
     python tools/test.py            all tests
     python tools/test.py show 04    only those whose name contains one of the words
 """
-import difflib, json, os, re, shutil, subprocess, sys, tempfile, time, venv
+import difflib, json, os, re, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS, TIMEOUT, THREADS = int(os.environ.get("WORKERS", 2)), 1200, "1"
-ENV = {**os.environ, "LORA_NB_QUIET": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+ENV = {**os.environ, "LORA_NB_QUIET": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0",
        "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore::DeprecationWarning",
        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), THREADS)}
 ENV["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), ENV["PATH"]])
 SCRATCH = Path(tempfile.mkdtemp(prefix="lora_nb-test-"))
-IGNORED = {".git", ".venv", "build", "dist", "out", "_proc", "_docs", "__pycache__", ".cache", ".ipynb_checkpoints", "lora_nb.egg-info"}
+IGNORED = {".git", ".venv", "build", "dist", "out", "_proc", "_docs", "__pycache__", ".cache", ".ipynb_checkpoints",
+           "lora_nb.egg-info"}
 
 
 def run(*command, cwd=ROOT, **env):
     "Output of a command; AssertionError with the output's end if it fails."
-    try: p = subprocess.run([str(c) for c in command], cwd=cwd, env={**ENV, **env}, stdin=subprocess.DEVNULL, capture_output=True,
-                            text=True, timeout=TIMEOUT)
+    try: p = subprocess.run([str(c) for c in command], cwd=cwd, env={**ENV, **env}, stdin=subprocess.DEVNULL,
+                            capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired as e: raise AssertionError(f"{command[0]} was stopped after {TIMEOUT} s") from e
     text = p.stdout + p.stderr
     assert p.returncode == 0, f"$ {' '.join(map(str, command))[:200]}\n" + "\n".join(text.splitlines()[-60:])
@@ -30,21 +31,27 @@ def run(*command, cwd=ROOT, **env):
 
 def copy_project(name):
     "The project without what git ignores, in a scratch folder."
-    return Path(shutil.copytree(ROOT, SCRATCH / name, symlinks=True, ignore=lambda d, files: [f for f in files if f in IGNORED or f.startswith(".venv")]))
+    def ignored(folder, files): return [f for f in files if f in IGNORED or f.startswith((".venv", ".writing-"))]
+    return Path(shutil.copytree(ROOT, SCRATCH / name, symlinks=True, ignore=ignored))
 
 
-def notebooks(): return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(x.startswith((".", "_")) for x in p.relative_to(ROOT).parts))
+def notebooks():
+    "All notebooks, in order."
+    found = (ROOT / "nbs").rglob("*.ipynb")
+    return sorted(p for p in found if not any(x[0] in "._" for x in p.relative_to(ROOT).parts))
 
 
 def compare(copy, pattern, advice):
     "Files of the copy and of the project must agree."
-    files = {p.relative_to(base) for base in (ROOT, copy) for p in base.glob(pattern) if not IGNORED & set(p.relative_to(base).parts)}
-    read = lambda p: p.read_text(encoding="utf-8").splitlines() if p.exists() else []
-    diff = [d for f in sorted(files) for d in list(difflib.unified_diff(read(ROOT / f), read(copy / f), str(f), f"{f}, renewed", lineterm="", n=1))[:12]]
+    files = {p.relative_to(base) for base in (ROOT, copy) for p in base.glob(pattern)}
+    diff = []
+    for f in sorted(f for f in files if not IGNORED & set(f.parts)):
+        a, b = ((p / f).read_text(encoding="utf-8").splitlines() if (p / f).exists() else [] for p in (ROOT, copy))
+        diff += list(difflib.unified_diff(a, b, str(f), f"{f}, renewed", lineterm="", n=1))[:12]
     assert not diff, f"{advice}\n" + "\n".join(d[:160] for d in diff[:80])
 
 
-# ------------------------------------------------------------------------------------------------------------ notebooks
+# ------------------------------------------------------------------------------------------ notebooks
 def notebooks_clean():
     "No execution counts, metadata or other noise of editors."
     copy = copy_project("clean")
@@ -84,6 +91,9 @@ def readme_code():
     assert len(files := list((SCRATCH / "readme").iterdir())) >= 2, files
 
 
+NOISE = r'"output_type": "error"|.{20}\d+%\|.{10}|.{20} at 0x[0-9a-f]{6,}|.{30}\w+Warning'
+
+
 def stored_outputs():
     "Saved outputs are light and free of errors, bars, warnings and addresses."
     faults = []
@@ -91,7 +101,7 @@ def stored_outputs():
         cells = json.loads(p.read_text(encoding="utf-8"))["cells"]
         text = json.dumps([o for c in cells for o in c.get("outputs", [])])
         if p.stat().st_size > 600_000: faults.append(f"{p.name}: {p.stat().st_size // 1000} KB, at most 600")
-        faults += [f"{p.name}: {m[0]!r}" for m in re.finditer(r'"output_type": "error"|.{20}\d+%\|.{10}|.{20} at 0x[0-9a-f]{6,}|.{30}\w+Warning', text)]
+        faults += [f"{p.name}: {m[0]!r}" for m in re.finditer(NOISE, text)]
     assert not faults, "\n".join(faults)
 
 
@@ -100,7 +110,7 @@ def test_notebook(path):
     run("nbdev-test", path, "--n-workers", "0")
 
 
-# ------------------------------------------------------------------------------------------------------------- packaging
+# ------------------------------------------------------------------------------------------ packaging
 CHECK = r'''
 import time; began = time.perf_counter()
 import lora_nb; took = time.perf_counter() - began
@@ -127,8 +137,7 @@ def fresh_environment(name):
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin/python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    here = subprocess.run([sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True).stdout
-    Path(site, "dependencies.pth").write_text(here)
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return python
 
 
@@ -136,7 +145,8 @@ def works(python, package):
     "The installed package works away from the repository: data, public names, commands; and its import is instant."
     away = SCRATCH / f"away-{package.name}"
     away.mkdir()
-    seconds = [float(re.search(r"seconds (\S+)", run(python, "-I", "-c", CHECK, package, cwd=away))[1]) for _ in range(5)]
+    texts = [run(python, "-I", "-c", CHECK, package, cwd=away) for _ in range(5)]
+    seconds = [float(re.search(r"seconds (\S+)", text)[1]) for text in texts]
     assert min(seconds) < .1, f"import lora_nb took {min(seconds):.3f} s"
     run(python, "-I", "-c", CHECK, package, "all", cwd=away)
     ini = ConfigParser(delimiters=["="])
@@ -165,7 +175,7 @@ def requirements_agree():
     run(sys.executable, "-m", "pip", "check")
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------ main
 def measured(name, test, *args):
     "(name, seconds, error or None) of one test."
     began = time.time()
@@ -178,8 +188,9 @@ def measured(name, test, *args):
 def main(words):
     # late chapters train and take longest, so they start first
     tests = [(str(p.relative_to(ROOT)), test_notebook, p) for p in reversed(notebooks()) if "benchmarks" not in p.parts]
-    tests += [(f.__name__.replace("_", " "), f) for f in (wheel_works, editable_works, requirements_agree, notebooks_clean, modules_in_sync,
-                                                          stored_outputs, readme_in_sync, readme_links, readme_code)]
+    others = (wheel_works, editable_works, requirements_agree, notebooks_clean, modules_in_sync, stored_outputs,
+              readme_in_sync, readme_links, readme_code)
+    tests += [(f.__name__.replace("_", " "), f) for f in others]
     tests = [t for t in tests if not words or any(w in t[0] for w in words)]
     try:
         with ThreadPoolExecutor(WORKERS) as pool: results = list(pool.map(lambda t: measured(*t), tests))
