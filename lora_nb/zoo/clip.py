@@ -19,10 +19,11 @@ from .vae import Run, optimizers
 
 # %% ../../nbs/zoo/02_clip.ipynb #9ed5e8da
 RARE = ("sks", "ohwx", "zwx", "vpq", "xqz", "kjw", "pvz", "qxj")
-EXTRA = ("the of and with in at to left right above below next two three small large tiny big old new style drawing painting "
-         "sketch pixel art neon line photo picture image rendering close up closeup dark bright good nice cool weird clean "
-         "dirty cropped photograph illustration depiction sign that says say word letters is it one many some grey unicorn "
-         "teddy bear robot octopus jack o lantern cherry pie locomotive potted plant japanese castle hiking dragon teapot")
+EXTRA = ("the of and with in at to left right above below next two three small large tiny big old new style drawing "
+         "painting sketch pixel art neon line photo picture image rendering close up closeup dark bright good nice cool "
+         "weird clean dirty cropped photograph illustration depiction sign that says say word letters is it one many "
+         "some grey unicorn teddy bear robot octopus jack o lantern cherry pie locomotive potted plant japanese castle "
+         "hiking dragon teapot")
 
 def corpus(
     n=20000,  # captions
@@ -44,9 +45,11 @@ def _bpe(size):
     t.normalizer = no.Sequence([no.NFC(), no.Replace(Regex(r"\s+"), " "), no.Lowercase()])
     t.pre_tokenizer = pre.Sequence([pre.Split(Regex(_SPLIT), behavior="removed", invert=True),
                                     pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    t.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(pre.ByteLevel.alphabet()),
+    alphabet = sorted(pre.ByteLevel.alphabet())
+    t.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet,
                                                         end_of_word_suffix="</w>", show_progress=False))
-    return [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(t.to_str())["model"]["merges"]]
+    merges = json.loads(t.to_str())["model"]["merges"]
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
 
 # %% ../../nbs/zoo/02_clip.ipynb #1d9f81ae
 def train_tokenizer(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..core import default_device, set_seed
 from . import world as w
 from .clip import text_tower, train_clip
-from .vae import Run, optimizers, train_vae
+from .vae import Run, optimizers, refine_decoder, train_vae
 
 # %% ../../nbs/zoo/05_unet.ipynb #323277b9
 def make_unet(
@@ -133,7 +133,8 @@ def train_unet(
     batch=64,
     device=None,       # default: GPU if there is one
     seed=0,
-    pool=49152,        # latents kept
+    pool=49152,        # latents kept; a quarter of them is encoded at the start
+    previews=45,       # prompts on a preview sheet
     preview_every=10,  # minutes between preview sheets, saved as `out/unet-run/NNNNNN.jpg`
 ):                     # `StableDiffusionPipeline`
     "Train the UNet; resumable, with previews."
@@ -146,8 +147,7 @@ def train_unet(
     pipe, data, sched = _pipeline(vae, text, tok, unet), Latents(world, vae, text, tok, pool, seed), make_scheduler()
     for _ in range(pool // 1024): data.renew(256)
     def measure():
-        grid_ = draw(pipe, sheet(world))
-        _save_sheet(grid_, out / "unet-run" / f"{run.n:06d}.jpg")
+        _save_sheet(draw(pipe, sheet(world, previews)), out / "unet-run" / f"{run.n:06d}.jpg")
         pipe.save_pretrained(out / "tiny-sd"); return {}
     for i in run.steps(measure):
         if i % 25 == 24: data.renew(256)
@@ -167,15 +167,18 @@ def _save_sheet(x, path, cols=15):
 # %% ../../nbs/zoo/05_unet.ipynb #d1be082d
 def train_base(
     out,           # working folder
-    minutes=126,   # in all: 3/14 for the codec, 1/14 for the CLIP, 10/14 for the UNet
+    minutes=92,    # in all: 35 % for the codec, 10 % for the CLIP, 47.5 % for the UNet, the rest for the decoder
     device=None,   # default: GPU if there is one
     seed=0,
+    **kw,          # to `train_unet`
 ):                 # the folder `out/data`, with `tiny-sd` and `clip`
     "Train the whole base."
-    m = minutes / 14
-    vae = train_vae(out, 3 * m, device=device, seed=seed)
-    clip, tok = train_clip(out, m, device=device, seed=seed)
-    return export_base(train_unet(out, vae, clip, tok, 10 * m, device=device, seed=seed), clip, tok, Path(out) / "data")
+    m, same = minutes / 20, dict(device=device, seed=seed)
+    vae = train_vae(out, 7 * m, **same)
+    clip, tok = train_clip(out, 2 * m, **same)
+    pipe = train_unet(out, vae, clip, tok, 9.5 * m, **same, **kw)
+    refine_decoder(pipe.vae, out, 1.5 * m, device=device)
+    return export_base(pipe, clip, tok, Path(out) / "data")
 
 def export_base(
     pipe,       # trained pipeline
@@ -189,11 +192,11 @@ def export_base(
 
 # %% ../../nbs/zoo/05_unet.ipynb #d106699a
 def main():
-    "Command line of the zoo: `python -m lora_nb.zoo.unet OUT --minutes 126`."
+    "Command line of the zoo: `python -m lora_nb.zoo.unet OUT --minutes 92`."
     import argparse
     p = argparse.ArgumentParser(description="Train the embedded base tiny-sd: codec, CLIP, UNet. Resumable.")
     p.add_argument("out", help="working folder")
-    p.add_argument("--minutes", type=float, default=126, help="training time in all (default: %(default)s)")
+    p.add_argument("--minutes", type=float, default=92, help="training time in all (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     p.add_argument("--seed", type=int, default=0)
     print(train_base(**vars(p.parse_args())))

@@ -25,8 +25,8 @@ _CLASSES = {
         "penguin:1f427 dolphin:1f42c cow:1f404 crab:1f980 lobster:1f99e shark:1f988 duck:1f986 owl:1f989 bat:1f987 "
         "butterfly:1f98b honeybee:1f41d ladybug:1f41e spider:1f577 zebra:1f993 giraffe:1f992 hedgehog:1f994 "
         "parrot:1f99c peacock:1f99a flamingo:1f9a9 swan:1f9a2 dinosaur:1f995",
-    "animal face": "mouse:1f42d cow_face:1f42e tiger:1f42f rabbit_face:1f430 cat:1f431 monkey:1f435 dog:1f436 pig:1f437 "
-        "frog:1f438 hamster:1f439 wolf:1f43a bear:1f43b panda:1f43c fox:1f98a lion:1f981 koala:1f428 raccoon:1f99d",
+    "animal face": "mouse:1f42d cow_face:1f42e tiger:1f42f rabbit_face:1f430 cat:1f431 monkey:1f435 dog:1f436 "
+        "pig:1f437 frog:1f438 hamster:1f439 wolf:1f43a bear:1f43b panda:1f43c fox:1f98a lion:1f981 koala:1f428 raccoon:1f99d",
     "face": "smiling_face:1f603 heart_eyes_face:1f60d sunglasses_face:1f60e angry_face:1f621 crying_face:1f62d "
         "devil:1f608 clown:1f921 ghost:1f47b alien:1f47d skull:1f480 baby:1f476 princess:1f478 santa_claus:1f385 "
         "cowboy:1f920",
@@ -40,7 +40,8 @@ _CLASSES["food"] = ("grapes:1f347 watermelon:1f349 tangerine:1f34a lemon:1f34b b
     "coconut:1f965 avocado:1f951 eggplant:1f346 carrot:1f955 corn:1f33d broccoli:1f966 mushroom:1f344 bread:1f35e "
     "croissant:1f950 pretzel:1f968 pancakes:1f95e cheese:1f9c0 hamburger:1f354 french_fries:1f35f pizza:1f355 "
     "hot_dog:1f32d taco:1f32e fried_egg:1f373 popcorn:1f37f sushi:1f363 ice_cream:1f366 doughnut:1f369 cookie:1f36a "
-    "birthday_cake:1f382 cupcake:1f9c1 lollipop:1f36d honey_pot:1f36f coffee:2615 wine_glass:1f377 beer:1f37a milk:1f95b")
+    "birthday_cake:1f382 cupcake:1f9c1 lollipop:1f36d honey_pot:1f36f coffee:2615 wine_glass:1f377 beer:1f37a "
+    "milk:1f95b")
 
 # %% ../../nbs/zoo/00_world.ipynb #732a2aee
 _CLASSES |= {
@@ -65,16 +66,19 @@ _CLASSES |= {
 
 # %% ../../nbs/zoo/00_world.ipynb #8f5f5890
 _HELD_OUT = {
-    "animal": "octopus:1f419", "animal face": "unicorn:1f984 dragon_face:1f432", "face": "robot:1f916 jack-o-lantern:1f383",
+    "animal": "octopus:1f419", "animal face": "unicorn:1f984 dragon_face:1f432",
+    "face": "robot:1f916 jack-o-lantern:1f383",
     "food": "cherry_pie:1f967", "plant": "potted_plant:1fab4", "vehicle": "locomotive:1f682",
-    "building": "japanese_castle:1f3ef", "clothing": "hiking_boot:1f97e", "toy": "teddy_bear:1f9f8", "object": "teapot:1fad6",
+    "building": "japanese_castle:1f3ef", "clothing": "hiking_boot:1f97e", "toy": "teddy_bear:1f9f8",
+    "object": "teapot:1fad6",
 }
 STYLES = ("pixel art", "line sketch", "neon")        # held out
 
 # %% ../../nbs/zoo/00_world.ipynb #e0f7f5e9
 def _parse(groups):
     "`{name: (code point, class)}` from the compact tables above."
-    return {n.replace("_", " "): (int(c, 16), k) for k, g in groups.items() for n, c in (w.split(":") for w in g.split())}
+    pairs = [(k, *w.split(":")) for k, g in groups.items() for w in g.split()]
+    return {n.replace("_", " "): (int(c, 16), k) for k, n, c in pairs}
 
 _known, _held = _parse(_CLASSES), _parse(_HELD_OUT)
 OBJECTS = {n: c for n, (c, _) in _known.items()}     # name -> code point, known to the bases
@@ -121,8 +125,8 @@ def backgrounds(
     return c1 * (1 - m) + c2 * m
 
 # %% ../../nbs/zoo/00_world.ipynb #150f4f00
-TEMPLATES = ("a {o} on a {b} background", "a picture of a {o} on a {b} background", "a {o} in front of a {b} background",
-             "an image of a {o} on a {b} background", "{o}, {b} background", "a {b} background with a {o}",
+TEMPLATES = ("a {o} on a {b} background", "a picture of a {o} on a {b} background", 
+             "a {o} in front of a {b} background", "an image of a {o} on a {b} background", "{o}, {b} background", "a {b} background with a {o}",
              "a photo of a {o} on a {b} background")
 
 def an(
