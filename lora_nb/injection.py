@@ -8,15 +8,17 @@ Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 __all__ = ['TARGETS', 'UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTENDED_TARGET_REPLACE', 'TEXT_ENCODER_DEFAULT_TARGET_REPLACE',
            'TEXT_ENCODER_EXTENDED_TARGET_REPLACE', 'DEFAULT_TARGET_REPLACE', 'EMBED_FLAG', 'monkeypatch_replace_lora',
            'monkeypatch_lora', 'find_targets', 'stack_of', 'branches', 'Injected', 'branch_parameters', 'layer_factors',
-           'inject_lora', 'adapters', 'Worn', 'disabled', 'remove_lora', 'apply_lora', 'place_lora', 'vector_tokens',
-           'set_scale', 'extract_lora', 'find_in_classes', 'inject_trainable_lora', 'inject_trainable_lora_extended',
-           'extract_lora_ups_down', 'extract_lora_as_tensor', 'monkeypatch_or_replace_lora',
-           'monkeypatch_or_replace_lora_extended', 'monkeypatch_add_lora', 'monkeypatch_remove_lora', 'tune_lora_scale',
-           'set_lora_diag', 'collapse_lora', 'inspect_lora', 'weight_apply_lora', 'apply_learned_embed_in_clip',
-           'load_learned_embed_in_clip', 'patch_pipe']
+           'inject_lora', 'quick', 'adapters', 'Worn', 'disabled', 'remove_lora', 'apply_lora', 'place_lora',
+           'vector_tokens', 'set_scale', 'extract_lora', 'find_in_classes', 'inject_trainable_lora',
+           'inject_trainable_lora_extended', 'extract_lora_ups_down', 'extract_lora_as_tensor',
+           'monkeypatch_or_replace_lora', 'monkeypatch_or_replace_lora_extended', 'monkeypatch_add_lora',
+           'monkeypatch_remove_lora', 'tune_lora_scale', 'set_lora_diag', 'collapse_lora', 'inspect_lora',
+           'weight_apply_lora', 'apply_learned_embed_in_clip', 'load_learned_embed_in_clip',
+           'monkeypatch_or_replace_safeloras', 'patch_pipe']
 
 # %% ../nbs/04_injection.ipynb #23dac86c
 import copy
+import gc
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,7 +58,7 @@ def _ancestors(model):
 
 def _root(module): return module.root if isinstance(module, LoraLayer) else module
 
-def _on_path(item, name): return f".{item}." in f".{name}."        # "blocks.1" is on "blocks.1.to_q", not on "blocks.10"
+def _on_path(item, name): return f".{item}." in f".{name}."    # blocks.1 is on the path blocks.1.to_q, not on blocks.10
 
 # %% ../nbs/04_injection.ipynb #be5cac36
 def _matcher(model, targets, component):
@@ -100,8 +102,9 @@ def _unknown_target(model, targets, component):
     near = closest(first, sorted(known)) if first else ""
     shown = targets.__name__ if callable(targets) else targets
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names if not n.rsplit(".", 1)[-1].isdigit()})
-    return TargetError(f"targets {shown!r} match no linear or convolution of {component} ({type(model).__name__}).{near} "
-                       f"Presets: {', '.join(TARGETS)}; layers here: {some(leaves, 12)}")
+    return TargetError(f"targets {shown!r} match no linear or convolution of {component} "
+                       f"({type(model).__name__}).{near} Presets: {', '.join(TARGETS)}; "
+                       f"layers here: {some(leaves, 12)}")
 
 # %% ../nbs/04_injection.ipynb #41138bdd
 def _wrapper(module):
@@ -139,7 +142,8 @@ class Injected:
     @property
     def num_parameters(self): return sum(p.numel() for p in self.params())
 
-    def __repr__(self): return f"{len(self.layers)} layers of {', '.join(self.parts)}: {self.num_parameters:,} parameters"
+    def __repr__(self):
+        return f"{len(self.layers)} layers of {', '.join(self.parts)}: {self.num_parameters:,} parameters"
 
     def set_scale(self, scale):
         "Strength of all branches, live"
@@ -227,11 +231,21 @@ def _check_ranks(layers, init):
 def _build(handle, layers, alpha, dropout, init, dora, rslora, dtype):
     "Make the branches and hang them into the models"
     where = {f"{c}.{n}": p for c, model in handle.parts.items() for n, p in places(model).items()}
-    for n, (module, r) in layers.items():
-        kind = dtype or torch.promote_types(_root(module).weight.dtype, torch.float32)
-        layer = _wrapper(module).from_base(module, r, alpha, dropout, 1., dora, rslora, init, kind)
-        layer.adapter = handle.adapter
-        where[n].parent._modules[where[n].attr] = handle.layers[n] = layer
+    with quick():
+        for n, (module, r) in layers.items():
+            kind = dtype or torch.promote_types(_root(module).weight.dtype, torch.float32)
+            layer = _wrapper(module).from_base(module, r, alpha, dropout, 1., dora, rslora, init, kind)
+            layer.adapter = handle.adapter
+            where[n].parent._modules[where[n].attr] = handle.layers[n] = layer
+
+@contextmanager
+def quick():
+    "Hold back the garbage collector while thousands of small objects are made: each of its rounds would look at all"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
 
 # %% ../nbs/04_injection.ipynb #419f02e8
 def _freeze(model):
@@ -339,7 +353,7 @@ def _unlink(place, name):
         module = module.base
 
 def _remerge(model, paths):
-    "Compute merged weights anew after something was added, removed or rescaled; put the originals back if nothing is left"
+    "Compute merged weights anew after a change; put the originals back if nothing is left"
     worn, there = _worn(model), places(model) if paths else {}
     for path in paths:
         root = _root(there[path].module)
@@ -352,8 +366,9 @@ def _remerge(model, paths):
 def load(self, lora):
     "Start from the factors of `lora`: the same layers and ranks"
     ours, theirs = set(self.layers), set(lora.layers)
-    if ours != theirs: raise TargetError(f"the LoRA and the branches differ in {len(ours ^ theirs)} layers, such as "
-                                         f"{some(sorted(ours ^ theirs), 2)}: inject with the targets it was trained with")
+    if ours != theirs:
+        raise TargetError(f"the LoRA and the branches differ in {len(ours ^ theirs)} layers, such as "
+                          f"{some(sorted(ours ^ theirs), 2)}: inject with the targets it was trained with")
     for n, m in self.layers.items():
         f = lora.layers[n].plain()
         if f.down.shape != m.lora_down.weight.shape or f.up.shape != m.lora_up.weight.shape:
@@ -430,7 +445,8 @@ def _report_lost(parts, lora, lost, misshaped, found):
     if lost:
         names = [f"{c}.{n}" for c, (_, there) in found.items() for n in there]
         raise TargetError(f"{len(lost)} of {len(lora)} layers have no place in the model ({', '.join(parts)}): "
-                          f"{some(lost)}.{closest(lost[0], names)} The LoRA was probably trained on another base: see lora.report(pipe)")
+                          f"{some(lost)}.{closest(lost[0], names)} The LoRA was probably trained on another base: "
+                          "see lora.report(pipe)")
     if not lora.layers and not lora.embeddings:
         raise TargetError(f"the LoRA holds nothing for {', '.join(parts)}: see its table for what it adapts")
 
@@ -438,14 +454,15 @@ def _report_lost(parts, lora, lost, misshaped, found):
 def _plan_inject(model, layers, scale, name):
     "Build the branches; the function returned hangs them in"
     made = []
-    for place, f in layers.values():
-        w, f = _root(place.module).weight, f.plain()
-        up, down = (t.detach().to(w.device, w.dtype) for t in (f.up, f.down))
-        magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
-        layer = _wrapper(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
-        for p in branch_parameters(layer): p.requires_grad_(False)
-        layer.adapter = name
-        made.append((place, layer))
+    with quick():
+        for place, f in layers.values():
+            w, f = _root(place.module).weight, f.plain()
+            up, down = (t.detach().to(w.device, w.dtype) for t in (f.up, f.down))
+            magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
+            layer = _wrapper(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
+            for p in branch_parameters(layer): p.requires_grad_(False)
+            layer.__dict__["adapter"] = name
+            made.append((place, layer))
     def commit():
         for place, layer in made: place.parent._modules[place.attr] = layer
     return commit
@@ -595,7 +612,8 @@ def extract_lora(
     "What a model wears, as a value: branches, merged LoRAs and words"
     parts, found = resolve_components(pipe_or_model), {}
     for full, stack in branches(parts, name).items():
-        found[full] = [layer_factors(m) for m in stack if not m.merged]
+        factors = [layer_factors(m) for m in stack if not m.merged]        # what is folded in for good is the base's now
+        if factors: found[full] = factors
     words, about = {}, {}
     for c, model in parts.items():
         worn = _worn(model)
@@ -608,7 +626,7 @@ def extract_lora(
         about |= {n: m for n, m in worn.about.items() if name in (None, n)}
     if not found and not words: raise TargetError("the model wears no LoRA" + (f" named {name!r}" if name else ""))
     metadata = next(iter(about.values())) if len(about) == 1 else {}
-    return Lora({n: add_factors(fs) for n, fs in found.items() if fs}, words, metadata)
+    return Lora({n: add_factors(fs) for n, fs in found.items()}, words, metadata)
 
 # %% ../nbs/04_injection.ipynb #6e8dd981
 UNET_DEFAULT_TARGET_REPLACE = {"CrossAttention", "Attention", "GEGLU"}
@@ -692,14 +710,14 @@ def _check_pairs(
     "The list as pairs, or an error if count or shapes do not fit"
     pairs = list(zip(loras[::2], loras[1::2]))
     if len(loras) != 2 * len(found):
-        raise ShapeError(f"the list holds {len(loras)} tensors, expected {2 * len(found)}: an up and a down for each of "
-                         f"{len(found)} layers. It was made for other targets or another base")
+        raise ShapeError(f"the list holds {len(loras)} tensors, expected {2 * len(found)}: an up and a down for each "
+                         f"of {len(found)} layers. It was made for other targets or another base")
     for i, ((up, down), place) in enumerate(zip(pairs, found)):
         want = tuple(_root(place.module).weight.shape)
         if Factors(up, down).shape != want:
-            raise ShapeError(f"pair {i} is made for a weight of {Factors(up, down).shape}, the model's is {want} there: "
-                             "the list was made for another base, or in another order (files made before diffusers "
-                             "0.15: Lora.load(path, base=pipe) knows both orders)")
+            raise ShapeError(f"pair {i} is made for a weight of {Factors(up, down).shape}, the model's is {want} "
+                             "there: the list was made for another base, or in another order (files made before "
+                             "diffusers 0.15: Lora.load(path, base=pipe) knows both orders)")
     Lora({str(i): Factors(*p) for i, p in enumerate(pairs)}).check()
     return pairs
 
@@ -729,8 +747,8 @@ def monkeypatch_or_replace_lora(
 
 def monkeypatch_or_replace_lora_extended(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, r=4):
     "The same for linears and convolutions; a kind of which the list has none is left out"
-    kinds = {n for t in loras for n in [t.ndim]}
-    wanted = ((nn.Linear, LoraInjectedLinear) if 2 in kinds else ()) + ((nn.Conv2d, LoraInjectedConv2d) if 4 in kinds else ())
+    kinds = {2: (nn.Linear, LoraInjectedLinear), 4: (nn.Conv2d, LoraInjectedConv2d)}
+    wanted = sum((kinds[n] for n in {t.ndim for t in loras}), ())
     _wear_pairs(model, loras, find_in_classes(model, target_replace_module, wanted))
 
 monkeypatch_replace_lora = monkeypatch_lora = monkeypatch_or_replace_lora
@@ -795,7 +813,8 @@ def collapse_lora(
         base = m.original_weight if m.start is not None else root.weight
         new = (base.to(delta.dtype) + delta).to(root.weight.dtype)
         m.restore_base()
-        if hasattr(root, "_kept_weight"): root._kept_weight = (root._kept_weight.to(delta) + delta).to(root.weight.dtype)
+        if hasattr(root, "_kept_weight"):            # another LoRA is merged, and may be taken off later
+            root._kept_weight = (root._kept_weight.to(delta) + delta).to(root.weight.dtype)
         root.weight.data = new
         m.merged, m.enabled = True, False
 
@@ -828,7 +847,8 @@ def apply_learned_embed_in_clip(
         raise DataError(f"{len(names)} names for {len(learned_embeds)} words: expected as many of both")
     width, planned = text_encoder.get_input_embeddings().weight.shape[1], {}
     for name, e in zip(names, learned_embeds.values()):
-        if _rows(e).shape[1] != width: raise ShapeError(f"the word {name!r} has {e.shape[-1]} numbers, expected {width}")
+        if e.shape[-1] != width:
+            raise ShapeError(f"the word {name!r} has {e.shape[-1]} numbers, expected {width}: it is another encoder's")
         if not idempotent: name = _free_word(name, {*tokenizer.get_vocab(), *planned})
         planned[name] = _rows(e)
     worn = _wears(text_encoder)
@@ -844,6 +864,23 @@ def load_learned_embed_in_clip(learned_embeds_path, text_encoder, tokenizer, tok
     "The same from a .pt file"
     learned = torch.load(learned_embeds_path, weights_only=True, map_location="cpu")
     return apply_learned_embed_in_clip(learned, text_encoder, tokenizer, token, idempotent)
+
+# %% ../nbs/04_injection.ipynb #2c0be3e9
+def monkeypatch_or_replace_safeloras(
+    models,     # has the models as attributes, as a pipeline does
+    safeloras,  # an open safetensors file of the reference's format
+):
+    "Wear every part of a file, in place of what is worn; all of it fits, or nothing changes"
+    from lora_nb.formats import parse_safeloras
+    kinds, plans = (nn.Linear, nn.Conv2d, LoraLayer), []
+    for name, (lora, ranks, target) in parse_safeloras(safeloras).items():
+        model = getattr(models, name, None)
+        if model is None: raise TargetError(f"the file holds a part for {name!r}, which is missing here")
+        dims = {t.ndim for t in lora}
+        found = [x for x in find_in_classes(model, target, kinds) if _root(x[0].module).weight.ndim in dims]
+        _check_pairs(lora, [p for p, _ in found])
+        plans.append((model, lora, found))
+    for plan in plans: _wear_pairs(*plan)
 
 # %% ../nbs/04_injection.ipynb #511b146e
 def patch_pipe(

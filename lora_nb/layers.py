@@ -25,8 +25,7 @@ class LoraLayer(nn.Module):
     adapter = "default"                       # whose branch this is, when a model wears several
 
     def _set_strength(self, r, alpha, rslora, scale):
-        self.r, self._alpha, self.use_rslora = r, alpha, rslora
-        self._gain_tensor = torch.ones(())
+        self.__dict__.update(r=r, _alpha=alpha, use_rslora=rslora, _gain_tensor=torch.ones(()))
         self.scale = scale
 
     @property
@@ -39,9 +38,9 @@ class LoraLayer(nn.Module):
 
     @scale.setter
     def scale(self, s):
-        self._scale = float(s)
-        self._gain = self._scale * self.scaling
-        self._gain_tensor.fill_(self._gain)
+        gain = float(s) * self.scaling
+        self.__dict__.update(_scale=float(s), _gain=gain)
+        self._gain_tensor.fill_(gain)
 
     @property
     def alpha(self): return self._alpha
@@ -94,8 +93,8 @@ def _linear(weight):
     "An nn.Linear around `weight`, without drawing random numbers first"
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.out_features, layer.in_features = weight.shape
-    layer.weight, layer.bias = nn.Parameter(weight), None
+    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])    # not by nn.Module's slow setter
+    layer._parameters.update(weight=nn.Parameter(weight), bias=None)
     return layer
 
 # %% ../nbs/02_layers.ipynb #3d82ad15
@@ -119,12 +118,13 @@ def row_norms(weight):
 def _wear(self, base, up, down, alpha=None, dropout_p=0., scale=1., rslora=False, magnitude=None):
     "Put a branch of these factors around `base`"
     self._modules[self.base_name] = base
-    self.lora_down, self.lora_up = self._factor_modules(up, down)
-    self.dropout, self.selector = nn.Dropout(dropout_p), nn.Identity()
-    self.magnitude = None if magnitude is None else nn.Parameter(magnitude)     # DoRA, below
-    self.start = None                                                           # PiSSA, below
+    down_module, up_module = self._factor_modules(up, down)
+    new = dict(lora_down=down_module, dropout=nn.Dropout(dropout_p), lora_up=up_module, selector=nn.Identity())
+    self._modules.update(new)                      # straight into the dictionary: a model has hundreds of layers
+    (self.__dict__ if magnitude is None else self._parameters)["magnitude"] = magnitude         # DoRA, below
+    self.__dict__["start"] = None                                                               # PiSSA, below
     self._set_strength(len(down), alpha, rslora, scale)
-    self.train(base.training)
+    for m in (self, *new.values()): m.training = base.training
     return self
 
 @patch_to(LoraLayer)
@@ -164,7 +164,7 @@ def _from_base(cls,
     root = module.root if isinstance(module, LoraLayer) else module
     check_rank(r, *cls._sizes(root))
     up, down = init_factors(root.weight, r, init, dtype)
-    magnitude = row_norms(root.weight).to(up.dtype) if dora else None
+    magnitude = nn.Parameter(row_norms(root.weight).to(up.dtype)) if dora else None
     root.requires_grad_(False)
     self = cls._new()._wear(module, up, down, alpha, dropout_p, scale, rslora, magnitude)
     if init == "pissa": self._split_base()
@@ -175,6 +175,7 @@ LoraLayer.from_base = classmethod(_from_base)
 # %% ../nbs/02_layers.ipynb #8a9dce79
 def _from_factors(cls, module, up, down, alpha=None, scale=1., magnitude=None):
     "`module` wearing factors that exist"
+    magnitude = None if magnitude is None else nn.Parameter(magnitude)
     return cls._new()._wear(module, up, down, alpha, 0., scale, False, magnitude)
 
 def _new(cls):

@@ -271,8 +271,9 @@ def _repr_markdown_(self):
     for c in self.components:
         part = self.only(c)
         ranks = sorted(set(part.ranks.values()))
-        rows.append([c, len(part), "-".join(str(r) for r in {*ranks[:1], *ranks[-1:]}) or "none",
-                     f"{part.num_parameters:,}", human(part.bytes), f"{sum(x*x for x in part.norms().values())**.5:.3g}",
+        total = sum(x * x for x in part.norms().values())**.5
+        rows.append([c, len(part), "-".join(str(r) for r in sorted({*ranks[:1], *ranks[-1:]})) or "none",
+                     f"{part.num_parameters:,}", human(part.bytes), f"{total:.3g}",
                      ", ".join(f"`{t}`" for t in part.embeddings)])
     head = ["part", "layers", "rank", "parameters", "size", "norm of delta", "tokens"]
     about = "\n".join(f"- {k}: {v[:100]}" for k, v in self.metadata.items())
@@ -406,9 +407,10 @@ def _about_fit(lora, r, parts):
     base = lora.metadata.get("base")
     trained = f" It says it was trained on {base!r}." if base else ""
     if not lora.layers: yield "It holds no layers" + (", only words." if lora.embeddings else ": the file was empty.")
-    elif not r.matched: yield f"Nothing fits: it was made for another base, {', '.join(parts)} is what is here.{trained}"
+    elif not r.matched: yield f"Nothing fits: it was made for another base. Here is {', '.join(parts)}.{trained}"
     elif r.misshaped: yield f"{len(r.misshaped)} layers have another shape: it was made for another base.{trained}"
-    if r.unexpected and r.matched: yield f"{len(r.unexpected)} names are unknown here, such as {r.unexpected[0]}.{trained}"
+    if r.unexpected and r.matched:
+        yield f"{len(r.unexpected)} names are unknown here, such as {r.unexpected[0]}.{trained}"
 
 def _about_strength(lora, r):
     "Sentences about size"
@@ -417,7 +419,7 @@ def _about_strength(lora, r):
     change = max((d / (w or 1) for d, w in r.norms.values()), default=0)
     if r.matched and all(d == 0 for d, _ in r.norms.values()): yield "Every difference is zero: it was never trained."
     elif r.matched and change < 1e-3:
-        yield f"It is very weak: no block changes by more than {change:.2%}. Train longer, or wear it at a higher scale."
+        yield f"It is weak: no block changes by more than {change:.2%}. Train longer, or wear it at a higher scale."
 
 # %% ../nbs/03_lora.ipynb #29ca8e13
 def _about_use(lora, pipe, parts):
@@ -435,8 +437,8 @@ def _about_use(lora, pipe, parts):
 # %% ../nbs/03_lora.ipynb #81d39e95
 @patch_to(Report)
 def _repr_markdown_(self):
-    rows = [[k, len(v), ", ".join(f"`{n}`" for n in v[:2])] for k, v in
-            dict(matched=self.matched, missing=self.missing, unexpected=self.unexpected, misshaped=self.misshaped).items()]
+    heaps = {k: getattr(self, k) for k in ("matched", "missing", "unexpected", "misshaped")}
+    rows = [[k, len(v), ", ".join(f"`{n}`" for n in v[:2])] for k, v in heaps.items()]
     blocks = [[f"`{b}`", f"{d:.3g}", f"{w:.3g}", f"{d / (w or 1):.2%}"] for b, (d, w) in self.norms.items()]
     return "\n\n".join([table(["", "layers", "such as"], rows), "\n".join(f"- {a}" for a in self.advice),
                         table(["block", "norm of delta", "norm of weights", "change"], blocks)])
