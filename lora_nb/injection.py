@@ -6,15 +6,15 @@ Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 
 # %% auto #0
 __all__ = ['TARGETS', 'UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTENDED_TARGET_REPLACE', 'TEXT_ENCODER_DEFAULT_TARGET_REPLACE',
-           'TEXT_ENCODER_EXTENDED_TARGET_REPLACE', 'DEFAULT_TARGET_REPLACE', 'EMBED_FLAG', 'monkeypatch_replace_lora',
-           'monkeypatch_lora', 'find_targets', 'stack_of', 'branches', 'Injected', 'branch_parameters', 'layer_factors',
-           'inject_lora', 'quick', 'adapters', 'Worn', 'disabled', 'remove_lora', 'apply_lora', 'place_lora',
-           'vector_tokens', 'set_scale', 'extract_lora', 'find_in_classes', 'inject_trainable_lora',
-           'inject_trainable_lora_extended', 'extract_lora_ups_down', 'extract_lora_as_tensor',
-           'monkeypatch_or_replace_lora', 'monkeypatch_or_replace_lora_extended', 'monkeypatch_add_lora',
-           'monkeypatch_remove_lora', 'tune_lora_scale', 'set_lora_diag', 'collapse_lora', 'inspect_lora',
-           'weight_apply_lora', 'apply_learned_embed_in_clip', 'load_learned_embed_in_clip',
-           'monkeypatch_or_replace_safeloras', 'patch_pipe']
+           'TEXT_ENCODER_EXTENDED_TARGET_REPLACE', 'DEFAULT_TARGET_REPLACE', 'EMBED_FLAG', 'find_targets', 'stack_of',
+           'branches', 'Injected', 'branch_parameters', 'layer_factors', 'inject_lora', 'quick', 'adapters', 'Worn',
+           'disabled', 'remove_lora', 'apply_lora', 'place_lora', 'vector_tokens', 'set_scale', 'extract_lora',
+           'find_in_classes', 'inject_trainable_lora', 'inject_trainable_lora_extended', 'extract_lora_ups_down',
+           'extract_lora_as_tensor', 'monkeypatch_or_replace_lora', 'monkeypatch_or_replace_lora_extended',
+           'monkeypatch_replace_lora', 'monkeypatch_lora', 'monkeypatch_add_lora', 'monkeypatch_remove_lora',
+           'tune_lora_scale', 'set_lora_diag', 'collapse_lora', 'inspect_lora', 'weight_apply_lora',
+           'apply_learned_embed_in_clip', 'load_learned_embed_in_clip', 'monkeypatch_or_replace_safeloras',
+           'patch_pipe']
 
 # %% ../nbs/04_injection.ipynb #23dac86c
 import copy
@@ -612,7 +612,7 @@ def extract_lora(
     "What a model wears, as a value: branches, merged LoRAs and words"
     parts, found = resolve_components(pipe_or_model), {}
     for full, stack in branches(parts, name).items():
-        factors = [layer_factors(m) for m in stack if not m.merged]        # what is folded in for good is the base's now
+        factors = [layer_factors(m) for m in stack if not m.merged]      # what was collapsed belongs to the base now
         if factors: found[full] = factors
     words, about = {}, {}
     for c, model in parts.items():
@@ -751,7 +751,13 @@ def monkeypatch_or_replace_lora_extended(model, loras, target_replace_module=DEF
     wanted = sum((kinds[n] for n in {t.ndim for t in loras}), ())
     _wear_pairs(model, loras, find_in_classes(model, target_replace_module, wanted))
 
-monkeypatch_replace_lora = monkeypatch_lora = monkeypatch_or_replace_lora
+def monkeypatch_replace_lora(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, r=4):
+    "Another name for `monkeypatch_or_replace_lora`"
+    monkeypatch_or_replace_lora(model, loras, target_replace_module, r)
+
+def monkeypatch_lora(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, r=4):
+    "Its oldest name"
+    monkeypatch_or_replace_lora(model, loras, target_replace_module, r)
 
 # %% ../nbs/04_injection.ipynb #31110dee
 def monkeypatch_add_lora(

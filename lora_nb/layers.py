@@ -119,7 +119,8 @@ def _wear(self, base, up, down, alpha=None, dropout_p=0., scale=1., rslora=False
     "Put a branch of these factors around `base`"
     self._modules[self.base_name] = base
     down_module, up_module = self._factor_modules(up, down)
-    new = dict(lora_down=down_module, dropout=nn.Dropout(dropout_p), lora_up=up_module, selector=nn.Identity())
+    dropout, selector = (nn.Dropout(dropout_p), nn.Identity()) if dropout_p is not None else _IDLE
+    new = dict(lora_down=down_module, dropout=dropout, lora_up=up_module, selector=selector)
     self._modules.update(new)                      # straight into the dictionary: a model has hundreds of layers
     (self.__dict__ if magnitude is None else self._parameters)["magnitude"] = magnitude         # DoRA, below
     self.__dict__["start"] = None                                                               # PiSSA, below
@@ -173,10 +174,12 @@ def _from_base(cls,
 LoraLayer.from_base = classmethod(_from_base)
 
 # %% ../nbs/02_layers.ipynb #8a9dce79
+_IDLE = nn.Dropout(0.), nn.Identity()      # shared by all layers that only wear a LoRA: they have neither to do
+
 def _from_factors(cls, module, up, down, alpha=None, scale=1., magnitude=None):
     "`module` wearing factors that exist"
     magnitude = None if magnitude is None else nn.Parameter(magnitude)
-    return cls._new()._wear(module, up, down, alpha, 0., scale, False, magnitude)
+    return cls._new()._wear(module, up, down, alpha, None, scale, False, magnitude)
 
 def _new(cls):
     "An instance without parts"
