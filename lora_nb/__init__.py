@@ -3,6 +3,7 @@
 Importing the package loads nothing else. Every public function and class of every module is offered here too, and its
 module is imported at the first use (PEP 562): `from lora_nb import Lora, apply_lora, load_base`.
 """
+from functools import lru_cache
 from importlib import import_module
 
 _MODULES = ("core", "show", "layers", "lora", "injection", "formats", "extraction", "composition", "bases",
@@ -10,14 +11,16 @@ _MODULES = ("core", "show", "layers", "lora", "injection", "formats", "extractio
             "pti", "sd3", "studio", "cli")
 
 
+@lru_cache
 def _public():
-    "name -> module, from nbdev's index of exported symbols; earlier chapters win."
-    from ._modidx import d
+    "name -> module, read from each module's `__all__` without importing it; earlier chapters win."
+    import ast, pathlib, re
     names = {}
     for m in _MODULES:
-        for full in d["syms"].get(f"lora_nb.{m}", ()):
-            name = full.removeprefix(f"lora_nb.{m}.")
-            if "." not in name and not name.startswith("_"): names.setdefault(name, m)
+        file = pathlib.Path(__file__).with_name(f"{m}.py")
+        if not file.exists(): continue
+        listed = re.search(r"^__all__ = (\[.*?\])", file.read_text(encoding="utf-8"), re.S | re.M)
+        for name in ast.literal_eval(listed[1]) if listed else (): names.setdefault(name, m)
     return names
 
 
