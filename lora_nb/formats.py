@@ -7,15 +7,16 @@ Docs: https://lora-nb.github.io/lora_nb/formats.html.md"""
 # %% auto #0
 __all__ = ['FORMATS', 'EMBED_FLAG', 'read_header', 'listing', 'read_file', 'find_file', 'check_tensors', 'split_key',
            'group_parts', 'to_factors', 'fold_alpha', 'unfold_alpha', 'pack_tensor', 'unpack_tensor', 'note', 'others',
-           'read_note', 'config_alpha', 'read_peft', 'peft_key', 'write_peft', 'Format', 'recognise', 'load_lora',
-           'base_layers', 'fit_base', 'save_lora', 'positional_slots', 'legacy_order', 'skeleton', 'walks', 'place',
-           'read_lora_diffusion', 'write_lora_diffusion', 'pt_paths', 'kohya_name', 'read_kohya', 'write_kohya',
-           'read_embedding', 'write_embedding', 'save_lora_weight', 'save_lora_as_json', 'save_safeloras_with_embeds',
-           'save_safeloras', 'convert_loras_to_safeloras_with_embeds', 'convert_loras_to_safeloras', 'parse_safeloras',
-           'parse_safeloras_embeds', 'load_safeloras', 'load_safeloras_embeds', 'load_safeloras_both', 'save_all']
+           'checksum', 'read_note', 'config_alpha', 'read_peft', 'peft_key', 'write_peft', 'Format', 'recognise',
+           'load_lora', 'base_layers', 'fit_base', 'save_lora', 'positional_slots', 'legacy_order', 'skeleton', 'walks',
+           'place', 'read_lora_diffusion', 'write_lora_diffusion', 'pt_paths', 'kohya_name', 'read_kohya',
+           'write_kohya', 'read_embedding', 'write_embedding', 'save_lora_weight', 'save_lora_as_json',
+           'save_safeloras_with_embeds', 'save_safeloras', 'convert_loras_to_safeloras_with_embeds',
+           'convert_loras_to_safeloras', 'parse_safeloras', 'parse_safeloras_embeds', 'load_safeloras',
+           'load_safeloras_embeds', 'load_safeloras_both', 'save_all']
 
 # %% ../nbs/05_formats.ipynb #6915897b
-import base64, json, math, pickle, re
+import base64, json, math, pickle, re, zlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,7 +28,7 @@ from torch import nn
 from .core import FormatError, LoraError, ShapeError, TargetError, atomic_path, closest
 from .layers import LoraLayer
 from .lora import Factors, Lora, canonical, places, resolve_components
-from .injection import extract_lora_as_tensor, extract_lora_ups_down
+from .injection import extract_lora_as_tensor, extract_lora_ups_down, quick
 
 # %% ../nbs/05_formats.ipynb #bd54b66e
 def _unique(pairs):
@@ -249,6 +250,15 @@ def others(metadata):
     "What other programs noted in a file"
     return {k: str(v) for k, v in metadata.items() if k not in _BOOKKEEPING}
 
+def checksum(tensors, own): # key -> tensor; the note
+    "CRC-32 of everything: names, shapes, numbers and the note"
+    crc = zlib.crc32(json.dumps({k: v for k, v in own.items() if k != "checksum"}, sort_keys=True).encode())
+    for key in sorted(tensors):
+        t = tensors[key]
+        crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
 def read_note(metadata): # of any file
     "What we noted in it"
     try: own = json.loads(metadata.get(_OWN, "{}"))
@@ -356,31 +366,35 @@ FORMATS["checkpoint"] = Format(_has(r"^model\.diffusion_model\.", r"^first_stage
 FORMATS["peft"] = Format(_is_peft, read_peft, write_peft)
 
 # %% ../nbs/05_formats.ipynb #c93d802c
-def _finish(lora, metadata, verify=True):
-    "Put back what the note says: alphas, embeddings, metadata; check the hash"
+def _finish(lora, metadata):
+    "Put back what the note says: alphas, embeddings, metadata"
     own = read_note(metadata)
-    noted, alphas = own.pop("content_hash", None), own.pop("alphas", {})
+    alphas = own.pop("alphas", {})
     extra = {t: {c: unpack_tensor(v) for c, v in e.items()} for t, e in own.pop("embeddings", {}).items()}
-    for key in ("version", "token"): own.pop(key, None)
+    for key in ("version", "token", "content_hash", "checksum"): own.pop(key, None)
     layers = {n: unfold_alpha(f, alphas[n]) if n in alphas else f for n, f in lora.layers.items()}
-    lora = Lora(layers, {**lora.embeddings, **extra}, {**lora.metadata, **{k: str(v) for k, v in own.items()}})
-    if verify and noted and noted != lora.content_hash():
-        raise FormatError("the content is not what the file's hash says: it is damaged or was edited. "
+    return Lora(layers, {**lora.embeddings, **extra}, {**lora.metadata, **{k: str(v) for k, v in own.items()}})
+
+def _check_sum(tensors, own):
+    if "checksum" in own and own["checksum"] != checksum(tensors, own):
+        raise FormatError("the content is not what the file's checksum says: it is damaged or was edited. "
                           "Get it again, or pass verify=False to read it as it is.")
-    return lora
 
 # %% ../nbs/05_formats.ipynb #ee8d6f7d
 def load_lora(path,        # file or folder; every format of `FORMATS`, recognised by content
               base=None,   # pipeline or model to check names and shapes against (and to name positional files by)
-              verify=True): # refuse if a content hash in the file does not match
+              verify=True): # refuse if a checksum in the file does not match
     "Read a `Lora` from a file, strictly: everything finds its place or nothing is loaded"
     try:
-        tensors, metadata = read_file(path)
-        check_tensors(tensors)
-        kind = recognise(tensors, metadata)
-        if FORMATS[kind].read is None: raise FormatError(f"a {kind} file, which is not read. {FORMATS[kind].advice}")
-        lora = _finish(FORMATS[kind].read(tensors, metadata, base), metadata, verify)
-        return lora if base is None else fit_base(lora, base)
+        with quick():
+            tensors, metadata = read_file(path)
+            check_tensors(tensors)
+            kind = recognise(tensors, metadata)
+            if FORMATS[kind].read is None:
+                raise FormatError(f"a {kind} file, which is not read. {FORMATS[kind].advice}")
+            if verify: _check_sum(tensors, read_note(metadata))
+            lora = _finish(FORMATS[kind].read(tensors, metadata, base), metadata)
+            return lora if base is None else fit_base(lora, base)
     except LoraError as e: raise type(e)(f"{path}: {e}") from e
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise FormatError(f"{path}: the file's notes are damaged ({type(e).__name__}: {e}). Get it again.") from e
@@ -432,11 +446,11 @@ def save_lora(lora,          # `Lora`
 
 # %% ../nbs/05_formats.ipynb #5d9f7f30
 def _seal(tensors, metadata, read, base):
-    "Metadata with the hash of what will be read back, all as strings"
+    "Metadata with the hash of what will be read back and the checksum of all, as strings"
     own = metadata[_OWN]
     text = {**metadata, _OWN: json.dumps(own, sort_keys=True)}
     own = dict(own, content_hash=_finish(read(tensors, text, base), text).content_hash())
-    return {**metadata, _OWN: json.dumps(own, sort_keys=True)}
+    return {**metadata, _OWN: json.dumps(dict(own, checksum=checksum(tensors, own)), sort_keys=True)}
 
 def _write_safetensors(path, tensors, metadata):
     "Atomically"
