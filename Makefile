@@ -6,7 +6,7 @@
 # make base                     train the embedded base again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
 BIN := .venv/bin
-PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt $(INDEX)
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt $(INDEX)
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
