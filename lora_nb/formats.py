@@ -376,7 +376,7 @@ def _finish(lora, metadata):
     return Lora(layers, {**lora.embeddings, **extra}, {**lora.metadata, **{k: str(v) for k, v in own.items()}})
 
 def _check_sum(tensors, own):
-    if "checksum" in own and own["checksum"] != checksum(tensors, own):
+    if own and own.get("checksum") != checksum(tensors, own):
         raise FormatError("the content is not what the file's checksum says: it is damaged or was edited. "
                           "Get it again, or pass verify=False to read it as it is.")
 
