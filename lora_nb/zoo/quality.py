@@ -62,8 +62,8 @@ def measure_base(
                                guidance_scale=guidance_scale)
         for k, v in score(images, part, judge).items(): right[k] += v
     never = sorted({r[0] for r in rows} - {r[0] for r, ok in zip(rows, right["object"]) if ok})
-    return dict(base=base.name, pictures=len(rows), seed=seed, steps=steps, guidance_scale=guidance_scale, **shares(right),
-                seconds_a_picture=round((time.time() - start) / len(rows), 3), never_right=never)
+    return dict(base=base.name, pictures=len(rows), seed=seed, steps=steps, guidance_scale=guidance_scale,
+                **shares(right), seconds_a_picture=round((time.time() - start) / len(rows), 3), never_right=never)
 
 # %% ../../nbs/zoo/06_quality.ipynb #7e7a578d
 def main():

@@ -13,7 +13,7 @@ import json, random
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ..core import default_device, set_seed
+from ..core import default_device, generators, set_seed
 from . import world as w
 from .clip import text_tower, train_clip
 from .vae import Run, optimizers, refine_decoder, train_vae
@@ -61,7 +61,8 @@ class Latents:
         b = self.world.sample(n)
         with torch.autocast(self.world.device.type, torch.bfloat16):
             z = self.vae.encode(b["images"].to(memory_format=torch.channels_last)).latent_dist.sample()
-        z, lab = (z * self.vae.config.scaling_factor).half(), torch.stack([b[k] for k in ("obj", "color", "pattern")], 1)
+        z = (z * self.vae.config.scaling_factor).half()
+        lab = torch.stack([b[k] for k in ("obj", "color", "pattern")], 1)
         self.z = z if self.z is None else torch.cat([self.z, z])[-self.size:]
         self.labels = lab if self.labels is None else torch.cat([self.labels, lab])[-self.size:]
 
@@ -109,10 +110,11 @@ def draw(
 ):               # `(B, 3, 64, 64)` in -1..1
     "Draw one picture for each prompt."
     c, s = pipe.unet.config.in_channels, pipe.unet.config.sample_size
-    z = torch.stack([torch.randn(c, s, s, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
+    z = torch.stack([torch.randn(c, s, s, generator=g) for g in generators(range(seed, seed + len(prompts)))])
     pipe.set_progress_bar_config(disable=True)
     with torch.autocast(pipe.device.type, torch.bfloat16):
-        x = pipe(prompts, latents=z.to(pipe.device), num_inference_steps=steps, guidance_scale=guidance, output_type="pt").images
+        x = pipe(prompts, latents=z.to(pipe.device), num_inference_steps=steps, guidance_scale=guidance,
+                 output_type="pt").images
     return x.float().cpu() * 2 - 1
 
 def sheet(
@@ -185,10 +187,14 @@ def export_base(
     clip, tok,  # both towers and their tokenizer
     out,        # folder
 ):              # `out`
-    "Write `tiny-sd` and `clip` as half-precision safetensors."
-    pipe.to("cpu", torch.float16).save_pretrained(Path(out) / "tiny-sd", safe_serialization=True)
-    clip.to("cpu", torch.float16).save_pretrained(Path(out) / "clip"); tok.save_pretrained(Path(out) / "clip")
-    return Path(out)
+    "Write `tiny-sd` and `clip` as half-precision safetensors that load in single precision."
+    out = Path(out)
+    pipe.to("cpu", torch.float16).save_pretrained(out / "tiny-sd", safe_serialization=True)
+    clip.to("cpu", torch.float16).save_pretrained(out / "clip")
+    tok.save_pretrained(out / "clip")
+    for f in (out / "tiny-sd/text_encoder/config.json", out / "clip/config.json"):
+        f.write_text(f.read_text().replace('"float16"', '"float32"'))
+    return out
 
 # %% ../../nbs/zoo/05_unet.ipynb #d106699a
 def main():

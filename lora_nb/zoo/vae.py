@@ -6,7 +6,7 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/vae.html.md"""
 
 # %% auto #0
 __all__ = ['orthogonalize', 'Muon', 'optimizers', 'wsd', 'Average', 'Run', 'textures', 'add_object', 'codec_batch', 'codec_loss',
-           'psnr', 'make_vae', 'reconstruct', 'train_vae']
+           'psnr', 'make_vae', 'reconstruct', 'train_vae', 'refine_decoder']
 
 # %% ../../nbs/zoo/01_vae.ipynb #2200ab93
 import contextlib, json, random, time
@@ -265,5 +265,33 @@ def train_vae(
     vae.load_state_dict(run.average.state)
     with torch.no_grad(): std = vae.encode(test).latent_dist.mode().std().item()
     vae.register_to_config(scaling_factor=1 / std)         # so that the denoiser sees unit variance
+    vae.save_pretrained(Path(out) / "vae")
+    return vae
+
+# %% ../../nbs/zoo/01_vae.ipynb #707d57e1
+def refine_decoder(
+    vae,          # trained `AutoencoderKL`
+    out,          # folder; the result is saved as `out/vae`
+    minutes=7,
+    batch=16,
+    device=None,  # default: GPU if there is one
+    seed=1,
+):                # `vae`: the encoder is untouched
+    "Train the decoder on, with the latents as they are; resumable."
+    device = default_device(device); set_seed(seed)
+    world = w.World({hex(c): c for c in w.all_glyphs()}, device, jitter=4)
+    test = w.World(device=device).sample(128, torch.Generator().manual_seed(1))["images"]
+    vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    for part in (vae.decoder, vae.post_quant_conv): part.requires_grad_(True)
+    moving = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    opts = optimizers(moving, muon_lr=.005, skip=("conv_in", "conv_out"))
+    run = Run(moving, Path(out) / "decoder-run", minutes, opts, decay=.8)
+    for _ in run.steps(lambda: dict(psnr=psnr(test, reconstruct(vae, test)).mean().item())):
+        x = codec_batch(world, batch).to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad(): z = vae.encode(x).latent_dist.sample()
+            y = vae.decode(z).sample
+        run.learn(codec_loss(x, y.float(), torch.zeros(1, device=device)))
+    moving.load_state_dict(run.average.state)
     vae.save_pretrained(Path(out) / "vae")
     return vae
