@@ -265,7 +265,8 @@ def read_note(metadata): # of any file
     except ValueError as e: raise FormatError(f"the metadata entry {_OWN!r} is not JSON ({e}). The file is "
                                               "damaged; get it again.") from e
     astray = [k for k, v in metadata.items() if k != _OWN and '"content_hash": "' in str(v)]
-    if astray: raise FormatError(f"the note stands under {astray[0]!r}, not {_OWN!r}: the file is damaged; get it again.")
+    if astray: raise FormatError(f"the note stands under {astray[0]!r}, not {_OWN!r}: the file is damaged. "
+                                 "Get it again.")
     if not isinstance(own, dict): raise FormatError(f"the metadata entry {_OWN!r} should be a JSON object.")
     return own
 
