@@ -347,7 +347,7 @@ def demo_parser():
     add_flags(p, "demo", [
         ("subject", str, "teddy bear", "a bundled subject's name, or a folder with pictures of your own"),
         ("instance_prompt", str, None, "by default 'a sks NOUN' with the subject's class noun"),
-        ("class_prompt", str, None, "by default 'a NOUN' on varied backgrounds"),
+        ("class_prompt", str, None, "by default 'a NOUN'"),
         ("out", str, "out/demo", "folder for what it makes"),
         ("steps", int, 300, "optimiser steps"), ("seed", int, 0, "of training"),
         ("pictures", int, 24, "pictures in each group of the measurement"),
@@ -365,7 +365,7 @@ def demo(argv):
     out = _writable(a.out)
     from lora_nb.dataset import find_pictures
     from lora_nb.dreambooth import DreamBooth, trigger_of
-    from lora_nb.evaluation import answers, exam, load_judge, marks, questions, read_background, summary, wearing
+    from lora_nb.evaluation import answers, exam, load_judge, marks, read_background, summary, wearing
     pictures = find_pictures(folder)
     base, judge, prompt, began = _base(a), load_judge(), a.instance_prompt or f"a sks {noun}", time.time()
     paper = exam(trigger_of(prompt), name, noun, a.pictures, read_background(pictures))
@@ -374,8 +374,7 @@ def demo(argv):
           "First, what the base draws ...")
     before = marks(paper, answers(base, paper, **draw), judge, pictures)
     rows = context_prompts(trigger_of(prompt), paper)
-    around = a.class_prompt or [q.prompt for q in questions([noun], a.num_class_images, seed=99)]
-    run = DreamBooth(base, pictures, prompt, around, recipe=demo_recipe(base, a), sampling=draw,
+    run = DreamBooth(base, pictures, prompt, a.class_prompt or f"a {noun}", recipe=demo_recipe(base, a), sampling=draw,
                      num_class_images=a.num_class_images, previews=dict(prompts=rows, seeds=7, **draw))
     lora = run.fit()
     print("Measuring what was learned, and what was kept ...")
@@ -388,7 +387,8 @@ def demo(argv):
 def demo_recipe(base, a):
     "The recipe of the demo: the base's own, with previews on the way."
     from lora_nb.training import recipe_for
-    return recipe_for(base, seed=a.seed, steps=a.steps, lr_schedule="cosine", preview_every=math.ceil(a.steps / 4))
+    return recipe_for(base, seed=a.seed, steps=a.steps, learning_rate=2e-3, lr_schedule="cosine",
+                      preview_every=math.ceil(a.steps / 4))
 
 def demo_metrics(run, lora, out, measured, name, began):
     "What goes into metrics.json."
