@@ -8,8 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/cli.html.md"""
 __all__ = ['COMMANDS', 'WHAT', 'OUTPUT', 'LEARNING', 'REFUSED', 'IGNORED', 'SETTINGS', 'FORMATS', 'MEANING', 'Parser', 'stop',
            'command', 'add_flags', 'Refuse', 'dreambooth_parser', 'recipe_from', 'check_flags', 'start_from',
            'save_formats', 'try_formats', 'lora_dreambooth', 'lora_and_scale', 'lora_generate', 'describe_lora',
-           'lora_info', 'find_subject', 'context_prompts', 'demo_parser', 'demo', 'demo_recipe', 'demo_metrics',
-           'show_demo', 'main']
+           'lora_info', 'find_subject', 'demo_parser', 'demo', 'demo_recipe', 'demo_metrics', 'show_demo', 'main']
 
 # %% ../nbs/19_cli.ipynb #4eaf781d
 import argparse, json, math, os, sys, time
@@ -331,15 +330,6 @@ def find_subject(text):
     known = path.name.replace("_", " ") if path.resolve().parent == data_path("subjects").resolve() else None
     return path, known, CLASS_OF.get(known, "object")
 
-# %% ../nbs/19_cli.ipynb #2a8c0f00
-def context_prompts(trigger, paper, n=5):
-    "The demo's rows: unseen backgrounds, in varied words."
-    templates = ("a {o} on a {b} background", "a photo of a {o} on a {b} background",
-                 "a {o} in front of a {b} background", "an image of a {o} on a {b} background",
-                 "a {b} background with a {o}")
-    words = [" ".join(w for w in (q.pattern, q.color) if w != "plain") for q in paper["subject"][:n]]
-    return [t.format(o=trigger, b=b) for t, b in zip(templates, words)]
-
 # %% ../nbs/19_cli.ipynb #7d814bc4
 def demo_parser():
     "The parser of `demo`."
@@ -373,21 +363,21 @@ def demo(argv):
     print(f"Learning {name or folder} from {len(pictures)} pictures as {trigger_of(prompt)!r}. "
           "First, what the base draws ...")
     before = marks(paper, answers(base, paper, **draw), judge, pictures)
-    rows = context_prompts(trigger_of(prompt), paper)
+    rows = paper["subject"][:5]
     run = DreamBooth(base, pictures, prompt, a.class_prompt or f"a {noun}", recipe=demo_recipe(base, a), sampling=draw,
-                     num_class_images=a.num_class_images, previews=dict(prompts=rows, seeds=7, **draw))
+                     num_class_images=a.num_class_images, previews=dict(prompts=[q.prompt for q in rows], seeds=[q.seed for q in rows], **draw))
     lora = run.fit()
     print("Measuring what was learned, and what was kept ...")
     lora.save(out / "lora.safetensors")
     with wearing(base, lora): after = marks(paper, answers(base, paper, **draw), judge, pictures)
     metrics = demo_metrics(run, lora, out, summary(before, after), name, began)
-    show_demo(run, rows, metrics, out)
+    show_demo(run, [q.prompt for q in rows], metrics, out)
 
 # %% ../nbs/19_cli.ipynb #3d0ddd7e
 def demo_recipe(base, a):
     "The recipe of the demo: the base's own, with previews on the way."
     from lora_nb.training import recipe_for
-    return recipe_for(base, seed=a.seed, steps=a.steps, learning_rate=2e-3, lr_schedule="cosine",
+    return recipe_for(base, seed=a.seed, steps=a.steps, learning_rate=1.5e-3, lr_schedule="cosine",
                       preview_every=math.ceil(a.steps / 4))
 
 def demo_metrics(run, lora, out, measured, name, began):
