@@ -364,8 +364,9 @@ def demo(argv):
           "First, what the base draws ...")
     before = marks(paper, answers(base, paper, **draw), judge, pictures)
     rows = paper["subject"][:5]
+    previews = dict(prompts=[q.prompt for q in rows], seeds=[q.seed for q in rows], **draw)
     run = DreamBooth(base, pictures, prompt, a.class_prompt or f"a {noun}", recipe=demo_recipe(base, a), sampling=draw,
-                     num_class_images=a.num_class_images, previews=dict(prompts=[q.prompt for q in rows], seeds=[q.seed for q in rows], **draw))
+                     num_class_images=a.num_class_images, previews=previews)
     lora = run.fit()
     print("Measuring what was learned, and what was kept ...")
     lora.save(out / "lora.safetensors")
