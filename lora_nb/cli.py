@@ -335,11 +335,11 @@ def demo_parser():
     "The parser of `demo`."
     p = Parser("demo", "Teach the embedded base one subject and measure what it learned.")
     add_flags(p, "demo", [
-        ("subject", str, "teddy bear", "a bundled subject's name, or a folder with pictures of your own"),
+        ("subject", str, "jack-o-lantern", "a bundled subject's name, or a folder with pictures of your own"),
         ("instance_prompt", str, None, "by default 'a sks NOUN' with the subject's class noun"),
         ("class_prompt", str, None, "by default 'a NOUN'"),
         ("out", str, "out/demo", "folder for what it makes"),
-        ("steps", int, 300, "optimiser steps"), ("seed", int, 0, "of training"),
+        ("steps", int, 200, "optimiser steps"), ("seed", int, 0, "of training"),
         ("pictures", int, 24, "pictures in each group of the measurement"),
         ("num_class_images", int, 24, "class pictures that protect the prior"),
         ("num_inference_steps", int, 25, "denoising steps of a picture"),

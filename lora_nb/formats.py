@@ -124,7 +124,7 @@ def _read_a1111(held, path):
 def _finite(t):
     "Is every number of `t` finite?"
     t = t if t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else t.float()
-    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
+    return math.isfinite(t.sum(dtype=torch.float32).item()) or bool(t.isfinite().all())
 
 def check_tensors(tensors): # name -> tensor
     "Refuse what is no tensor of finite floating-point numbers"
