@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/08_bases.ipynb #04b6b2cb
-from .core import LoraError, closest, data_path, default_device, default_dtype, generators
+from .core import LoraError, closest, data_path, default_device, default_dtype, generators, patch_to
 
 # %% ../nbs/08_bases.ipynb #38494ca7
 class Cond:
@@ -54,14 +54,6 @@ class Base:
         "The text encoders by component name"
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         return {n: getattr(self.pipe, n) for n in names if getattr(self.pipe, n, None) is not None}
-
-# %% ../nbs/08_bases.ipynb #fc75db0d
-def patch_to(cls):
-    "Decorator: add the function to `cls` as a method of the same name"
-    def add(f):
-        setattr(cls, f.__name__, f)
-        return f.__globals__.get(f.__name__)   # what else bears the name keeps it
-    return add
 
 # %% ../nbs/08_bases.ipynb #d11b44fb
 def _affine(vae):

@@ -6,7 +6,7 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest', 'default_device',
-           'default_dtype', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path', 'progress',
+           'default_dtype', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path', 'patch_to', 'progress',
            'peak_rss_mb']
 
 # %% ../nbs/00_core.ipynb #8227671f
@@ -116,6 +116,19 @@ def atomic_path(
         yield tmp
         if tmp.exists(): _replace(tmp, path)
     finally: shutil.rmtree(box, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #9a41c0e2
+def patch_to(
+    cls,            # the class that grows
+    as_prop=False,  # make it a property
+):
+    "Add the decorated function to `cls` as a method of the same name."
+    def add(f):
+        old = f.__globals__.get(f.__name__)
+        f.__qualname__ = f"{cls.__name__}.{f.__name__}"
+        setattr(cls, f.__name__, property(f) if as_prop else f)
+        return old
+    return add
 
 # %% ../nbs/00_core.ipynb #03e19591
 def progress(

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .core import DataError, LoraError, ShapeError, TargetError, closest
-from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank, patch_to
+from .core import DataError, LoraError, ShapeError, TargetError, closest, patch_to
+from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
 from .lora import (Factors, Lora, Place, add_factors, canonical, component_of, places, resolve_components,
                           some)
 from .lora import table as as_table

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .core import DataError, LoraError, ShapeError, TargetError
-from .layers import LoraLayer, patch_to, row_norms
+from .core import DataError, LoraError, ShapeError, TargetError, patch_to
+from .layers import LoraLayer, row_norms
 
 # %% ../nbs/03_lora.ipynb #b4b1bcbc
 @dataclass

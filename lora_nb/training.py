@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/13_training.ipynb #85a47a83
-from .core import LoraError, TrainingError, atomic_path, closest, progress
+from .core import LoraError, TrainingError, atomic_path, closest, progress, patch_to
 from .dataset import Examples, TextCache, derive, order
 from .show import PALETTE, curve, grid, running_mean
 
@@ -70,14 +70,6 @@ class Recipe:
     checkpoint_every: int = setting(0, "Steps between checkpoints; 0 for none.")
     keep_checkpoints: int = setting(2, "How many checkpoints stay on disk.")
     def __post_init__(self): check_recipe(self)
-
-# %% ../nbs/13_training.ipynb #876b3cbb
-def patch_to(cls):
-    "Decorator: add the function to `cls` as a method of the same name"
-    def add(f):
-        setattr(cls, f.__name__, f)
-        return f.__globals__.get(f.__name__)   # what else bears the name keeps it
-    return add
 
 # %% ../nbs/13_training.ipynb #abc54a17
 def _replace(self,
