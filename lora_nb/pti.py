@@ -32,6 +32,7 @@ class PivotalRecipe(InversionRecipe):
     tuning_words_learning_rate: float = setting(1e-3, "Learning rate of the words in the second phase; 0 holds them.")
     words_turn: int = setting(2, "Joint mode: of so many turns one is the words', the others are the LoRA's.")
     words_prior_weight: float = setting(0., "Joint mode: weight of the prior's loss in the words' turns.")
+    ti_lr_schedule: str | None = setting(None, "Course of the learning rate in the first phase; None is lr_schedule.")
     ti_t_range: tuple = setting((0., 1.), "Stretch of the noise axis in the first phase.")
     def __post_init__(self):
         super().__post_init__()
@@ -113,8 +114,8 @@ def inversion(self:PivotalTuning):
     r = self.recipe
     streams = [s for s in self.streams if s.name != "prior"]
     if r.ti_batch_size: streams = [_with_batch(s, r.ti_batch_size) for s in streams]
-    return self._trainer(self.words.params(), streams, r.replace(steps=r.ti_steps, t_range=r.ti_t_range), "inversion",
-                         r.words_learning_rate)
+    first = r.replace(steps=r.ti_steps, t_range=r.ti_t_range, lr_schedule=r.ti_lr_schedule or r.lr_schedule)
+    return self._trainer(self.words.params(), streams, first, "inversion", r.words_learning_rate)
 
 @patch_to(PivotalTuning)
 def tuning(self:PivotalTuning):
@@ -138,6 +139,8 @@ def _lora_params(self):
 def _trainer(self, params, streams, recipe, phase, words_rate, turns=None):
     "A trainer of some of the parameters"
     from lora_nb.injection import disabled
+    for n, ps in {**self._lora_params(), **self.words.params()}.items():    # what has no part gathers no gradients
+        for p in ps: p.requires_grad_(n in params); p.grad = None
     rates = dict.fromkeys(self.words.params(), words_rate)
     learns = any(n.endswith(".words") for n in params)
     callback = pulled(self.words, recipe.norm_prior, self.callback) if learns else self.callback
