@@ -50,7 +50,9 @@ def pivotal_recipe_for(base,              # a `Base`
     both = {f.name: getattr(lora, f.name) for f in fields(lora)}
     both |= {k: getattr(words, k) for k in ("vectors", "words_learning_rate", "norm_prior", "template")}
     large = dict(ti_steps=500, tuning_words_learning_rate=5e-5, template="caption")
-    own = large if base.resolution > 128 else dict(lr_schedule="cosine")
+    small = dict(steps=100, ti_steps=33, words_learning_rate=2e-2, tuning_words_learning_rate=2e-3, learning_rate=2e-3,
+                 lr_schedule="cosine")
+    own = large if base.resolution > 128 else small
     return PivotalRecipe().replace(**{**both, **own, **changes})
 
 # %% ../nbs/16_pti.ipynb #8e36063b

@@ -210,8 +210,10 @@ def inversion_recipe_for(base,              # a `Base`
     "A sensible recipe of textual inversion for this base and intent"
     from lora_nb.training import recipe_for
     common = recipe_for(base, intent)
-    large = dict(words_learning_rate=5e-4, steps=2000, lr_schedule="constant", template=intent.replace("subject", "object"))
-    own = dict(lr_schedule="cosine", steps=100) if base.resolution <= 128 else large
+    large = dict(words_learning_rate=5e-4, steps=2000, lr_schedule="constant",
+                 template=intent.replace("subject", "object"))
+    small = dict(words_learning_rate=3e-2, lr_schedule="cosine", steps=100)
+    own = small if base.resolution <= 128 else large
     shared = {k: getattr(common, k) for k in ("batch_size", "accumulate", "snr_gamma", "max_grad_norm", "flip")}
     return InversionRecipe().replace(**{**shared, **own, **changes})
 

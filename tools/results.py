@@ -285,6 +285,20 @@ def score(base):
         write(f"{stage}.json", dict(command=f"python tools/results.py {stage} score", steps=STEPS, batch_size=BATCH,
                                     prior_batch=PRIOR, draw=DRAW, pictures=COUNTS, rows=rows))
         print(stage, len(rows), "runs")
+    for name in ("unicorn", "neon"): sheet(name)
+
+
+def sheet(name, n=6):
+    "What every method draws of one concept: a row for each, a column for each prompt"
+    from lora_nb.show import grid, save_jpeg
+    ours = {}
+    for path in sorted((OUT / "table").glob(f"*--{name.replace(' ', '_')}--0--*.npz")):
+        about, paper, drawn = load(path)
+        ours[about["method"]] = drawn["subject"][:n]
+        prompts = [q.prompt.replace(about["trigger"], "...") for q in paper["subject"][:n]]
+    rows = [m for m in METHODS if m in ours]
+    save_jpeg(grid([im for m in rows for im in ours[m]], cols=n, row_titles=rows, col_titles=prompts), KEPT / f"{name}.jpg")
+
 
 
 def marked(about, paper, drawn, own, eyes):
