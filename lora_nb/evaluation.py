@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from PIL import Image, ImageOps
-
-# %% ../nbs/09_evaluation.ipynb #c6a2b89e
 from .core import DataError, atomic_path, closest, data_path, generator
 from .show import before_after
 from .bases import _quiet, load_base
@@ -316,12 +314,13 @@ class Dino(Describer):
             except (OSError, ValueError) as e:
                 raise DataError(f"No encoder could be loaded from {str(source)!r}: {str(e)[:200]} Expected a folder "
                                 "or the id of a DINO, such as 'facebook/dino-vits16'.") from e
-        side = getattr(model.config, "image_size", None) or 224
-        self.setup(model, source, side if side < 224 else 224, (.485, .456, .406), (.229, .224, .225), device)
+        side, mean = (getattr(model.config, k, None) for k in ("image_size", "feature_mean"))
+        self.center = 0 if mean is None else torch.tensor(mean, device=device)     # the bundled one's
+        self.setup(model, source, min(side or 224, 224), (.485, .456, .406), (.229, .224, .225), device)
     def encode(self, x):
         h = getattr(self.model(pixel_values=x), "last_hidden_state", None)
         if h is None: raise DataError(f"{type(self.model).__name__} is no encoder of pictures with a class token.")
-        return h.mean((2, 3)) if h.ndim == 4 else h[:, 0]
+        return (h.mean((2, 3)) if h.ndim == 4 else h[:, 0]) - self.center
 
 # %% ../nbs/09_evaluation.ipynb #de83ed8e
 class Clip(Describer):
@@ -516,31 +515,30 @@ def score_pictures(
     if len(ims) != len(qs): raise DataError(f"{len(ims)} pictures for {len(qs)} questions: expected one for each.")
     if masks is None and judge and kind == "subject": masks = subject_mask
     if kind != "subject" or masks is False: masks = None
+    if callable(masks): reference_masks, masks = masks if reference_masks is None else reference_masks, masks(ims)
     out = _judged(ims, qs, judge, references, kind) if judge else {}
     if kind != "known": out |= _likeness(ims, references, dict(dino=dino, clip_i=clip), masks, reference_masks)
     if clip: out["clip_t"] = (clip.images(ims) * clip.texts([q.prompt for q in qs])).sum(1).numpy()
     if training is not None: out["overfitting"] = overfitting(pixels(ims), pixels(training))
-    if masks is not None: out |= measure_masks(masks(ims) if callable(masks) else masks)
+    if masks is not None: out |= measure_masks(masks)
     return out
 
 # %% ../nbs/09_evaluation.ipynb #1a657b1c
 def _judged(ims, qs, judge, references, kind):
     "What the judge and the templates say"
     if kind == "known": return dict(right=shows(judge, ims, [q.obj for q in qs]))
-    out, style = {}, qs[0].style if kind == "style" and qs[0].style in judge.styles else None
-    if style: out["subject_fidelity"] = np.array([float(s == style) for s in styles_seen(judge, ims)])
-    known = kind == "subject" and qs[0].obj in judge.names
-    if references is not None: out["subject_similarity"] = similarity(features(judge, ims), features(judge, references))
-    if known: out["subject_fidelity"] = shows(judge, ims, [q.obj for q in qs])
-    if "subject_fidelity" not in out:
-        if references is None:
-            raise DataError("The judge does not know this subject: pass pictures of it as `references`.")
-        out["subject_fidelity"] = out["subject_similarity"]
+    style = qs[0].style if kind == "style" and qs[0].style in judge.styles else None
+    like = None if references is None else similarity(features(judge, ims), features(judge, references))
+    if style: there = np.array([float(s == style) for s in styles_seen(judge, ims)])
+    elif kind == "subject" and qs[0].obj in judge.names: there = shows(judge, ims, [q.obj for q in qs])
+    elif like is not None: there = like
+    else: raise DataError("The judge does not know this subject: pass pictures of it as `references`.")
+    out = dict(subject_fidelity=there)
     if all(q.color for q in qs):
-        out["prompt_fidelity"] = obeys(ims, qs, style)
-        if kind == "style": out["prompt_fidelity"] *= shows(judge, ims, [q.obj for q in qs])
-        out["product"] = out["subject_fidelity"] * out["prompt_fidelity"]
-    return out
+        right = shows(judge, ims, [q.obj for q in qs]) if kind == "style" else 1
+        out["prompt_fidelity"] = obeys(ims, qs, style) * right
+        out["product"] = there * out["prompt_fidelity"]
+    return out if like is None else {**out, "subject_similarity": like}
 
 # %% ../nbs/09_evaluation.ipynb #cde32525
 def _likeness(ims, references, eyes, masks, reference_masks):
@@ -550,11 +548,9 @@ def _likeness(ims, references, eyes, masks, reference_masks):
     refs, out = to_batch(references, max(e.size for e in eyes.values())), {}
     for k, e in eyes.items(): out[k] = similarity(e.images(ims), e.images(refs))
     if masks is None: return out
-    if reference_masks is None:
-        if not callable(masks): raise DataError("Masked scores need masks of the references too: `reference_masks`.")
-        reference_masks = masks
-    m, r = (f(x) if callable(f) else f for f, x in ((masks, ims), (reference_masks, refs)))
-    for k, e in eyes.items(): out[f"{k}_masked"] = similarity(e.images(ims, m), e.images(refs, r))
+    if reference_masks is None: raise DataError("Masked scores need masks of the references too: `reference_masks`.")
+    if callable(reference_masks): reference_masks = reference_masks(refs)
+    for k, e in eyes.items(): out[f"{k}_masked"] = similarity(e.images(ims, masks), e.images(refs, reference_masks))
     return out
 
 # %% ../nbs/09_evaluation.ipynb #f4bf971e
@@ -692,7 +688,7 @@ def evaluate(
         with wearing(tuned, lora, scale): new = answers(tuned, paper, **kw)
         now = marks(paper, new, **look)
     was, now = _with_drift(was, now, old, new, dino or clip)
-    about = dict(base=base.name, trigger=trigger, subject=subject, kind=kind, scale=scale, seed=seed, n=n, **_plain(kw))
+    about = dict(base=base.name, trigger=trigger, subject=subject, kind=kind or CLASS_OF.get(subject), scale=scale, seed=seed, n=n, **_plain(kw))
     return Evaluation(summary(was, now), paper, dict(before=old, after=new), dict(before=was, after=now), about)
 
 # %% ../nbs/09_evaluation.ipynb #7ca9a7a1

@@ -6,14 +6,16 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/selfsup.html.md"""
 
 # %% auto #0
 __all__ = ['unlabelled', 'Views', 'nt_xent', 'make_encoder', 'describe', 'class_test', 'ranks', 'class_tests', 'separation',
-           'train_selfsup', 'save_encoder']
+           'train_selfsup', 'feature_mean', 'save_encoder']
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #165e20f4
 import json
+from copy import deepcopy
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..bases import _quiet
 from ..core import atomic_path, data_path, set_seed
 from .judge import degrade, place, rand
 from .vae import Run
@@ -140,17 +142,28 @@ def train_selfsup(
         z = head(describe(model, torch.cat([views.draw(i), views.draw(i)])))
         run.learn(nt_xent(*z.chunk(2), tau))
     both.load_state_dict(run.average.state)
-    return save_encoder(model.eval(), Path(out) / "dino")
+    return save_encoder(model.eval(), Path(out) / "dino", feature_mean(model, views))
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #97413902
+def feature_mean(
+    model,           # a trained model of `make_encoder`
+    views,           # `Views`
+    n=1024, seed=1,  # views to average
+):                   # `(d,)`
+    "The description of the average picture."
+    g = torch.Generator().manual_seed(seed)
+    i = torch.randint(len(views), (n,), generator=g)
+    with torch.no_grad(): return torch.cat([describe(model, views.draw(part, g)) for part in i.split(128)]).mean(0)
+
 def save_encoder(
-    model,  # a model of `make_encoder`
-    path,   # folder
-):          # the model
+    model,   # a model of `make_encoder`
+    path,    # folder
+    center,  # `(d,)` of `feature_mean`
+):           # the model
     "Write the encoder as `AutoModel` reads it, in half precision, and how pictures are fed to it."
-    from copy import deepcopy
-    half = dict(image_mean=[.5] * 3, image_std=[.5] * 3, size=dict(height=64, width=64))
-    with atomic_path(path) as tmp:
+    model.config.feature_mean = [round(v, 5) for v in center.tolist()]
+    feed = dict(image_mean=[.5] * 3, image_std=[.5] * 3, size=dict(height=64, width=64))
+    with atomic_path(path) as tmp, _quiet():
         deepcopy(model).half().save_pretrained(tmp)
-        Path(tmp, "preprocessor_config.json").write_text(json.dumps(half, indent=1))
+        Path(tmp, "preprocessor_config.json").write_text(json.dumps(feed) + "\n")
     return model
