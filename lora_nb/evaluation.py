@@ -6,10 +6,11 @@ Docs: https://lora-nb.github.io/lora_nb/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['PICTURES', 'GROUPS', 'PROMPTS', 'METRICS', 'to_tensor', 'to_batch', 'Judge', 'save_judge', 'load_judge', 'recognise',
-           'styles_seen', 'features', 'frame', 'templates', 'template_distances', 'read_background', 'to_masks',
-           'cut_out', 'subject_mask', 'measure_masks', 'Question', 'questions', 'shows', 'similarity', 'Describer',
-           'Dino', 'Clip', 'obeys', 'diversity', 'distances', 'spread', 'pixels', 'overfitting', 'drift', 'bootstrap',
-           'paired', 'exam', 'answers', 'score_pictures', 'marks', 'wearing', 'summary', 'Evaluation', 'evaluate']
+           'styles_seen', 'features', 'frame', 'background_templates', 'template_distances', 'read_background',
+           'to_masks', 'cut_out', 'subject_mask', 'measure_masks', 'Question', 'questions', 'shows', 'similarity',
+           'Describer', 'Dino', 'Clip', 'obeys', 'diversity', 'diversity_marks', 'thumbnails', 'overfitting', 'drift',
+           'bootstrap', 'paired_bootstrap', 'exam', 'answers', 'score_pictures', 'marks', 'wearing', 'summary',
+           'Evaluation', 'evaluate']
 
 # %% ../nbs/09_evaluation.ipynb #dc330158
 import contextlib, json, random
@@ -129,7 +130,7 @@ def frame(width=6, size=64):
     m[width:-width, width:-width] = False
     return m
 
-def templates(style=None):
+def background_templates(style=None):
     "The 55 backgrounds `(55, 3, 64, 64)` in 0..1, patterns first, plain or redrawn in a style."
     pattern, color = torch.cartesian_prod(torch.arange(len(PATTERNS)), torch.arange(len(COLORS))).T
     b = backgrounds(color, pattern)
@@ -143,7 +144,7 @@ def template_distances(
 ):            # `(B, 5, 11)`: distance to each pattern and color
     "How far is the frame of each picture from each of the 55 backgrounds?"
     m = frame(width)
-    x, b = (to_batch(images, 64)[:, :, m] + 1) / 2, templates(style)[:, :, m]   # (B, 3, R), (55, 3, R)
+    x, b = (to_batch(images, 64)[:, :, m] + 1) / 2, background_templates(style)[:, :, m]   # (B, 3, R), (55, 3, R)
     d = (x[:, None] - b[None]).square().mean(2).clamp(max=cap ** 2)             # (B, 55, R)
     return d.mean(2).sqrt().view(-1, len(PATTERNS), len(COLORS))
 
@@ -200,7 +201,7 @@ def subject_mask(
 ):               # `(B, 1, 64, 64)` of 0. and 1.; all ones where the background is none of the world's
     "Where is the subject?"
     x, d = (to_batch(images, 64) + 1) / 2, template_distances(images).flatten(1)
-    b = templates()[d.argmin(1)]
+    b = background_templates()[d.argmin(1)]
     high, low = F.max_pool2d(b, 5, 1, 2), -F.max_pool2d(-b, 5, 1, 2)
     off = ((x - high).relu() + (low - x).relu()).norm(dim=1, keepdim=True)     # (B, 1, 64, 64)
     m = _fill(F.avg_pool2d((off > distance).float(), 3, 1, 1) > .5)
@@ -365,23 +366,23 @@ def diversity(
     "Mean pairwise cosine distance."
     n = len(described)
     if n < 2: raise DataError("Diversity needs at least two pictures.")
-    return float(distances(described).sum() / (n * (n - 1)))
+    return float(_distances(described).sum() / (n * (n - 1)))
 
-def distances(
+def _distances(
     described,  # `(B, d)` descriptions of length one
 ):              # `(B,)`: the sum of the cosine distances from each picture to all others
     "How far is each picture from the others?"
     return (1 - described @ described.T).fill_diagonal_(0).sum(1).numpy()
 
-def spread(
+def diversity_marks(
     described,  # `(B, d)` descriptions of length one, B > 2
 ):              # `(B,)`: their mean is `diversity`, and their scatter tells its uncertainty
     "Diversity as one number a picture: the jackknife's pseudo-values (a pair belongs to two pictures)."
-    r, n = distances(described), len(described)
+    r, n = _distances(described), len(described)
     return r.sum() / (n - 1) - (r.sum() - 2 * r) / (n - 2) if n > 2 else np.full(n, diversity(described))
 
 # %% ../nbs/09_evaluation.ipynb #ba351181
-def pixels(
+def thumbnails(
     images,   # pictures of any kind
     side=16,  # of the thumbnail
 ):            # `(B, 3 * side * side)`, each of length one
@@ -423,7 +424,7 @@ def bootstrap(
     means = total[pick].sum(1) / count[pick].sum(1)
     return tuple(float(x) for x in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
 
-def paired(
+def paired_bootstrap(
     before, after,  # one number a picture, same prompts and seeds in both
     **kw,           # to `bootstrap`
 ):                  # (mean of the differences, low, high)
@@ -519,7 +520,7 @@ def score_pictures(
     out = _judged(ims, qs, judge, references, kind) if judge else {}
     if kind != "known": out |= _likeness(ims, references, dict(dino=dino, clip_i=clip), masks, reference_masks)
     if clip: out["clip_t"] = (clip.images(ims) * clip.texts([q.prompt for q in qs])).sum(1).numpy()
-    if training is not None: out["overfitting"] = overfitting(pixels(ims), pixels(training))
+    if training is not None: out["overfitting"] = overfitting(thumbnails(ims), thumbnails(training))
     if masks is not None: out |= measure_masks(masks)
     return out
 
@@ -578,8 +579,8 @@ def marks(
 # %% ../nbs/09_evaluation.ipynb #00854914
 def _noun_marks(ims, about, judge, eye):
     "Diversity, and the share of pictures in which the subject or style appears uninvited"
-    if not judge: return dict(diversity=spread(eye.images(ims))) if eye else {}
-    out = dict(diversity=spread(features(judge, ims)))
+    if not judge: return dict(diversity=diversity_marks(eye.images(ims))) if eye else {}
+    out = dict(diversity=diversity_marks(features(judge, ims)))
     if about.style in judge.styles: out["leak"] = np.array([float(s == about.style) for s in styles_seen(judge, ims)])
     elif about.obj in judge.names: out["leak"] = shows(judge, ims, about.obj)
     return out
@@ -608,7 +609,7 @@ def summary(
         b, a = np.atleast_1d(before[k]), np.atleast_1d(after[k])
         out = dict(before=float(b.mean()), after=float(a.mean()), n=len(a))
         if len(a) > 1: out |= dict(before_ci=list(bootstrap(b)), after_ci=list(bootstrap(a)))
-        if len(a) == len(b) > 1: out["change"], *out["change_ci"] = paired(b, a)
+        if len(a) == len(b) > 1: out["change"], *out["change_ci"] = paired_bootstrap(b, a)
         return {k: [round(x, 4) for x in v] if isinstance(v, list) else round(v, 4) for k, v in out.items()}
     return {k: one(k) for k in after if k in before}
 
@@ -688,7 +689,8 @@ def evaluate(
         with wearing(tuned, lora, scale): new = answers(tuned, paper, **kw)
         now = marks(paper, new, **look)
     was, now = _with_drift(was, now, old, new, dino or clip)
-    about = dict(base=base.name, trigger=trigger, subject=subject, kind=kind or CLASS_OF.get(subject), scale=scale, seed=seed, n=n, **_plain(kw))
+    about = dict(base=base.name, trigger=trigger, subject=subject, kind=kind or CLASS_OF.get(subject), scale=scale,
+                 seed=seed, n=n, **_plain(kw))
     return Evaluation(summary(was, now), paper, dict(before=old, after=new), dict(before=was, after=now), about)
 
 # %% ../nbs/09_evaluation.ipynb #7ca9a7a1
@@ -727,7 +729,7 @@ def _with_drift(was, now, old, new, eye):
     "Add how far the pictures of the prior have moved, where the base's own are at hand"
     ims = lambda d: [im for g in ("class", "others", "noun") for im in d.get(g, ())]
     if old is None or not ims(old): return was, now
-    see = eye.images if eye else pixels
+    see = eye.images if eye else thumbnails
     d = drift(see(ims(old)), see(ims(new)))
     return {**was, "prior_drift": np.zeros(len(d))}, {**now, "prior_drift": d}
 
