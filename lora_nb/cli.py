@@ -10,8 +10,8 @@ __all__ = ['COMMANDS', 'WHAT', 'OUTPUT', 'LEARNING', 'REFUSED', 'IGNORED', 'SETT
            'recipe_from', 'check_flags', 'start_from', 'save_formats', 'try_formats', 'lora_dreambooth', 'switch',
            'add_reference_flags', 'ti_parser', 'pti_parser', 'words_recipe', 'pti_recipe', 'reference_words',
            'available_device', 'prepare', 'finish', 'lora_ti', 'save_words', 'lora_pti', 'lora_and_scale',
-           'lora_generate', 'describe_lora', 'lora_info', 'find_subject', 'demo_parser', 'demo', 'demo_recipe',
-           'demo_metrics', 'show_demo', 'main']
+           'lora_generate', 'evaluate_parser', 'lora_evaluate', 'evaluation_lines', 'describe_lora', 'lora_info',
+           'find_subject', 'demo_parser', 'demo', 'demo_recipe', 'demo_metrics', 'show_demo', 'main']
 
 # %% ../nbs/19_cli.ipynb #4eaf781d
 import argparse, json, math, os, sys, time
@@ -360,7 +360,8 @@ def add_reference_flags(parser, groups):
 
 def ti_parser():
     "The parser of `lora_ti`"
-    return add_reference_flags(Parser("lora_ti", "Find the word for a subject or style (textual inversion)."), {"words": WORDS})
+    p = Parser("lora_ti", "Find the word for a subject or style (textual inversion).")
+    return add_reference_flags(p, {"words": WORDS})
 
 def pti_parser():
     "The parser of `lora_pti`"
@@ -461,15 +462,15 @@ def save_words(lora, out, name):
 def lora_pti(argv):
     "Pivotal tuning: find the word, and train a LoRA around it."
     a = pti_parser().parse_args(argv)
-    if a.class_data_dir and not a.class_prompt: raise LoraError("--class_data_dir needs --class_prompt, such as 'a toy'.")
+    if a.class_data_dir and not a.class_prompt: raise LoraError("--class_data_dir needs --class_prompt.")
     out, pictures, base, kw = prepare(a)
     from lora_nb.lora import Lora
     from lora_nb.pti import PivotalTuning
-    start = Lora.load(a.load_pretrained_inversion_embeddings_path) if a.load_pretrained_inversion_embeddings_path else None
+    words = a.load_pretrained_inversion_embeddings_path
     prior = dict(class_prompt=a.class_prompt, class_data=a.class_data_dir, prior=a.prior if a.class_prompt else None,
                  num_class_images=a.num_class_images, sampling=dict(batch_size=a.sample_batch_size))
     run = PivotalTuning(base, pictures, *reference_words(a), recipe=pti_recipe(a, base), class_noun=a.class_noun,
-                        start=start, **prior, **kw)
+                        start=Lora.load(words) if words else None, **prior, **kw)
     try: try_formats(run, a.output_format)
     except BaseException: run.remove(); raise
     lora = run.fit(a.resume)
@@ -504,6 +505,49 @@ def lora_generate(argv):
     for seed, im in zip(seeds, images):
         with atomic_path(out / f"{seed:06d}.png") as tmp: im.save(tmp, format="PNG")
     print(f"{len(images)} pictures in {out}, seeds {seeds[0]} to {seeds[-1]}.")
+
+# %% ../nbs/19_cli.ipynb #5564037d
+def evaluate_parser():
+    "The parser of `lora_evaluate`."
+    p = Parser("lora_evaluate", "Measure a LoRA: subject, prompt, forgetting; before and after.")
+    add_flags(p, "evaluation", [
+        ("pretrained_model_name_or_path", str, "tiny-sd", "the base: embedded, a folder, a single file, or a hub id"),
+        ("lora", str, "required", "the LoRA's file"), ("scale", float, 1., "its strength"),
+        ("instance_data_dir", str, "required", "folder with pictures of the subject or style"),
+        ("trigger", str, None, "words that call it; by default what the file says"),
+        ("subject", str, None, "a bundled subject's or style's name, which the judge knows by sight"),
+        ("kind", str, None, "its class, such as toy; or style"),
+        ("clip", str, None, "a CLIP for CLIP-I and CLIP-T, hub id or folder: needed on real models"),
+        ("dino", str, None, "a DINO, hub id or folder; the embedded base has one"),
+        ("num_images", int, 12, "pictures in each group of prompts"), ("seed", int, 1, "of the exam"),
+        ("num_inference_steps", int, 25, "denoising steps"),
+        ("guidance_scale", float, 4., "how strongly to follow the prompt"),
+        ("output_dir", str, "evaluation", "folder for evaluation.json and before_after.jpg"),
+        ("device", str, None, "cuda, mps or cpu")])
+    return p
+
+@command
+def lora_evaluate(argv):
+    "Measure what a LoRA has taught and what it has cost."
+    a = evaluate_parser().parse_args(argv)
+    from lora_nb.bases import embedded_bases
+    from lora_nb.evaluation import PROMPTS, evaluate
+    from lora_nb.show import save_jpeg
+    out, a.device = _writable(a.output_dir), available_device(a.device)
+    own = a.pretrained_model_name_or_path in embedded_bases()
+    if not own and not a.clip: raise LoraError("This base is not embedded: name a --clip (and a --dino) to mark with.")
+    eyes = dict(judge=None if own else False, prompts=None if own else PROMPTS, clip=a.clip, dino=a.dino)
+    result = evaluate(_base(a), a.lora, a.trigger, a.subject, a.instance_data_dir, a.kind, a.num_images, scale=a.scale,
+                      seed=a.seed, steps=a.num_inference_steps, guidance_scale=a.guidance_scale, **eyes)
+    result.save(out / "evaluation.json"); save_jpeg(result.grid(), out / "before_after.jpg")
+    print("\n".join(evaluation_lines(result)))
+    print(f"\nLook at {out / 'before_after.jpg'}; the numbers are {out / 'evaluation.json'}.")
+
+def evaluation_lines(result):
+    "An `Evaluation` for a terminal"
+    from lora_nb.evaluation import METRICS
+    yield f"{'':22}{'before':>8}{'after':>8}"
+    for k, m in result.items(): yield f"{k:22}{m['before']:8.2f}{m['after']:8.2f}  {METRICS.get(k, '')}"
 
 # %% ../nbs/19_cli.ipynb #d3990464
 def describe_lora(

@@ -39,8 +39,8 @@ class PivotalRecipe(InversionRecipe):
         if self.mode not in ("two-phase", "joint"):
             raise LoraError(f"mode = {self.mode!r}: expected 'two-phase' or 'joint'.")
         if self.ti_steps < 0 or self.tuning_words_learning_rate < 0 or self.words_turn < 2:
-            raise LoraError(f"ti_steps = {self.ti_steps}, tuning_words_learning_rate = {self.tuning_words_learning_rate}, "
-                            f"words_turn = {self.words_turn}: expected at least 0, 0 and 2.")
+            raise LoraError(f"ti_steps = {self.ti_steps}, words_turn = {self.words_turn}, tuning_words_learning_rate = "
+                            f"{self.tuning_words_learning_rate}: expected at least 0, 2 and 0.")
 
 def pivotal_recipe_for(base,              # a `Base`
                        intent="subject",  # 'subject', 'style' or 'face'
@@ -64,8 +64,8 @@ class PivotalTuning:
                  placeholder_token="<subject>",   # the new word; "<a>|<b>" for several said together
                  initializer_token="<rand>",      # where it begins: a class noun is best
                  class_prompt=None,               # "a toy", or several prompts: turns prior preservation on
-                 class_data=None,                 # folder of class pictures, filled if need be; None keeps them in memory
-                 prior="auto",                    # "images", "prediction", None; auto: images if there is a class prompt
+                 class_data=None,                 # folder of class pictures, filled if need be; None: in memory
+                 prior="auto",                    # "images", "prediction", None; auto: images with a class prompt
                  recipe=None,                     # a `PivotalRecipe`; None: `pivotal_recipe_for(base)`
                  output_dir=None,                 # folder of checkpoints and previews
                  prompt="a photo of a {trigger}", # for pictures without captions
@@ -77,7 +77,7 @@ class PivotalTuning:
         self.base, self.recipe = base, (recipe or pivotal_recipe_for(base)).replace(**overrides)
         self.dir, self.previews, self.callback = output_dir, previews, callback
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
-        self.trigger, self.tokens = " ".join([*data, class_noun]).strip(), list(inits)
+        self.trigger, self.tokens = ", ".join(f"{t} {class_noun}".strip() for t in data), list(inits)
         self.prior, self.class_prompt = _prior_kind(prior, class_prompt), class_prompt
         kw = dict(size=resolution, n=num_class_images, **(sampling or {}))
         self.streams = word_streams(base, data, self.recipe, prompt, resolution, class_noun)
@@ -162,7 +162,8 @@ def joint(self:PivotalTuning):
 @patch_to(PivotalTuning)
 def fit(self:PivotalTuning, resume=False):
     "Train, take words and LoRA, leave the base as it was"
-    phases = [self.joint] if self.recipe.mode == "joint" else [self.inversion] * (self.recipe.ti_steps > 0) + [self.tuning]
+    two = [self.inversion] * (self.recipe.ti_steps > 0) + [self.tuning]
+    phases = [self.joint] if self.recipe.mode == "joint" else two
     try:
         self.logs = []
         for phase in phases:

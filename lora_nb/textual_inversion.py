@@ -246,8 +246,9 @@ def word_streams(
     for i, (trigger, source) in enumerate(data.items()):
         said = f"{trigger} {noun}".strip()
         pictures = ConceptDataset(source, prompt, said, size or base.resolution, recipe.flip)
-        streams.append(Stream("subject" if len(data) == 1 else f"subject {i}", encode(base, pictures), recipe.batch_size,
-                              wording=wording_of(recipe.template, said)))
+        name = "subject" if len(data) == 1 else f"subject {i}"
+        wording = wording_of(recipe.template, said)
+        streams.append(Stream(name, encode(base, pictures), recipe.batch_size, wording=wording))
     return streams
 
 # %% ../nbs/15_textual_inversion.ipynb #2a1f99eb
@@ -267,7 +268,7 @@ class TextualInversion:
                  **overrides):                    # settings of the recipe
         self.base, self.recipe = base, (recipe or inversion_recipe_for(base)).replace(**overrides)
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
-        self.trigger = " ".join([*data, class_noun]).strip()
+        self.trigger = ", ".join(f"{t} {class_noun}".strip() for t in data)
         self.words = NewWords(base, inits, self.recipe.vectors, components, self.recipe.seed)
         try:
             streams, r = word_streams(base, data, self.recipe, prompt, resolution, class_noun), self.recipe

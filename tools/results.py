@@ -65,7 +65,8 @@ def style_exam(trigger, seed):
     "Known objects in the style, and the same objects without its name"
     from lora_nb.evaluation import questions
     asked = questions(list(OBJECTS), COUNTS["subject"] + COUNTS["others"], (), seed)
-    ours = [Question(f"{q.prompt}, in {trigger} style", q.obj, q.color, q.pattern, q.seed) for q in asked[:COUNTS["subject"]]]
+    ours = [Question(f"{q.prompt}, in {trigger} style", q.obj, q.color, q.pattern, q.seed)
+            for q in asked[:COUNTS["subject"]]]
     return dict(subject=ours, others=asked[COUNTS["subject"]:])
 
 
@@ -73,7 +74,8 @@ def style_exam(trigger, seed):
 # A method is f(base, concept, seed, steps, settings) -> context manager that yields (worn base, trigger, facts)
 def recipe(base, concept, seed, steps, **settings):
     "The recipe that all methods share"
-    return recipe_for(base, seed=seed, steps=steps, batch_size=BATCH, prior_batch=PRIOR, lr_schedule="cosine", **settings)
+    return recipe_for(base, seed=seed, steps=steps, batch_size=BATCH, prior_batch=PRIOR, lr_schedule="cosine",
+                      **settings)
 
 
 def class_folder(base, concept):
@@ -107,7 +109,8 @@ def bare(base, concept, seed, steps, settings):
 def dreambooth_lora(prior, text):
     @contextlib.contextmanager
     def method(base, concept, seed, steps, settings):
-        trigger, r = concept.trigger("sks", True), recipe(base, concept, seed, steps, train_text_encoder=text, **settings)
+        trigger = concept.trigger("sks", True)
+        r = recipe(base, concept, seed, steps, train_text_encoder=text, **settings)
         run = DreamBooth(base, concept.folder, "{caption}", recipe=r, trigger=trigger, **prior_kw(base, concept, prior))
         t = time.process_time(); lora = run.fit()
         with as_lora(base, lora, trigger, time.process_time() - t) as x: yield x
@@ -120,7 +123,8 @@ def full(prior):
         trigger, r = concept.trigger("sks", True), recipe(base, concept, seed, steps, **settings)
         net, kept = base.denoiser, {k: v.clone() for k, v in base.denoiser.state_dict().items()}
         streams = [subject_stream(base, concept.folder, "{caption}", r, trigger)]
-        if prior: streams.append(prior_stream(base, "images", class_folder(base, concept), concept.class_prompts(), r, 8))
+        if prior:
+            streams.append(prior_stream(base, "images", class_folder(base, concept), concept.class_prompts(), r, 8))
         net.requires_grad_(True)
         trainer = Trainer(base, {"unet": list(net.parameters())}, streams, r)
         t = time.process_time(); trainer.fit(); seconds = time.process_time() - t
@@ -135,8 +139,8 @@ def inversion(vectors):
     @contextlib.contextmanager
     def method(base, concept, seed, steps, settings):
         t = time.process_time()
-        lora = train_textual_inversion(base, concept.folder, "<s>", concept.noun, steps=steps, seed=seed, vectors=vectors,
-                                       batch_size=BATCH, lr_schedule="cosine", **settings)
+        lora = train_textual_inversion(base, concept.folder, "<s>", concept.noun, steps=steps, seed=seed,
+                                       vectors=vectors, batch_size=BATCH, lr_schedule="cosine", **settings)
         with as_lora(base, lora, "<s>", time.process_time() - t) as x: yield x
     return method
 
@@ -195,14 +199,18 @@ def run(base, stage, method, concept, seed, steps, settings, groups=None):
         with METHODS[method](base, concept, seed, steps, settings) as (trigger, facts):
             paper = concept.paper(trigger)
             if groups: paper = {g: qs[:groups[g]] for g, qs in paper.items() if g in groups}
-            drawn = {g: np.stack([np.asarray(im) for im in base.generate([q.prompt for q in qs], seeds=[q.seed for q in qs], **DRAW)])
-                     for g, qs in paper.items()}
-        about = dict(method=method, concept=concept.name, seed=seed, steps=steps, settings=settings, trigger=trigger, **facts,
-                     paper={g: [vars(q) for q in qs] for g, qs in paper.items()})
+            drawn = {g: np.stack([np.asarray(im) for im in draw(base, qs)]) for g, qs in paper.items()}
+        about = dict(method=method, concept=concept.name, seed=seed, steps=steps, settings=settings, trigger=trigger,
+                     **facts, paper={g: [vars(q) for q in qs] for g, qs in paper.items()})
         with atomic_path(path) as tmp:
             with open(tmp, "wb") as f: np.savez_compressed(f, about=json.dumps(about), **drawn)
         print(f"{time.time() - began:6.1f} s  {stage}: {name}", flush=True)
     finally: claim.unlink(missing_ok=True)
+
+
+def draw(base, questions):
+    "The pictures of some questions"
+    return base.generate([q.prompt for q in questions], seeds=[q.seed for q in questions], **DRAW)
 
 
 def load(path):
@@ -235,8 +243,9 @@ def settle(base=None):
         score = float((sure * obeys(drawn["subject"], paper["subject"])).mean())
         key = json.dumps(about["settings"], sort_keys=True)
         found.setdefault(about["method"], {}).setdefault(key, []).append((score, float(kept)))
-    rows = {m: [dict(settings=json.loads(k), score=round(np.mean(v, 0)[0], 4), class_retention=round(np.mean(v, 0)[1], 4), runs=len(v))
-                for k, v in grid.items()] for m, grid in found.items()}
+    means = {m: {k: [round(float(x), 4) for x in np.mean(v, 0)] for k, v in grid.items()} for m, grid in found.items()}
+    rows = {m: [dict(settings=json.loads(k), score=v[0], class_retention=v[1], runs=len(found[m][k]))
+                for k, v in grid.items()] for m, grid in means.items()}
     best = {m: max(rs, key=lambda r: (round(r["score"], 2), r["class_retention"])) for m, rs in rows.items()}
     write("search.json", dict(command="python tools/results.py search settle", steps=STEPS, concepts=SEARCH, tried=rows,
                               chosen=best))
@@ -297,7 +306,8 @@ def sheet(name, n=6):
         ours[about["method"]] = drawn["subject"][:n]
         prompts = [q.prompt.replace(about["trigger"], "...") for q in paper["subject"][:n]]
     rows = [m for m in METHODS if m in ours]
-    save_jpeg(grid([im for m in rows for im in ours[m]], cols=n, row_titles=rows, col_titles=prompts), KEPT / f"{name}.jpg")
+    drawn = grid([im for m in rows for im in ours[m]], cols=n, row_titles=rows, col_titles=prompts)
+    save_jpeg(drawn, KEPT / f"{name}.jpg")
 
 
 
@@ -308,7 +318,8 @@ def marked(about, paper, drawn, own, eyes):
     pictures = sorted(concept.folder.glob("*.jpg"))
     kind, name = ("style", concept.name) if concept.style else ("subject", None)
     for q in paper["subject"]: q.style = name
-    marks = score_pictures(drawn["subject"], paper["subject"], references=pictures, training=pictures, kind=kind, **eyes)
+    marks = score_pictures(drawn["subject"], paper["subject"], references=pictures, training=pictures, kind=kind,
+                           **eyes)
     out = {k: float(np.mean(v)) for k, v in marks.items()}
     for g, metric in (("class", "class_retention"), ("others", "retention")):
         if g in paper: out[metric] = float(shows(judge, drawn[g], [q.obj for q in paper[g]]).mean())
