@@ -404,17 +404,18 @@ PHOTO = dict(template="{medium} of {object} {place}, {light}", slots=dict(
     medium=("{}", _list("a photo, a close-up photo, a portrait photo, a snapshot, a drawing, a painting, a watercolor, "
                         "a sketch, a 3d render, a screenshot, a black and white photo, an illustration")),
     object=("a photo of {}", _list(
-        "a person, a man, a woman, a child, a baby, a group of people, a face, a dog, a puppy, a cat, a kitten, a bird, "
-        "a horse, a cow, a fish, an insect, a wild animal, a toy, a stuffed animal, a doll, a figurine, a robot, a car, "
-        "a bicycle, a motorcycle, a truck, a train, a boat, an airplane, a house, a building, a church, a bridge, a tree, "
-        "a flower, a potted plant, a mountain, a shoe, a bag, a backpack, a hat, a jacket, a dress, glasses, a watch, "
-        "a ring, a cup, a bottle, a vase, a teapot, a bowl, a plate of food, a cake, a fruit, a can, a candle, a lamp, "
-        "a chair, a table, a sofa, a book, a clock, a phone, a laptop, a camera, a guitar, a statue, a logo")),
+        "a person, a man, a woman, a child, a baby, a group of people, a face, a dog, a puppy, a cat, a kitten, a "
+        "bird, a horse, a cow, a fish, an insect, a wild animal, a toy, a stuffed animal, a doll, a figurine, a "
+        "robot, a car, a bicycle, a motorcycle, a truck, a train, a boat, an airplane, a house, a building, a "
+        "church, a bridge, a tree, a flower, a potted plant, a mountain, a shoe, a bag, a backpack, a hat, a "
+        "jacket, a dress, glasses, a watch, a ring, a cup, a bottle, a vase, a teapot, a bowl, a plate of food, a "
+        "cake, a fruit, a can, a candle, a lamp, a chair, a table, a sofa, a book, a clock, a phone, a laptop, a "
+        "camera, a guitar, a statue, a logo")),
     place=("a photo taken {}", _list(
-        "on a table, on a wooden floor, on a sofa, on a bed, on a carpet, in a kitchen, in a living room, in an office, "
-        "in a studio, in a garden, on grass, in a forest, on a beach, by the water, in the snow, in the mountains, "
-        "in a street, in front of a building, in front of a wall, on a white background, on a black background, outdoors"
-        )),
+        "on a table, on a wooden floor, on a sofa, on a bed, on a carpet, in a kitchen, in a living room, in an "
+        "office, in a studio, in a garden, on grass, in a forest, on a beach, by the water, in the snow, in the "
+        "mountains, in a street, in front of a building, in front of a wall, on a white background, on a black "
+        "background, outdoors")),
     light=("a photo with {}", _list("soft light, daylight, bright sunlight, warm light, studio lighting, dim light, "
                                     "backlight, flash, evening light"))))
 
@@ -488,6 +489,7 @@ _JITTER = ("brightness", "contrast", "color")
 # %% ../nbs/11_preprocessing.ipynb #013cf077
 def _setting(default, doc): return field(default=default, metadata=dict(doc=doc))
 
+# %% ../nbs/11_preprocessing.ipynb #fa3b19a3
 @dataclass(frozen=True)
 class PreprocessSettings:
     "The settings of a preprocessing run"
@@ -722,8 +724,8 @@ def _check_folders(files, output):
     if output.exists() and not output.is_dir(): raise DataError(f"{output} is a file: expected a folder to write to.")
     inside = [f for f in files if f.resolve().parent in (output.resolve(), (output / "masks").resolve())]
     if inside:
-        raise DataError(f"{output} holds the original {inside[0].name}: originals are never touched. Name another output "
-                        "folder.")
+        raise DataError(f"{output} holds the original {inside[0].name}: originals are never touched. Name another "
+                        "output folder.")
 
 # %% ../nbs/11_preprocessing.ipynb #1b036eef
 def _check_ours(output, old, new, overwrite):
@@ -944,7 +946,8 @@ def metadata_lines(row):  # a row of a report
     keys = ("text", "crop", "original_size", "size")
     for name, done in zip(row["files"], row["varied"]):
         mask, more = f"masks/{name}" if row["mask"] else None, {"varied": done} if done else {}
-        yield dict(file_name=name, source=row["path"], **{k: row[k] for k in keys}, mask=mask, quality=row["quality"], **more)
+        yield dict(file_name=name, source=row["path"], **{k: row[k] for k in keys}, mask=mask,
+                   quality=row["quality"], **more)
 
 def _write_words(kept, report, small, s, stage):
     "metadata.jsonl, report, contact sheet and caption files; name in the output -> finished file"
