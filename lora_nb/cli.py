@@ -317,7 +317,8 @@ def _flag(f):
     kind = None if kind is bool else known.get(f.name, kind)
     text = f.metadata["doc"].rstrip(".").replace("%", "%%")
     usual = PPIM_USUAL.get(f.name, f.default)
-    return f.name, kind, argparse.SUPPRESS, text if kind is None or usual in (None, "") else f"{text} (default: {usual})"
+    if kind is not None and usual not in (None, ""): text += f" (default: {usual})"
+    return f.name, kind, argparse.SUPPRESS, text
 
 # %% ../nbs/19_cli.ipynb #4739c597
 @command
