@@ -528,7 +528,7 @@ def _pixels(images):
     "Pictures as (B, C, H, W) in -1..1"
     import numpy as np
     a = np.stack([np.asarray(im) for im in images])
-    return torch.from_numpy(a.reshape(*a.shape[:3], -1)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(a.reshape(*a.shape[:3], -1)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 # %% ../nbs/08_bases.ipynb #93c2883b
 @patch_to(Base)
