@@ -2,6 +2,7 @@
 # make test                     everything that is checked
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make picture                  run the demo and put its picture and numbers on the index
+# make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
 # make bench / quality          the measured comparisons / the measured quality of the embedded base (minutes)
 # make base                     train the embedded base again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq 
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench quality base readme picture export clean
+.PHONY: demo test bench results quality base readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)")
@@ -21,6 +22,9 @@ test: .venv/.dev
 bench: .venv/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
 	$(BIN)/nbdev-clean --fname nbs/benchmarks
+
+results: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py
 
 quality: .venv/.dev
 	$(BIN)/python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json

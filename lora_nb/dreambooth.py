@@ -171,6 +171,7 @@ def _of_a_class(concepts, prior):
     "Lists of concepts that share class pictures; the base's predictions are asked on each one's own pictures"
     groups = {}
     for i, c in enumerate(concepts if prior else ()):
+        if not c.class_prompt: continue
         key = i if prior == "prediction" else json.dumps([c.class_prompt, str(c.class_data)])
         groups.setdefault(key, []).append(c)
     return list(groups.values())
@@ -195,7 +196,7 @@ class DreamBooth:
                  **overrides):       # settings of the recipe
         self.base, self.recipe = base, (recipe or recipe_for(base)).replace(**overrides)
         self.concepts = _concepts(instance_data, instance_prompt, class_prompt, class_data, trigger)
-        self.prior = _check_prior(prior, self.concepts)
+        self.prior = _prior_of(prior, self.concepts)
         data = dict(masks=masks, buckets=buckets)
         self.streams = concept_streams(base, self.concepts, self.prior, self.recipe, num_class_images, resolution,
                                        sampling, **data)
@@ -221,15 +222,18 @@ def _concepts(data, prompt, class_prompt, class_data, trigger):
     if not prompt: raise LoraError("No instance_prompt: expected words for the subject, such as 'a sks toy'.")
     return [Concept(data, prompt, class_prompt, class_data, trigger)]
 
-def _check_prior(prior, concepts):
+def _check_prior(prior, class_prompt):
     "What `prior` means, or why it can not be"
-    bare = [c.trigger for c in concepts if not c.class_prompt]
-    if prior == "auto": prior = "images" if len(bare) < len(concepts) else None
+    if prior == "auto": return "images" if class_prompt else None
     if prior not in PRIORS: raise LoraError(f"prior = {prior!r}: expected 'images', 'prediction', None or 'auto'.")
-    if prior and bare:
+    if prior and not class_prompt:
         raise LoraError(f"prior = {prior!r} needs a class prompt, such as class_prompt='a toy': the words for things "
-                        f"like your subject, without its trigger. There is none for {', '.join(bare)}.")
+                        "like your subject, without its trigger.")
     return prior
+
+def _prior_of(prior, concepts):
+    "The kind of prior for the concepts that have a class"
+    return next(filter(None, [_check_prior(prior, c.class_prompt) for c in concepts]), None)
 
 def _held(run, pictures, size, buckets):
     "Pictures held back, as `Trainer` takes them"

@@ -356,7 +356,9 @@ def recognise(tensors,       # key -> tensor
     raise FormatError(f"no known format has keys like {listing(tensors)}. Known: {', '.join(FORMATS)}.")
 
 # %% ../nbs/05_formats.ipynb #7c9e1365
-def _is_peft(tensors, metadata): return any(split_key(k) for k in tensors)
+def _is_peft(tensors, metadata):
+    "Keys of peft's; a file without tensors may still hold words, in our note"
+    return any(split_key(k) for k in tensors) or (not tensors and bool(read_note(metadata).get("embeddings")))
 def _has(*patterns):
     "A test: does any key match one of these?"
     found = re.compile("|".join(patterns)).search
