@@ -358,6 +358,10 @@ WORDS = [
     ("gradient_checkpointing", bool, False, "less memory for a third more time"),
     ("mixed_precision", ("no", "fp16", "bf16"), None, "precision of the computation"),
     ("scale_lr", bool, False, "multiply the rates by batch size and accumulation"),
+    ("use_mask_captioned_data", bool, False, "weigh the loss by the masks that lora_ppim wrote"),
+    ("mask_floor", float, 0., "with it: weight of what is outside of the masks"),
+    ("use_face_segmentation_condition", bool, False, "the same, for masks of lora_ppim --masks faces"),
+    ("train_inpainting", bool, False, "demands an inpainting base; such a base learns to fill holes in any case"),
     ("save_steps", int, 0, "steps between checkpoints, 0 for none"),
     ("resume", bool, False, "go on from the newest checkpoint in output_dir"),
     ("preview_prompt", str, None, "draw this prompt as training goes on"),
@@ -396,6 +400,7 @@ TUNING = [
     ("output_format", ("peft", "safe", "pt", "both"), "peft", "peft: loads in diffusers; safe, pt: lora_diffusion's"),
 ]
 NOT_HERE = {
+    "mask_temperature": "masks are made by lora_ppim, which has --temp",
     "color_jitter": "pictures are encoded once; jitter them with lora_ppim --color_jitter",
     "cached_latents": "latents are always cached",
     "enable_xformers_memory_efficient_attention": "PyTorch's own attention needs as little memory",
@@ -453,6 +458,7 @@ def words_recipe(a, recipe, names):
     "`recipe` with what the flags ask for"
     r = recipe.replace(**{names[k]: v for k, v in vars(a).items() if k in names and v is not None})
     if not a.clip_ti_decay: r = r.replace(norm_prior=0.)
+    if a.use_mask_captioned_data or a.use_face_segmentation_condition: r = r.replace(mask_floor=a.mask_floor)
     if a.weight_decay_ti: raise LoraError("--weight_decay_ti: expected 0. Lengths are held by --clip_ti_decay.")
     if a.preview_prompt: r = r.replace(preview_every=max(1, r.steps // 4))
     if not a.scale_lr: return r
@@ -496,6 +502,8 @@ def prepare(a):
     out, pictures = _writable(a.output_dir), find_pictures(a.instance_data_dir)
     a.device = available_device(a.device)
     base = _base(a)
+    if a.train_inpainting and not base.inpainting:
+        raise LoraError("--train_inpainting: the base's UNet has no channels for a hole. Name an inpainting base.")
     if a.pretrained_vae_name_or_path: _replace_vae(base, a.pretrained_vae_name_or_path)
     previews = dict(prompts=[a.preview_prompt] * 4, seeds=a.seed) if a.preview_prompt else None
     return out, pictures, base, dict(output_dir=out, previews=previews, resolution=a.resolution)
