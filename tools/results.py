@@ -275,7 +275,7 @@ def clock(base):
     rows = json.loads((KEPT / "table.json").read_text())["rows"]
     cost = {m: np.mean([r["seconds"] / r["steps"] for r in rows if r["method"] == m]) for m in METHODS if m != "base"}
     budget = cost["DreamBooth LoRA"] * STEPS
-    for name in (*SUBJECTS, *STYLES):
+    for name in SUBJECTS:
         for method, settings in chosen().items():
             steps = 0 if method == "base" else round(budget / cost[method])
             if steps: run(base, "clock", method, Concept(name), 0, steps, settings)
