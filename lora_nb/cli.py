@@ -264,7 +264,7 @@ def _report(run, lora, paths, out):
         save_jpeg(run.log.preview_grid(), out / "previews.jpg")
     files = ", ".join(f"{p} ({p.stat().st_size / 1e6:.1f} MB)" for p in paths)
     print(f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. "
-          f"Trigger: {run.trigger!r}. Loss: {out / 'loss.svg'}.")
+          f"Trigger: {lora.metadata['trigger']!r}. Loss: {out / 'loss.svg'}.")
 
 # %% ../nbs/19_cli.ipynb #a7873727
 PPIM = [
@@ -720,7 +720,8 @@ def demo_metrics(run, lora, out, measured, name, began):
     size = (out / "lora.safetensors").stat().st_size
     how = "share of pictures in which the judge's first answer is the subject" if name else \
           "mean cosine similarity of drawn and given pictures in the judge's features"
-    return dict(subject=name or "your pictures", trigger=run.trigger, base=run.base.name, seed=run.recipe.seed,
+    return dict(subject=name or "your pictures", trigger=lora.metadata["trigger"], base=run.base.name,
+                seed=run.recipe.seed,
                 train_seconds=round(run.log.seconds, 1), total_seconds=round(time.time() - began, 1),
                 steps=run.log.steps, trainable_parameters=lora.num_parameters, lora_bytes=size,
                 peak_rss_mb=round(peak_rss_mb()),
