@@ -307,7 +307,7 @@ def sheet(name, n=6):
         prompts = [q.prompt.replace(about["trigger"], "...") for q in paper["subject"][:n]]
     rows = [m for m in METHODS if m in ours]
     drawn = grid([im for m in rows for im in ours[m]], cols=n, row_titles=rows, col_titles=prompts)
-    save_jpeg(drawn, KEPT / f"{name}.jpg")
+    save_jpeg(drawn.resize((drawn.width * 6 // 10, drawn.height * 6 // 10)), KEPT / f"{name}.jpg")
 
 
 
