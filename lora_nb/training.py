@@ -485,6 +485,7 @@ def batch(self:Trainer, s, rows, sides, captions, q, noise, seeds, shake=0.):
     if self.base.inpainting: more |= self._holes(z, have.get("pixels"), seeds)
     return Batch(s, z, captions, q, noise.to(z.device), more)
 
+# %% ../nbs/13_training.ipynb #2225a274
 @patch_to(Trainer)
 def _holes(self:Trainer, z, pixels, seeds):
     "What an inpainting denoiser is told; without pixels all is a hole"
@@ -660,6 +661,7 @@ def _pace(self:Trainer):
     size = max(s.batch for s in self.streams) * self.recipe.accumulate * self.accel.num_processes
     return min(200, max(25, 200 // size))
 
+# %% ../nbs/13_training.ipynb #936f1688
 def worse(levels): # at the start, and at each look since
     "Is this a run that went wrong?"
     start, *later = levels
