@@ -264,7 +264,7 @@ def _report(run, lora, paths, out):
         save_jpeg(run.log.preview_grid(), out / "previews.jpg")
     files = ", ".join(f"{p} ({p.stat().st_size / 1e6:.1f} MB)" for p in paths)
     print(f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. "
-          f"Trigger: {run.trigger!r}. Loss: {out / 'loss.svg'}.")
+          f"Trigger: {lora.metadata['trigger']!r}. Loss: {out / 'loss.svg'}.")
 
 # %% ../nbs/19_cli.ipynb #a7873727
 PPIM = [
@@ -317,7 +317,8 @@ def _flag(f):
     kind = None if kind is bool else known.get(f.name, kind)
     text = f.metadata["doc"].rstrip(".").replace("%", "%%")
     usual = PPIM_USUAL.get(f.name, f.default)
-    return f.name, kind, argparse.SUPPRESS, text if kind is None or usual in (None, "") else f"{text} (default: {usual})"
+    if kind is not None and usual not in (None, ""): text += f" (default: {usual})"
+    return f.name, kind, argparse.SUPPRESS, text
 
 # %% ../nbs/19_cli.ipynb #4739c597
 @command
@@ -357,6 +358,10 @@ WORDS = [
     ("gradient_checkpointing", bool, False, "less memory for a third more time"),
     ("mixed_precision", ("no", "fp16", "bf16"), None, "precision of the computation"),
     ("scale_lr", bool, False, "multiply the rates by batch size and accumulation"),
+    ("use_mask_captioned_data", bool, False, "weigh the loss by the masks that lora_ppim wrote"),
+    ("mask_floor", float, 0., "with it: weight of what is outside of the masks"),
+    ("use_face_segmentation_condition", bool, False, "the same, for masks of lora_ppim --masks faces"),
+    ("train_inpainting", bool, False, "demands an inpainting base; such a base learns to fill holes in any case"),
     ("save_steps", int, 0, "steps between checkpoints, 0 for none"),
     ("resume", bool, False, "go on from the newest checkpoint in output_dir"),
     ("preview_prompt", str, None, "draw this prompt as training goes on"),
@@ -395,6 +400,7 @@ TUNING = [
     ("output_format", ("peft", "safe", "pt", "both"), "peft", "peft: loads in diffusers; safe, pt: lora_diffusion's"),
 ]
 NOT_HERE = {
+    "mask_temperature": "masks are made by lora_ppim, which has --temp",
     "color_jitter": "pictures are encoded once; jitter them with lora_ppim --color_jitter",
     "cached_latents": "latents are always cached",
     "enable_xformers_memory_efficient_attention": "PyTorch's own attention needs as little memory",
@@ -452,6 +458,7 @@ def words_recipe(a, recipe, names):
     "`recipe` with what the flags ask for"
     r = recipe.replace(**{names[k]: v for k, v in vars(a).items() if k in names and v is not None})
     if not a.clip_ti_decay: r = r.replace(norm_prior=0.)
+    if a.use_mask_captioned_data or a.use_face_segmentation_condition: r = r.replace(mask_floor=a.mask_floor)
     if a.weight_decay_ti: raise LoraError("--weight_decay_ti: expected 0. Lengths are held by --clip_ti_decay.")
     if a.preview_prompt: r = r.replace(preview_every=max(1, r.steps // 4))
     if not a.scale_lr: return r
@@ -495,6 +502,8 @@ def prepare(a):
     out, pictures = _writable(a.output_dir), find_pictures(a.instance_data_dir)
     a.device = available_device(a.device)
     base = _base(a)
+    if a.train_inpainting and not base.inpainting:
+        raise LoraError("--train_inpainting: the base's UNet has no channels for a hole. Name an inpainting base.")
     if a.pretrained_vae_name_or_path: _replace_vae(base, a.pretrained_vae_name_or_path)
     previews = dict(prompts=[a.preview_prompt] * 4, seeds=a.seed) if a.preview_prompt else None
     return out, pictures, base, dict(output_dir=out, previews=previews, resolution=a.resolution)
@@ -711,7 +720,8 @@ def demo_metrics(run, lora, out, measured, name, began):
     size = (out / "lora.safetensors").stat().st_size
     how = "share of pictures in which the judge's first answer is the subject" if name else \
           "mean cosine similarity of drawn and given pictures in the judge's features"
-    return dict(subject=name or "your pictures", trigger=run.trigger, base=run.base.name, seed=run.recipe.seed,
+    return dict(subject=name or "your pictures", trigger=lora.metadata["trigger"], base=run.base.name,
+                seed=run.recipe.seed,
                 train_seconds=round(run.log.seconds, 1), total_seconds=round(time.time() - began, 1),
                 steps=run.log.steps, trainable_parameters=lora.num_parameters, lora_bytes=size,
                 peak_rss_mb=round(peak_rss_mb()),

@@ -118,7 +118,7 @@ def _advice(path, e):
                 "Formats > Most Compatible")
     if isinstance(e, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels. Shrink it first"
-    if isinstance(e, Image.UnidentifiedImageError): return f"not a picture (begins {start[:8]!r})"
+    if isinstance(e, Image.UnidentifiedImageError): return f"not a picture, or of a kind that Pillow does not know (begins {start[:8]!r})"
     if "truncated" in str(e) or "broken" in str(e): return f"damaged ({e}). Copy it again"
     return text
 
@@ -800,9 +800,9 @@ def _report_text(report, s):
     return (f"# Preprocessing\n\n{len(report.kept)} of {len(report.rows)} pictures kept. Settings: {said}.\n\n"
             f"![originals and results](report/contact_sheet.jpg)\n\n{report_table(report.rows)}\n")
 
-def _strip(images):
+def _strip(images, places=1):
     "Small pictures in a row, each in the middle of a square"
-    strip = Image.new("RGB", (len(images) * (_THUMB + 4) - 4, _THUMB), "white")
+    strip = Image.new("RGB", (places * (_THUMB + 4) - 4, _THUMB), "white")
     for i, im in enumerate(images):
         strip.paste(im, (i * (_THUMB + 4) + (_THUMB - im.width) // 2, (_THUMB - im.height) // 2))
     return strip
@@ -821,9 +821,10 @@ def contact_sheet(rows,      # of a report
                   most=60):  # originals shown
     "Originals with their crops beside what became of them; below, what was left out (and could be read)"
     kept = [r for r in rows if not r["why"]][:most]
-    strips = [_strip([_framed(small[r["path"]][0], r), *(im for im in small[r["path"]][1:] if im)]) for r in kept]
+    rows_of = [[_framed(small[r["path"]][0], r), *(im for im in small[r["path"]][1:] if im)] for r in kept]
+    strips = [_strip(images, max(map(len, rows_of))) for images in rows_of]
     titles = [f"{r['source']}: {r.get('text') or r['files'][0]}" for r in kept]
-    top = grid(strips, titles=titles, cols=min(2, len(kept)), size=max(s.width for s in strips))
+    top = grid(strips, titles=titles, cols=min(2, len(kept)), size=strips[0].width)
     out = [r for r in rows if r["why"] and small.get(r["path"])][:most]
     if not out: return top
     faded = [Image.blend(_strip(small[r["path"]][:1]), Image.new("RGB", (_THUMB, _THUMB), "white"), .3) for r in out]

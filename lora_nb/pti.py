@@ -71,7 +71,7 @@ class PivotalTuning:
                  prompt="a photo of a {trigger}", # for pictures without captions
                  class_noun="",                   # said after the word in captions: "a <bear> toy"
                  components=None,                 # text encoders that learn the words; None: the CLIPs
-                 num_class_images=24, sampling=None, previews=None, callback=None, resolution=None,
+                 num_class_images=24, sampling=None, previews=None, callback=None, resolution=None, buckets=None,
                  start=None,                      # a `Lora` whose words the run begins with
                  **overrides):                    # settings of the recipe
         self.base, self.recipe = base, (recipe or pivotal_recipe_for(base)).replace(**overrides)
@@ -79,8 +79,8 @@ class PivotalTuning:
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = ", ".join(f"{t} {class_noun}".strip() for t in data), list(inits)
         self.prior, self.class_prompt = _prior_kind(prior, class_prompt), class_prompt
-        kw = dict(size=resolution, n=num_class_images, **(sampling or {}))
-        self.streams = word_streams(base, data, self.recipe, prompt, resolution, class_noun)
+        kw = dict(size=resolution, n=num_class_images, buckets=buckets, **(sampling or {}))
+        self.streams = word_streams(base, data, self.recipe, prompt, resolution, class_noun, buckets)
         if self.prior: self.streams.append(self._prior(next(iter(data.values())), class_data, kw))
         self._wear(inits, components, start)
 
@@ -94,6 +94,7 @@ def _prior_kind(prior, class_prompt):
 def _prior(self, source, class_data, kw):
     "The stream that keeps the class as it was"
     source = source if self.prior == "prediction" else class_data
+    if self.prior == "prediction": kw = {k: kw[k] for k in ("size", "buckets")}
     return prior_stream(self.base, self.prior, source, self.class_prompt, self.recipe, **kw)
 
 @patch_to(PivotalTuning)

@@ -240,12 +240,13 @@ def word_streams(
     base, data, recipe,             # a `Base`; trigger -> pictures; an `InversionRecipe`
     prompt="a photo of a {trigger}",# for pictures without a caption
     size=None, noun="",             # pixels; a class noun said after the word, "" for none
+    buckets=None,                   # as `ConceptDataset` takes them; masks are read from the pictures' metadata
 ):                                  # list of `Stream`
     "A stream for each concept"
     streams = []
     for i, (trigger, source) in enumerate(data.items()):
         said = f"{trigger} {noun}".strip()
-        pictures = ConceptDataset(source, prompt, said, size or base.resolution, recipe.flip)
+        pictures = ConceptDataset(source, prompt, said, size or base.resolution, recipe.flip, buckets=buckets)
         name = "subject" if len(data) == 1 else f"subject {i}"
         wording = wording_of(recipe.template, said)
         streams.append(Stream(name, encode(base, pictures), recipe.batch_size, wording=wording))
@@ -264,14 +265,14 @@ class TextualInversion:
                  prompt="a photo of a {trigger}", # for pictures without captions
                  class_noun="",                   # said after the word in captions: "a <bear> toy"
                  components=None,                 # text encoders; None: the CLIPs
-                 previews=None, callback=None, resolution=None,
+                 previews=None, callback=None, resolution=None, buckets=None,
                  **overrides):                    # settings of the recipe
         self.base, self.recipe = base, (recipe or inversion_recipe_for(base)).replace(**overrides)
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger = ", ".join(f"{t} {class_noun}".strip() for t in data)
         self.words = NewWords(base, inits, self.recipe.vectors, components, self.recipe.seed)
         try:
-            streams, r = word_streams(base, data, self.recipe, prompt, resolution, class_noun), self.recipe
+            streams, r = word_streams(base, data, self.recipe, prompt, resolution, class_noun, buckets), self.recipe
             rates = dict.fromkeys(self.words.params(), r.words_learning_rate)
             self.trainer = Trainer(base, self.words.params(), streams, r, previews=previews, output_dir=output_dir,
                                    callback=pulled(self.words, r.norm_prior, callback), rates=rates)

@@ -275,7 +275,7 @@ def clock(base):
     rows = json.loads((KEPT / "table.json").read_text())["rows"]
     cost = {m: np.mean([r["seconds"] / r["steps"] for r in rows if r["method"] == m]) for m in METHODS if m != "base"}
     budget = cost["DreamBooth LoRA"] * STEPS
-    for name in (*SUBJECTS, *STYLES):
+    for name in SUBJECTS:
         for method, settings in chosen().items():
             steps = 0 if method == "base" else round(budget / cost[method])
             if steps: run(base, "clock", method, Concept(name), 0, steps, settings)
@@ -307,7 +307,7 @@ def sheet(name, n=6):
         prompts = [q.prompt.replace(about["trigger"], "...") for q in paper["subject"][:n]]
     rows = [m for m in METHODS if m in ours]
     drawn = grid([im for m in rows for im in ours[m]], cols=n, row_titles=rows, col_titles=prompts)
-    save_jpeg(drawn, KEPT / f"{name}.jpg")
+    save_jpeg(drawn.resize((drawn.width * 6 // 10, drawn.height * 6 // 10)), KEPT / f"{name}.jpg")
 
 
 
