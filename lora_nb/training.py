@@ -7,7 +7,7 @@ Docs: https://lora-nb.github.io/lora_nb/training.html.md"""
 # %% auto #0
 __all__ = ['LR_SCHEDULES', 'LARGE', 'CARDS', 'INTENTS', 'RATES', 'TOLD', 'setting', 'check_recipe', 'Recipe', 'Card',
            'recipe_card', 'recipe_for', 'Cards', 'check_rate', 'TrainingLog', 'Stream', 'samples', 'draw', 'Trainer',
-           'Turn', 'Batch', 'position_weights']
+           'Turn', 'Batch', 'position_weights', 'worse']
 
 # %% ../nbs/13_training.ipynb #903c21d5
 import contextlib, csv, json, math, random, time, warnings
@@ -485,6 +485,7 @@ def batch(self:Trainer, s, rows, sides, captions, q, noise, seeds, shake=0.):
     if self.base.inpainting: more |= self._holes(z, have.get("pixels"), seeds)
     return Batch(s, z, captions, q, noise.to(z.device), more)
 
+# %% ../nbs/13_training.ipynb #2225a274
 @patch_to(Trainer)
 def _holes(self:Trainer, z, pixels, seeds):
     "What an inpainting denoiser is told; without pixels all is a hole"
@@ -660,22 +661,30 @@ def _pace(self:Trainer):
     size = max(s.batch for s in self.streams) * self.recipe.accumulate * self.accel.num_processes
     return min(200, max(25, 200 // size))
 
+# %% ../nbs/13_training.ipynb #936f1688
+def worse(levels): # at the start, and at each look since
+    "Is this a run that went wrong?"
+    start, *later = levels
+    if later and later[-1] > 1.5 * start: return True
+    if len(later) < 2: return False
+    lasting = min(later[-2:])                                       # of two looks: one may be bad luck
+    return lasting > 1.25 * start or lasting > max(3 * min(levels[:-2]), .75 * start)
+
 @patch_to(Trainer)
 def _check_level(self:Trainer):
     "Stop where the fixed samples are worse than at the start"
     if self.done and not self.log.level: return                # resumed from a run without a guard: no start is known
     self._flush(); self.log.level.append((self.done, self.level()))
-    start, *later = [v for _, v in self.log.level]
-    bad = later and start and (later[-1] > 2 * start or min(later[-2:]) > 1.25 * start and len(later) > 1)
-    if bad: raise TrainingError(_rise(self.log, sorted(self.dir.glob("checkpoints/*.pt")) if self.dir else []))
+    saved = sorted(self.dir.glob("checkpoints/*.pt")) if self.dir else []
+    if worse([v for _, v in self.log.level]): raise TrainingError(_rise(self.log, saved))
 
 def _rise(log, saved):
     "What was seen where a run got worse, and what helps"
-    good = [step for step, v in log.level if v <= log.level[0][1]][-1]
+    good = min(log.level, key=lambda x: x[1])[0]
     rate, kept = log.lrs[-1], [p for p in saved if int(p.stem[5:]) <= good]
     return (f"The loss on fixed samples of the training pictures was {log.level[0][1]:.3g} at the start and is "
             f"{log.level[-1][1]:.3g} at step {log.level[-1][0]} (gradient {log.norms[0]:.3g} at first, "
-            f"{log.norms[-1]:.3g} now; learning rate {rate:.3g}). Expected less than at the start. Try learning_rate = "
+            f"{log.norms[-1]:.3g} now; learning rate {rate:.3g}). Expected: less and less. Try learning_rate = "
             f"{rate / 10:.1g}, a warmup, or max_grad_norm = 0.1; guard=False trains on."
             + (f" The last checkpoint from before is {kept[-1]}." if kept else ""))
 
