@@ -118,7 +118,8 @@ def _advice(path, e):
                 "Formats > Most Compatible")
     if isinstance(e, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels. Shrink it first"
-    if isinstance(e, Image.UnidentifiedImageError): return f"not a picture, or of a kind that Pillow does not know (begins {start[:8]!r})"
+    if isinstance(e, Image.UnidentifiedImageError):
+        return f"not a picture, or of a kind that Pillow does not know (begins {start[:8]!r})"
     if "truncated" in str(e) or "broken" in str(e): return f"damaged ({e}). Copy it again"
     return text
 
