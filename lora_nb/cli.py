@@ -352,6 +352,10 @@ WORDS = [
     ("max_train_steps_ti", int, None, "steps for the words alone"),
     ("lr_scheduler", str, None, "course of the words' learning rate: linear, cosine, constant, ..."),
     ("lr_warmup_steps", int, None, "steps over which the learning rate rises"),
+]
+
+# %% ../nbs/19_cli.ipynb #046b7b51
+WORDS += [
     ("seed", int, 42, "of everything random"), ("resolution", int, None, "side of the pictures in pixels"),
     ("train_batch_size", int, None, "pictures in a batch"),
     ("gradient_accumulation_steps", int, None, "batches whose gradients make one step"),
