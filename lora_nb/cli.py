@@ -403,6 +403,8 @@ TUNING = [
     ("words_turn", int, None, "joint mode: one turn in so many is the words'"),
     ("output_format", ("peft", "safe", "pt", "both"), "peft", "peft: loads in diffusers; safe, pt: lora_diffusion's"),
 ]
+
+# %% ../nbs/19_cli.ipynb #151d4ca8
 NOT_HERE = {
     "mask_temperature": "masks are made by lora_ppim, which has --temp",
     "color_jitter": "pictures are encoded once; jitter them with lora_ppim --color_jitter",

@@ -9,7 +9,7 @@ __all__ = ['PivotalRecipe', 'pivotal_recipe_for', 'PivotalTuning', 'joined', 'tr
 
 # %% ../nbs/16_pti.ipynb #d14e8736
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
 
@@ -18,7 +18,7 @@ from .core import LoraError, patch_to
 from .injection import inject_lora
 from .lora import Lora
 from .training import Recipe, TrainingLog, Trainer, Turn, recipe_for, setting
-from .dreambooth import prior_stream
+from .dreambooth import _check_prior, prior_stream
 from .textual_inversion import (InversionRecipe, NewWords, concepts_of, inversion_recipe_for, pulled,
                                        word_streams)
 
@@ -78,18 +78,13 @@ class PivotalTuning:
         self.dir, self.previews, self.callback = output_dir, previews, callback
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = ", ".join(f"{t} {class_noun}".strip() for t in data), list(inits)
-        self.prior, self.class_prompt = _prior_kind(prior, class_prompt), class_prompt
+        self.prior, self.class_prompt = _check_prior(prior, class_prompt), class_prompt
         kw = dict(size=resolution, n=num_class_images, buckets=buckets, **(sampling or {}))
         self.streams = word_streams(base, data, self.recipe, prompt, resolution, class_noun, buckets)
         if self.prior: self.streams.append(self._prior(next(iter(data.values())), class_data, kw))
         self._wear(inits, components, start)
 
 # %% ../nbs/16_pti.ipynb #8ab1efad
-def _prior_kind(prior, class_prompt):
-    "What `prior` means here"
-    from lora_nb.dreambooth import _check_prior
-    return _check_prior(prior, class_prompt)
-
 @patch_to(PivotalTuning)
 def _prior(self, source, class_data, kw):
     "The stream that keeps the class as it was"
@@ -116,7 +111,7 @@ def inversion(self:PivotalTuning):
     "The trainer of the first phase"
     r = self.recipe
     streams = [s for s in self.streams if s.name != "prior"]
-    if r.ti_batch_size: streams = [_with_batch(s, r.ti_batch_size) for s in streams]
+    if r.ti_batch_size: streams = [replace(s, batch=r.ti_batch_size) for s in streams]
     first = r.replace(steps=r.ti_steps, t_range=r.ti_t_range, lr_schedule=r.ti_lr_schedule or r.lr_schedule)
     return self._trainer(self.words.params(), streams, first, "inversion", r.words_learning_rate)
 
@@ -128,11 +123,6 @@ def tuning(self:PivotalTuning):
     return self._trainer({**self._lora_params(), **words}, self.streams, r, "tuning", r.tuning_words_learning_rate)
 
 # %% ../nbs/16_pti.ipynb #ebe7fbdf
-def _with_batch(stream, n):
-    "A stream of another batch size"
-    from dataclasses import replace
-    return replace(stream, batch=n)
-
 @patch_to(PivotalTuning)
 def _lora_params(self):
     "The LoRA's parameters by component"
