@@ -260,8 +260,14 @@ def checksum(tensors, own): # key -> tensor; the note
     for key in sorted(tensors):
         t = tensors[key]
         crc = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), crc)
-        crc = zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(_bits(t.contiguous()), crc)
     return f"{crc:08x}"
+
+def _bits(t):
+    "The tensor's bytes, as an array of whatever numpy has"
+    return (t if t.dtype in _NUMPY else t.flatten().view(torch.uint8)).numpy()
+
+_NUMPY = {torch.float16, torch.float32, torch.float64, torch.int64}
 
 def read_note(metadata): # of any file
     "What we noted in it"
@@ -664,7 +670,8 @@ def _write_pt(path, tensors, metadata):
 
 def pt_faults(lora, base=None):
     "As `positional_faults`; a `.pt` family has files for two components only"
-    return {"these components": [n for n in lora.layers if n.split(".")[0] not in _KNOWN], **positional_faults(lora, base)}
+    return {"these components": [n for n in lora.layers if n.split(".")[0] not in _KNOWN],
+            **positional_faults(lora, base)}
 
 def _write_pt_state(lora, base=None):
     "As `write_lora_diffusion`"

@@ -7,9 +7,10 @@ Docs: https://lora-nb.github.io/lora_nb/kohya.html.md"""
 
 # %% auto #0
 __all__ = ['GRAMMAR', 'LIMIT', 'dotted', 'from_sgm', 'to_sgm', 'from_sd3', 'to_sd3', 'swap_halves', 'full_names',
-           'refuse_foreign', 'khatri_rao', 'whole', 'loha_factors', 'lokr_factors', 'product_bytes', 'kernel_of',
-           'unflatten', 'row_magnitude', 'assemble', 'split_storeys', 'fuse_storeys', 'family_of', 'split_words',
-           'per_block', 'kohya_splitter', 'read_kohya', 'kohya_name', 'several_encoders', 'kohya_faults', 'write_kohya']
+           'refuse_foreign', 'khatri_rao', 'whole', 'loha_factors', 'kron', 'lokr_factors', 'product_bytes',
+           'kernel_of', 'unflatten', 'row_magnitude', 'assemble', 'split_storeys', 'fuse_storeys', 'family_of',
+           'split_words', 'per_block', 'kohya_splitter', 'read_kohya', 'kohya_name', 'several_encoders', 'kohya_faults',
+           'write_kohya']
 
 # %% ../nbs/05b_kohya.ipynb #2ecbbfac
 import re
@@ -22,10 +23,10 @@ from .formats import (CLIPS, base_layers, fold_alpha, group_parts, listing, note
                              to_factors)
 
 # %% ../nbs/05b_kohya.ipynb #3997a9af
-_WORDS = """down_blocks up_blocks mid_block transformer_blocks conv_in conv_out conv_shortcut time_emb_proj time_embedding
-add_embedding linear_1 linear_2 proj_in proj_out to_q to_k to_v to_out to_add_out add_q_proj add_k_proj add_v_proj
-ff_context norm1_context norm_out time_text_embed timestep_embedder text_embedder context_embedder pos_embed text_model
-self_attn q_proj k_proj v_proj out_proj text_projection wi_0 wi_1""".split()
+_WORDS = """down_blocks up_blocks mid_block transformer_blocks conv_in conv_out conv_shortcut time_emb_proj
+time_embedding add_embedding linear_1 linear_2 proj_in proj_out to_q to_k to_v to_out to_add_out
+add_q_proj add_k_proj add_v_proj ff_context norm1_context norm_out time_text_embed timestep_embedder
+text_embedder context_embedder pos_embed text_model self_attn q_proj k_proj v_proj out_proj text_projection wi_0 wi_1""".split()
 _SPLIT = re.compile("|".join(rf"{w}(?![^_])" for w in sorted(_WORDS, key=len, reverse=True)) + "|[^_]+")
 
 def dotted(flat): # a path with underscores only
@@ -181,6 +182,10 @@ def loha_factors(p): # 'w1_a', 'w1_b', 'w2_a' ... -> tensor, in single precision
     return khatri_rao(a1, a2), khatri_rao(b1.T, b2.T).T, len(p["w1_b"])
 
 # %% ../nbs/05b_kohya.ipynb #1fc7626c
+def kron(a, b): # (m, n), (o, p) or (o, p, kh, kw)
+    "Kronecker product: (m o, n p), kernel kept"
+    return torch.einsum("ab,cd...->acbd...", a, b).flatten(2, 3).flatten(0, 1)
+
 def _lokr_side(p, side): # '1' or '2'
     "`(up, down)` of one side, down (r, in) or (r, in, kh, kw); and its rank, None if it is stored whole"
     if f"w{side}" in p:
@@ -194,8 +199,7 @@ def lokr_factors(p): # 'w1' or 'w1_a' and 'w1_b'; 'w2' ... -> tensor, in single 
     "`(up, down)`, where down may have a kernel; and the rank that alpha is divided by, None for strength 1"
     up1, down1, r1 = _lokr_side(p, "1")
     up2, down2, r2 = _lokr_side(p, "2")
-    down = torch.einsum("ab,cd...->acbd...", down1, down2).flatten(2, 3).flatten(0, 1)
-    return torch.kron(up1.contiguous(), up2.contiguous()), down, r2 or r1
+    return kron(up1, up2), kron(down1, down2), r2 or r1
 
 # %% ../nbs/05b_kohya.ipynb #35845631
 LIMIT = 2 * 2**30                      # bytes that the factors of one file may take once multiplied out
@@ -303,7 +307,8 @@ def split_storeys(f,         # `Factors` of a fused matrix
 def fuse_storeys(parts): # storey -> `Factors`
     "One `Factors` for all three storeys, and the ranks if they have factors of their own"
     f, fs = next(iter(parts.values())), [parts.get(i) for i in range(3)]
-    alike = all(g is not None and g.down.equal(f.down) and g.scaling == f.scaling and g.up.dtype == f.up.dtype for g in fs)
+    alike = all(g is not None and g.down.equal(f.down) and g.scaling == f.scaling and g.up.dtype == f.up.dtype
+            for g in fs)
     magnitude = None if f.magnitude is None else torch.cat([g.magnitude for g in fs])
     if alike: return replace(f, up=torch.cat([g.up for g in fs]), magnitude=magnitude), None
     ranks, rows = [0 if g is None else g.rank for g in fs], len(f.up)
@@ -425,7 +430,8 @@ def kohya_name(name,        # full name
     flat = path.replace(".", "_")
     if component == "transformer": return f"lora_unet_{(to_sd3(path) or (flat,))[0]}"
     if component == "unet": return "lora_unet_" + (to_sgm(flat, per_block, attentive) if dialect == "sgm" else flat)
-    start = {"text_encoder": "lora_te1_" if many else "lora_te_", "text_encoder_2": "lora_te2_"}.get(component, "lora_te3_")
+    start = {"text_encoder": "lora_te1_" if many else "lora_te_", "text_encoder_2": "lora_te2_"}.get(component,
+            "lora_te3_")
     model = "" if component == "text_encoder_3" or path == "text_projection" else "text_model_"
     return start + model + flat
 
@@ -459,7 +465,8 @@ def kohya_faults(lora, base=None, dialect="diffusers", bundle=False):
         if _storey(n) is not None: lone.setdefault(namer(n), []).append((n, f))
     torn = [n for fs in lone.values() for n, f in fs if f.magnitude is not None and
             (len(fs) < 3 or any(g.magnitude is None for _, g in fs))]
-    torn += [n for fs in lone.values() for n, f in fs if f.magnitude is None and any(g.magnitude is not None for _, g in fs)]
+    torn += [n for fs in lone.values() for n, f in fs if f.magnitude is None
+            and any(g.magnitude is not None for _, g in fs)]
     return {"modules without a name in kohya's lists": [n for n in lora.layers if n not in back(n)],
             "grouped convolutions": [n for n, f in lora.layers.items() if f.groups > 1],
             "DoRA in only some of query, key and value": torn,
