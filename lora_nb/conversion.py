@@ -61,6 +61,7 @@ class FileInfo:
     recipe: dict = field(default_factory=dict)     # how it was trained, if the file says so
     metadata: dict = field(default_factory=dict)   # everything the file notes
 
+# %% ../nbs/05d_conversion.ipynb #b3e6b307
 def _kind(name):
     "`attn1.to_q`, `ff.net.proj`: the last words of a name without numbers"
     return ".".join([w for w in name.split(".")[1:] if not w.isdigit()][-2:])
