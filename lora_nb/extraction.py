@@ -6,15 +6,19 @@ Docs: https://lora-nb.github.io/lora_nb/extraction.html.md"""
 
 # %% auto #0
 __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_product', 'Core', 'core_of_product',
-           'recompress_layers', 'recompress']
+           'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation',
+           'distillation', 'distill', 'svd_distill']
 
 # %% ../nbs/06_extraction.ipynb #43ddbd02
+import json, os, re, warnings
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from .core import LoraError, ShapeError, patch_to
-from .lora import Factors, Lora, some
+from .core import LoraError, ShapeError, TargetError, default_device, patch_to
+from .injection import find_targets
+from .layers import LoraLayer
+from .lora import Factors, Lora, canonical, human, places, resolve_components, some
 
 # %% ../nbs/06_extraction.ipynb #476648c7
 @dataclass
@@ -282,3 +286,298 @@ def recompress(
         raise LoraError(f"{len(weights)} weights for {len(factors)} factors: expected one for each")
     if weights is not None: factors = [f.scaled(w) for f, w in zip(factors, weights)]
     return recompress_layers({"the layer": factors}, rank, energy, dtype)["the layer"]
+
+# %% ../nbs/06_extraction.ipynb #437b055e
+def allocate(
+    spectra,  # name -> singular values, falling
+    costs,    # name -> bytes of one rank
+    budget,   # bytes for all
+):
+    "name -> rank: the most energy for the bytes, taken greedily by energy per byte"
+    ranks, names = dict.fromkeys(spectra, 0), list(spectra)
+    gain = torch.cat([spectra[n].double().cpu()**2 / costs[n] for n in names])
+    owner = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(spectra[n]) for n in names]))
+    gain, order = gain.sort(descending=True, stable=True)
+    cheapest = min(costs.values())
+    for i in owner[order][gain > 0].tolist():
+        if costs[names[i]] <= budget: ranks[names[i]] += 1; budget -= costs[names[i]]
+        if budget < cheapest: break
+    return ranks
+
+# %% ../nbs/06_extraction.ipynb #e1afea79
+_ENTRY = 100      # bytes of a tensor's entry in the header beside its name: dtype, shape, two offsets
+
+def _overhead(names, lora):
+    "Bytes of a peft file beside the factors' numbers, at most"
+    entries = sum(2 * (len(n) + len(".text_model.lora_A.weight") + _ENTRY) for n in names)
+    words = sum(len(t) + 100 + e.numel() * e.element_size() * 4 // 3 for t, d in lora.embeddings.items()
+                for e in d.values())
+    text = sum(len(json.dumps([k, v])) for k, v in lora.metadata.items())
+    return entries + words + 2 * text + 1000
+
+def _fit(spectra, costs, size, lora):
+    "name -> rank for a file of `size` bytes; layers that get none are left out"
+    names = list(spectra)
+    for _ in range(4):                       # what is left out needs no header either
+        room = size - _overhead(names, lora)
+        ranks = allocate(spectra, costs, room) if names and room > 0 else {}
+        kept = [n for n, r in ranks.items() if r]
+        if len(kept) == len(names): break
+        names = kept
+    if kept: return {n: r for n, r in ranks.items() if r}
+    raise LoraError(f"a file of {human(size)} cannot hold one rank of one layer: expected more than "
+                    f"{human(_overhead([], lora) + min(costs.values()))}")
+
+# %% ../nbs/06_extraction.ipynb #4546262f
+def spectra(
+    lora,  # without DoRA layers
+):
+    "name -> singular values of each layer's difference"
+    found = {}
+    for names in _stacks({n: [f] for n, f in lora.layers.items()}):
+        pairs = [_matrices([lora.layers[n]]) for n in names]
+        found |= zip(names, core_of_product(*(torch.stack(x) for x in zip(*pairs))).s)
+    return {n: found[n] for n in lora.layers}
+
+# %% ../nbs/06_extraction.ipynb #81fc547e
+def resize(
+    lora,         # a Lora
+    rank=None,    # of every layer, at most
+    energy=None,  # or the share of each layer's energy to keep
+    bytes=None,   # or the size of its file in peft's format
+    dtype=None,   # of the factors; None: as they are
+):
+    "The best approximation of a LoRA by a smaller one; embeddings and metadata stay"
+    _one_of(rank=rank, energy=energy, bytes=bytes)
+    layers = {n: f for n, f in lora.check().layers.items() if rank is None or f.rank > rank}
+    if bytes is not None: rank = _fit(spectra(lora), _costs(layers, dtype), bytes, lora)
+    if bytes is not None: layers = {n: layers[n] for n in rank}
+    small = recompress_layers({n: [f] for n, f in layers.items()}, rank, energy, dtype)
+    keep = lora.layers if bytes is None else layers
+    return Lora({n: small[n] if n in small else lora.layers[n].to(dtype=dtype) for n in keep}, lora.embeddings,
+                lora.metadata)
+
+def _costs(layers, dtype):
+    "Bytes of one rank of each layer"
+    width = lambda f: (dtype or f.up.dtype).itemsize
+    return {n: width(f) * (f.shape[0] + torch.Size(f.shape[1:]).numel()) for n, f in layers.items()}
+
+# %% ../nbs/06_extraction.ipynb #dc62cbfa
+@dataclass
+class Changes:
+    "What differs between a base and a model tuned from it"
+    weights: dict = field(default_factory=dict)     # "unet.path" -> (base's weight, tuned weight)
+    groups: dict = field(default_factory=dict)      # "unet.path" -> groups of the convolution
+    lost: dict = field(default_factory=dict)        # what factors cannot hold: name -> (norm of the change, base's norm)
+    embeddings: dict = field(default_factory=dict)  # token -> {component: (n, d)}
+
+def changes(
+    base, tuned,   # pipelines, bases, models, dicts component -> model, folders, single files, names
+    targets=None,  # what may be carried: as `find_targets` takes it, or a dict; None: every linear and convolution
+):
+    "Hold a tuned model against its base"
+    base, tuned = _opened(base), _opened(tuned)
+    ours, theirs = _networks(base), _networks(tuned)
+    found = Changes()
+    if not set(ours) & set(theirs) or set(theirs) - set(ours):
+        raise TargetError(f"the tuned model has {', '.join(theirs)}, the base {', '.join(ours)}: expected the same "
+                          "parts. Give the base that it was tuned from")
+    for c in theirs: _compare(found, c, ours[c], theirs[c], targets.get(c, ()) if isinstance(targets, dict) else targets)
+    _new_words(found, base, tuned)
+    return found
+
+# %% ../nbs/06_extraction.ipynb #d58d68cf
+def _opened(source):
+    "A path or a name is loaded; anything else is a model already"
+    if not isinstance(source, (str, os.PathLike)): return source
+    from lora_nb.bases import load_base
+    return load_base(source, device="cpu", dtype=torch.float32)
+
+def _networks(source):
+    "component -> model, the autoencoder included"
+    parts = dict(resolve_components(source))
+    vae = getattr(getattr(source, "pipe", source), "vae", None)
+    if isinstance(vae, torch.nn.Module) and not isinstance(source, torch.nn.Module): parts["vae"] = vae
+    for c, model in parts.items():
+        if any(isinstance(m, LoraLayer) for m in model.modules()):
+            raise LoraError(f"{c} wears a LoRA as branches: merge it (apply_lora(..., mode='merge') or collapse_lora), "
+                            "or take it off")
+    return parts
+
+# %% ../nbs/06_extraction.ipynb #da705030
+def _compare(found, c, base, tuned, targets):
+    "Sort one component's parameters into what factors can carry and what they cannot"
+    a, b = ({canonical(n): p.detach() for n, p in m.named_parameters()} for m in (base, tuned))
+    _check_alike(c, a, b, _table_name(tuned))
+    where = places(tuned)
+    carried = {} if c == "vae" or targets == () else where if targets is None else find_targets(tuned, targets, c)
+    for n, new in b.items():
+        old, new = a[n], new[:len(a[n])]
+        new = new.to(old.device)
+        low = min(old.dtype, new.dtype, key=lambda t: t.itemsize)     # rounding alone is no change
+        if torch.equal(old.to(low), new.to(low)): continue
+        path = n.removesuffix(".weight")
+        if n.endswith(".weight") and path in carried:
+            found.weights[f"{c}.{path}"] = (old, new)
+            found.groups[f"{c}.{path}"] = getattr(where[path].module, "groups", 1)
+        else: found.lost[f"{c}.{n}"] = ((new.float() - old.float()).norm().item(), old.float().norm().item())
+
+def _table_name(model):
+    "The name of a text encoder's token table: new words make it longer"
+    if not hasattr(model, "get_input_embeddings"): return None
+    table = model.get_input_embeddings().weight
+    return next(canonical(n) for n, p in model.named_parameters() if p is table)
+
+def _check_alike(c, a, b, table):
+    "Raise if two sets of parameters are not of one architecture"
+    odd = [n for n in b if n not in a or a[n].shape[1:] != b[n].shape[1:] or len(b[n]) < len(a[n])
+           or (len(b[n]) > len(a[n]) and n != table)]
+    if odd or set(a) - set(b):
+        raise ShapeError(f"{c} of the base and of the tuned model differ in {some([*odd, *(set(a) - set(b))])}: "
+                         "expected the same architecture. Give the base that it was tuned from")
+
+# %% ../nbs/06_extraction.ipynb #96e6026f
+def _new_words(found, base, tuned):
+    "Tokens that only the tuned model's tokenizers have, as embeddings; `<cat>`, `<cat>_1` are one word"
+    for c in [c for c in _networks(tuned) if c.startswith("text_encoder")]:
+        olds, news = (getattr(getattr(x, "pipe", x), c.replace("text_encoder", "tokenizer"), None) for x in (base, tuned))
+        if olds is None or news is None: continue
+        known, vocabulary = olds.get_vocab(), news.get_vocab()
+        rows = _networks(tuned)[c].get_input_embeddings().weight.detach()
+        new = sorted((t for t in vocabulary if t not in known and vocabulary[t] < len(rows)), key=vocabulary.get)
+        words = {}
+        for t in new:
+            head = re.fullmatch(r"(.+)_\d+", t)
+            words.setdefault(head[1] if head and head[1] in new else t, []).append(vocabulary[t])
+        for t, ids in words.items(): found.embeddings.setdefault(t, {})[c] = rows[ids].clone()
+
+# %% ../nbs/06_extraction.ipynb #7bc70b2f
+def _chunks(weights, limit=2**27):
+    "Lists of names of equal shape, few enough to be stacked in `limit` bytes"
+    groups = {}
+    for n, (old, _) in weights.items(): groups.setdefault(old.shape, []).append(n)
+    for shape, names in groups.items():
+        step = max(1, limit // (4 * shape.numel()))
+        yield from (names[i:i + step] for i in range(0, len(names), step))
+
+def _delta(pair, device):
+    "The difference of two weights as a matrix, in single precision"
+    old, new = (w.to(device, torch.float32) for w in pair)
+    return (new - old).flatten(1)
+
+def _triples(weights, device, **kw):
+    "name -> `Truncated` of each difference"
+    found = {}
+    for names in _chunks(weights):
+        t = low_rank(torch.stack([_delta(weights[n], device) for n in names]), **kw)
+        for i, n in enumerate(names): found[n] = t[i]
+    return {n: found[n] for n in weights}
+
+# %% ../nbs/06_extraction.ipynb #447a3ca1
+def _by_bytes(
+    weights, size,  # name -> (old, new); bytes of the file
+    lora, dtype,    # holds what else goes into the file; of the factors
+    device,
+):
+    "name -> `Truncated` for a file of `size` bytes: look deeper where all that was looked at is taken"
+    costs = {n: dtype.itemsize * (w.shape[0] + w[0].numel()) for n, (w, _) in weights.items()}
+    start = max(8, 2 * size // sum(costs.values()))
+    found, todo = {}, dict.fromkeys(weights, start)
+    while todo:
+        for depth in set(todo.values()):
+            found |= _triples({n: weights[n] for n, d in todo.items() if d == depth}, device, rank=depth)
+        ranks = _fit({n: t.s for n, t in found.items()}, costs, size, lora)
+        todo = {n: 2 * r for n, r in ranks.items() if r == found[n].rank < min(weights[n][0].flatten(1).shape)}
+    return {n: found[n].cut(r) for n, r in ranks.items()}
+
+# %% ../nbs/06_extraction.ipynb #563239a5
+@dataclass
+class Distillation:
+    "A LoRA made from a tuned model, and what is to be said about it"
+    lora: Lora
+    layers: dict    # name -> (rank, norm of the change, norm of what the LoRA misses of it)
+    lost: dict      # what factors cannot hold: name -> (norm of the change, norm of the base's)
+
+    @property
+    def error(self):
+        "Norm of what the LoRA misses in its layers, relative to that of the change"
+        return (sum(t * t for *_, t in self.layers.values()) / (sum(n * n for _, n, _ in self.layers.values()) or 1))**.5
+
+    def __repr__(self):
+        head = f"{self.lora}\nmisses {self.error:.1%} of the change of {len(self.layers)} weights"
+        if not self.lost: return head
+        return f"{head}\n{len(self.lost)} tensors changed that a LoRA cannot hold: {some(self.lost)}"
+
+# %% ../nbs/06_extraction.ipynb #097f49e3
+def distillation(
+    base, tuned,          # as `changes` takes them
+    rank=None,            # of every layer
+    energy=None,          # or the share of each layer's energy to keep
+    bytes=None,           # or the size of the file in peft's format
+    targets=None,         # what may be carried; None: every linear and convolution
+    clamp_quantile=None,  # cut off entries of the factors beyond this quantile of their absolute values
+    device=None,          # to compute on; None: the best there is
+    dtype=torch.float16,  # of the factors
+    metadata=None,        # for the LoRA: base, trigger ...
+):
+    "A LoRA from the difference of two models, with its error and what it could not carry"
+    _one_of(rank=rank, energy=energy, bytes=bytes)
+    device, found = default_device(device), changes(base, tuned, targets)
+    _refuse_nothing(found, targets)
+    about = {"method": "svd", "lost": json.dumps(list(found.lost)[:50]), **(metadata or {})}
+    empty = Lora({}, found.embeddings, about)
+    if bytes is not None: triples = _by_bytes(found.weights, bytes, empty, dtype, device)
+    else: triples = _triples(found.weights, device, rank=rank, energy=energy)
+    if energy is not None: triples = {n: t.cut(min(t.rank, int(_needed(t.s, t.norm, energy)))) for n, t in triples.items()}
+    layers, facts = {}, {}
+    for n, t in triples.items():
+        f = t.factors(found.weights[n][0].shape, found.groups[n])
+        if clamp_quantile is not None: f, t = _clamped(f, t, clamp_quantile, _delta(found.weights[n], device))
+        layers[n], facts[n] = f.to("cpu", dtype), (f.rank, t.norm.item(), t.tail.item())
+    for n in found.weights.keys() - layers.keys(): facts[n] = (0, *[_delta(found.weights[n], device).norm().item()] * 2)
+    return Distillation(Lora(layers, found.embeddings, about), facts, found.lost)
+
+# %% ../nbs/06_extraction.ipynb #0aed3a67
+def _refuse_nothing(found, targets):
+    "Raise if there is nothing that a LoRA could hold"
+    if found.weights or found.embeddings: return
+    why = f"only {some(found.lost)} differ" if found.lost else "the two models are equal"
+    raise LoraError(f"nothing to distill into a LoRA: {why}. Expected a model whose linears or convolutions were tuned"
+                    + ("" if targets is None else f", below targets={targets!r}"))
+
+def _clamped(f, t, quantile, delta):
+    "Factors without their largest entries, and the error that this leaves"
+    if not 0 < quantile <= 1: raise LoraError(f"clamp_quantile={quantile}: expected a share above 0, at most 1")
+    sizes = torch.cat([f.up.flatten(), f.down.flatten()]).abs()
+    limit = sizes.kthvalue(max(1, round(quantile * len(sizes)))).values
+    f = replace(f, up=f.up.clamp(-limit, limit), down=f.down.clamp(-limit, limit))
+    return f, replace(t, tail=(f.delta().flatten(1) - delta).norm())
+
+# %% ../nbs/06_extraction.ipynb #3c9610a1
+def distill(
+    base, tuned,          # as `changes` takes them
+    rank=None,            # of every layer
+    energy=None,          # or the share of each layer's energy to keep
+    bytes=None,           # or the size of the file in peft's format
+    **kw,                 # of `distillation`
+):
+    "A LoRA from the difference of two models; warns of what it cannot carry (`distillation` says more)"
+    d = distillation(base, tuned, rank, energy, bytes, **kw)
+    if d.lost: warnings.warn(repr(d).splitlines()[-1], stacklevel=2)
+    return d.lora
+
+# %% ../nbs/06_extraction.ipynb #0dde30ce
+def svd_distill(
+    target_model,   # the tuned model: folder, single file, hub id or pipeline
+    base_model,     # what it was tuned from
+    rank: int = 4,
+    clamp_quantile: float = 0.99,
+    device: str = "cpu",
+    save_path: str = "svd_distill.safetensors",
+    format: str = "peft",   # of the file
+    **kw,                   # of `distill`: targets, dtype, metadata, or energy / bytes with rank=None
+):
+    "The reference's distillation, from file to file; returns the LoRA"
+    lora = distill(base_model, target_model, rank, device=device, clamp_quantile=clamp_quantile, **kw)
+    lora.save(save_path, format=format)
+    return lora
