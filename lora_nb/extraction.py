@@ -289,44 +289,46 @@ def recompress(
 
 # %% ../nbs/06_extraction.ipynb #437b055e
 def allocate(
-    spectra,  # name -> singular values, falling
-    costs,    # name -> bytes of one rank
-    budget,   # bytes for all
+    spectra,   # name -> singular values, falling
+    costs,     # name -> bytes of one rank
+    budget,    # bytes for all
+    first={},  # name -> bytes that a layer's first rank costs besides
 ):
     "name -> rank: the most energy for the bytes, taken greedily by energy per byte"
     ranks, names = dict.fromkeys(spectra, 0), list(spectra)
-    gain = torch.cat([spectra[n].double().cpu()**2 / costs[n] for n in names])
-    owner = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(spectra[n]) for n in names]))
-    gain, order = gain.sort(descending=True, stable=True)
-    cheapest = min(costs.values())
+    gain = [_per_byte(spectra[n].double().cpu()**2, costs[n], first.get(n, 0)) for n in names]
+    owner = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(g) for g in gain]))
+    gain, order = torch.cat(gain).sort(descending=True, stable=True)
     for i in owner[order][gain > 0].tolist():
-        if costs[names[i]] <= budget: ranks[names[i]] += 1; budget -= costs[names[i]]
-        if budget < cheapest: break
+        n = names[i]
+        cost = costs[n] + (0 if ranks[n] else first.get(n, 0))
+        if cost <= budget: ranks[n] += 1; budget -= cost
     return ranks
 
-# %% ../nbs/06_extraction.ipynb #e1afea79
-_ENTRY = 100      # bytes of a tensor's entry in the header beside its name: dtype, shape, two offsets
+def _per_byte(s2, cost, first):
+    "Energy per byte of each triple, never rising within a layer"
+    price = torch.full_like(s2, cost)
+    price[0] += first
+    return (s2 / price).cummin(0).values
 
-def _overhead(names, lora):
-    "Bytes of a peft file beside the factors' numbers, at most"
-    entries = sum(2 * (len(n) + len(".text_model.lora_A.weight") + _ENTRY) for n in names)
-    words = sum(len(t) + 100 + e.numel() * e.element_size() * 4 // 3 for t, d in lora.embeddings.items()
-                for e in d.values())
-    text = sum(len(json.dumps([k, v])) for k, v in lora.metadata.items())
-    return entries + words + 2 * text + 1000
+# %% ../nbs/06_extraction.ipynb #e1afea79
+def _entry(name):
+    "Bytes that a layer's two tensors take in the header of a peft file, at most"
+    return 2 * (len(name) + len(".text_model.lora_A.weight") + 84)
+
+def _overhead(lora):
+    "Bytes of a peft file beside its layers, at most"
+    words = sum(2 * len(json.dumps(t)) + 100 + e.numel() * e.element_size() * 4 // 3 + 4
+                for t, d in lora.embeddings.items() for e in d.values())
+    return words + len(json.dumps(json.dumps(lora.metadata))) + 500
 
 def _fit(spectra, costs, size, lora):
     "name -> rank for a file of `size` bytes; layers that get none are left out"
-    names = list(spectra)
-    for _ in range(4):                       # what is left out needs no header either
-        room = size - _overhead(names, lora)
-        ranks = allocate(spectra, costs, room) if names and room > 0 else {}
-        kept = [n for n, r in ranks.items() if r]
-        if len(kept) == len(names): break
-        names = kept
-    if kept: return {n: r for n, r in ranks.items() if r}
-    raise LoraError(f"a file of {human(size)} cannot hold one rank of one layer: expected more than "
-                    f"{human(_overhead([], lora) + min(costs.values()))}")
+    room, first = size - _overhead(lora), {n: _entry(n) for n in spectra}
+    ranks = {n: r for n, r in allocate(spectra, costs, room, first).items() if r}
+    if ranks: return ranks
+    least = size - room + min(costs[n] + first[n] for n in costs)
+    raise LoraError(f"a file of {human(size)} cannot hold one rank of one layer: expected {human(least)} or more")
 
 # %% ../nbs/06_extraction.ipynb #4546262f
 def spectra(
@@ -524,7 +526,7 @@ def distillation(
     _one_of(rank=rank, energy=energy, bytes=bytes)
     device, found = default_device(device), changes(base, tuned, targets)
     _refuse_nothing(found, targets)
-    about = {"method": "svd", "lost": json.dumps(list(found.lost)[:50]), **(metadata or {})}
+    about = {"method": "svd", "lost": json.dumps(list(found.lost)[:20]), **(metadata or {})}
     empty = Lora({}, found.embeddings, about)
     if bytes is not None: triples = _by_bytes(found.weights, bytes, empty, dtype, device)
     else: triples = _triples(found.weights, device, rank=rank, energy=energy)
