@@ -83,9 +83,9 @@ def single_file_tensors(
 # %% ../nbs/06b_checkpoints.ipynb #45ab481c
 def _check_family(pipe):
     "Raise unless a single file can hold it"
-    kinds = {n: type(getattr(pipe, n, None)).__name__ for n in ("unet", "vae", "text_encoder", "text_encoder_2", "transformer")}
     want = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
             "text_encoder_2": "NoneType", "transformer": "NoneType"}
+    kinds = {n: type(getattr(pipe, n, None)).__name__ for n in want}
     odd = [f"{n} is {kinds[n]}, expected {w}" for n, w in want.items() if kinds[n] != w]
     if not odd and pipe.unet.config.use_linear_projection: odd = ["the UNet is one of SD2.x (linear projections)"]
     if odd: raise FormatError(f"a single file is written for SD1.x only: {'; '.join(odd)}. Use format='folder'")
@@ -114,8 +114,8 @@ def _read(path):
         if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise FormatError(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {str(e)[:200]}). Expected an intact "
-                          ".safetensors file, or a .ckpt that holds tensors only: others could run programs") from e
+        raise FormatError(f"{path} cannot be read as a checkpoint ({type(e).__name__}: {str(e)[:200]}). Expected an "
+                          "intact .safetensors file, or a .ckpt of tensors only: others could run programs") from e
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     return {k: t for k, t in held.items() if isinstance(t, torch.Tensor)}
 
@@ -124,8 +124,8 @@ def _check_complete(path, parts, like):
     for c, found in parts.items():
         want = {canonical(n): tuple(t.shape) for n, t in getattr(like, c).state_dict().items()}
         odd = [n for n in want.keys() | found.keys() if want.get(n) != tuple(getattr(found.get(n), "shape", ()))]
-        if odd: raise FormatError(f"{path}: {c} does not fit: {some(sorted(odd))}. Expected a single-file checkpoint with "
-                                  "the shapes of the pipeline given")
+        if odd: raise FormatError(f"{path}: {c} does not fit: {some(sorted(odd))}. Expected a single-file checkpoint "
+                                  "with the shapes of the pipeline given")
 
 # %% ../nbs/06b_checkpoints.ipynb #c49c709d
 def save_checkpoint(
