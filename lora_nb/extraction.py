@@ -1,4 +1,4 @@
-"""Make a LoRA from a model that was fine-tuned whole, and a smaller LoRA from a large one, with an error that is stated.
+"""A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
 
 Docs: https://lora-nb.github.io/lora_nb/extraction.html.md"""
 
@@ -370,7 +370,7 @@ class Changes:
     "What differs between a base and a model tuned from it"
     weights: dict = field(default_factory=dict)     # "unet.path" -> (base's weight, tuned weight)
     groups: dict = field(default_factory=dict)      # "unet.path" -> groups of the convolution
-    lost: dict = field(default_factory=dict)        # what factors cannot hold: name -> (norm of the change, base's norm)
+    lost: dict = field(default_factory=dict)        # what factors cannot hold: name -> (norm of change, base's norm)
     embeddings: dict = field(default_factory=dict)  # token -> {component: (n, d)}
 
 def changes(
@@ -384,7 +384,8 @@ def changes(
     if not set(ours) & set(theirs) or set(theirs) - set(ours):
         raise TargetError(f"the tuned model has {', '.join(theirs)}, the base {', '.join(ours)}: expected the same "
                           "parts. Give the base that it was tuned from")
-    for c in theirs: _compare(found, c, ours[c], theirs[c], targets.get(c, ()) if isinstance(targets, dict) else targets)
+    wanted = lambda c: targets.get(c, ()) if isinstance(targets, dict) else targets
+    for c in theirs: _compare(found, c, ours[c], theirs[c], wanted(c))
     _new_words(found, base, tuned)
     return found
 
@@ -442,7 +443,8 @@ def _check_alike(c, a, b, table):
 def _new_words(found, base, tuned):
     "Tokens that only the tuned model's tokenizers have, as embeddings; `<cat>`, `<cat>_1` are one word"
     for c in [c for c in _networks(tuned) if c.startswith("text_encoder")]:
-        olds, news = (getattr(getattr(x, "pipe", x), c.replace("text_encoder", "tokenizer"), None) for x in (base, tuned))
+        name = c.replace("text_encoder", "tokenizer")
+        olds, news = (getattr(getattr(x, "pipe", x), name, None) for x in (base, tuned))
         if olds is None or news is None: continue
         known, vocabulary = olds.get_vocab(), news.get_vocab()
         rows = _networks(tuned)[c].get_input_embeddings().weight.detach()
@@ -503,7 +505,8 @@ class Distillation:
     @property
     def error(self):
         "Norm of what the LoRA misses in its layers, relative to that of the change"
-        return (sum(t * t for *_, t in self.layers.values()) / (sum(n * n for _, n, _ in self.layers.values()) or 1))**.5
+        missed, whole = (sum(row[i]**2 for row in self.layers.values()) for i in (2, 1))
+        return (missed / (whole or 1))**.5
 
     def __repr__(self):
         head = f"{self.lora}\nmisses {self.error:.1%} of the change of {len(self.layers)} weights"
@@ -530,7 +533,7 @@ def distillation(
     empty = Lora({}, found.embeddings, about)
     if bytes is not None: triples = _by_bytes(found.weights, bytes, empty, dtype, device)
     else: triples = _triples(found.weights, device, rank=rank, energy=energy)
-    if energy is not None: triples = {n: t.cut(min(t.rank, int(_needed(t.s, t.norm, energy)))) for n, t in triples.items()}
+    if energy is not None: triples = {n: t.cut(int(_needed(t.s, t.norm, energy))) for n, t in triples.items()}
     layers, facts = {}, {}
     for n, t in triples.items():
         f = t.factors(found.weights[n][0].shape, found.groups[n])
