@@ -41,15 +41,19 @@ class Truncated:
         return Truncated(self.u[i], self.s[i], self.v[i], self.norm[i], self.tail[i])
 
 # %% ../nbs/06_extraction.ipynb #4233b181
+def _double(t): return (t.cpu() if t.device.type == "mps" else t).double()
+
+# %% ../nbs/06_extraction.ipynb #49a06800
 @patch_to(Truncated)
 def cut(self,
     r,  # how many triples to keep
 ):
     "The first `r` triples"
-    lost = self.s[..., r:].double().square().sum(-1).to(self.tail.device)
+    lost = _double(self.s[..., r:]).square().sum(-1).to(self.tail.device)
     tail = (self.tail**2 + lost).sqrt()
     return Truncated(self.u[..., :r], self.s[..., :r], self.v[..., :r, :], self.norm, tail)
 
+# %% ../nbs/06_extraction.ipynb #6c854571
 @patch_to(Truncated)
 def factors(self,
     shape=None,  # of the weight: (out, in), or (out, in/groups, kh, kw)
@@ -63,14 +67,16 @@ def factors(self,
     return Factors(up.contiguous().to(dtype=dtype), down.contiguous().to(dtype=dtype), groups=groups)
 
 # %% ../nbs/06_extraction.ipynb #709932f5
-def _double(t): return (t.cpu() if t.device.type == "mps" else t).double()
-
 def _inverse(s, like, power=1.):
     "`1 / s**power`, and 0 where `s` is nothing but rounding"
     return torch.where(s > (s[..., :1] * 1e-7).clamp(min=1e-20), s.clamp(min=1e-20)**-power, 0).to(like)
 
-def _norm(a): return torch.linalg.vector_norm(a, dim=(-2, -1), dtype=torch.float64)
+def _norm(a):
+    "Frobenius norm, summed in double precision"
+    a = a.cpu() if a.device.type == "mps" else a
+    return torch.linalg.vector_norm(a, dim=(-2, -1), dtype=torch.float64)
 
+# %% ../nbs/06_extraction.ipynb #58b008b2
 def _truncated(a, norm, u, s2, v):
     "A `Truncated` whose tail is measured"
     s = s2.clamp(min=0).sqrt()
@@ -120,6 +126,7 @@ def _orthonormal(y, q):
     for _ in range(2): y = torch.linalg.qr(y - q @ (q.mT @ y)).Q
     return y
 
+# %% ../nbs/06_extraction.ipynb #55bcabee
 def _converged(energies, norm, tolerance):
     "Is the energy still to come small beside what is left?"
     if len(energies) < 2: return False
@@ -158,6 +165,7 @@ def _one_of(**options):
     if name == "energy" and not 0 < value <= 1: raise LoraError(f"energy={value}: expected a share above 0, at most 1")
     if name != "energy" and value < 1: raise LoraError(f"{name}={value}: expected at least 1")
 
+# %% ../nbs/06_extraction.ipynb #81285ece
 def _by_energy(a, energy, tolerance, seed, rank=16):
     "Double the rank until the energy is there; of a stack, every matrix gets the largest rank needed"
     while True:
@@ -166,10 +174,11 @@ def _by_energy(a, energy, tolerance, seed, rank=16):
         if need <= t.rank or t.rank == min(a.shape[-2:]): return t.cut(min(need, t.rank))
         rank *= 2
 
+# %% ../nbs/06_extraction.ipynb #7e2d1683
 def _needed(s, norm, energy):
     "(...,) how many singular values hold this share of the energy; one more than there are: not enough of them"
-    have = s.double().square().cumsum(-1)
-    return (have < energy * (1 - 1e-6) * (norm.to(s.device)**2)[..., None]).sum(-1) + 1
+    have = _double(s).square().cumsum(-1)
+    return (have < energy * (1 - 1e-6) * (norm.to(have.device)**2)[..., None]).sum(-1) + 1
 
 # %% ../nbs/06_extraction.ipynb #be54cd08
 def svd_of_product(
@@ -190,6 +199,7 @@ class Core:
     left: torch.Tensor   # (B, R, R): up @ left is u * sqrt(s)
     right: torch.Tensor  # (B, R, R): right @ down is sqrt(s) * v
 
+# %% ../nbs/06_extraction.ipynb #eecc44e2
 def core_of_product(
     up,    # (B, out, R)
     down,  # (B, R, in)
@@ -205,6 +215,7 @@ def core_of_product(
     left, right = gd @ lp * _inverse(s, gd, 1.5)[..., None, :], (lp * _inverse(s, gd, .5)[..., None, :]).mT
     return Core(s, left.to(up), right.to(up))
 
+# %% ../nbs/06_extraction.ipynb #4788c739
 def _cholesky(g):
     "Of a Gram matrix that may be singular"
     size = g.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -216,6 +227,7 @@ def _matrices(factors):
     pairs = [(f.scaling, *f.matrices()) for f in factors]
     return torch.cat([u if s == 1 else u * s for s, u, _ in pairs], 1), torch.cat([d for *_, d in pairs])
 
+# %% ../nbs/06_extraction.ipynb #9f5c3aab
 def _check_sum(name, factors):
     "Raise if these cannot be summed as factors"
     if not factors: raise LoraError(f"{name}: expected at least one pair of factors, found none")
@@ -226,6 +238,7 @@ def _check_sum(name, factors):
     if len(shapes) > 1: raise ShapeError(f"{name} has factors for weights of shapes {shapes}: expected one shape. They "
                                          "were made for different bases")
 
+# %% ../nbs/06_extraction.ipynb #56e4265c
 def _stacks(layers, limit=2**23):
     "Lists of names whose factors have the same shapes, few enough to be stacked in `limit` bytes"
     groups = {}
@@ -238,7 +251,7 @@ def _stacks(layers, limit=2**23):
         step = max(1, limit // (4 * (m + k) * r))
         yield from (names[i:i + step] for i in range(0, len(names), step))
 
-# %% ../nbs/06_extraction.ipynb #9f5c3aab
+# %% ../nbs/06_extraction.ipynb #06d9ccc2
 def recompress_layers(
     layers,        # name -> list of Factors whose sum is wanted
     rank=None,     # of the result, or a dict name -> rank
@@ -258,6 +271,7 @@ def recompress_layers(
         for n, u, d, r in zip(names, up, down, ranks): found[n] = _like(layers[n], u[:, :r], d[:r], dtype)
     return {n: found[n] for n in layers}
 
+# %% ../nbs/06_extraction.ipynb #f9f73497
 def _ranks(names, s, rank, energy):
     "The rank to keep for each of a stack: between 1 and what there is"
     if isinstance(rank, dict): ranks = [rank[n] for n in names]
@@ -265,6 +279,7 @@ def _ranks(names, s, rank, energy):
     else: ranks = _needed(s, s.norm(dim=-1), energy).tolist()
     return [max(1, min(r, s.shape[-1])) for r in ranks]
 
+# %% ../nbs/06_extraction.ipynb #c8b9dffc
 def _like(factors, up, down, dtype):
     "Matrices as `Factors` of the kind they were made of"
     first = factors[0]
@@ -305,6 +320,7 @@ def allocate(
         if cost <= budget: ranks[n] += 1; budget -= cost
     return ranks
 
+# %% ../nbs/06_extraction.ipynb #d32a0fd6
 def _per_byte(s2, cost, first):
     "Energy per byte of each triple, never rising within a layer"
     price = torch.full_like(s2, cost)
@@ -322,6 +338,7 @@ def _overhead(lora):
                 for t, d in lora.embeddings.items() for e in d.values())
     return words + len(json.dumps(json.dumps(lora.metadata))) + 500
 
+# %% ../nbs/06_extraction.ipynb #fe7b07e9
 def _fit(spectra, costs, size, lora):
     "name -> rank for a file of `size` bytes; layers that get none are left out"
     room, first = size - _overhead(lora), {n: _entry(n) for n in spectra}
@@ -359,6 +376,7 @@ def resize(
     return Lora({n: small[n] if n in small else lora.layers[n].to(dtype=dtype) for n in keep}, lora.embeddings,
                 lora.metadata)
 
+# %% ../nbs/06_extraction.ipynb #9f0e4cc1
 def _costs(layers, dtype):
     "Bytes of one rank of each layer"
     width = lambda f: (dtype or f.up.dtype).itemsize
@@ -373,6 +391,7 @@ class Changes:
     lost: dict = field(default_factory=dict)        # what factors cannot hold: name -> (norm of change, base's norm)
     embeddings: dict = field(default_factory=dict)  # token -> {component: (n, d)}
 
+# %% ../nbs/06_extraction.ipynb #d58d68cf
 def changes(
     base, tuned,   # pipelines, bases, models, dicts component -> model, folders, single files, names
     targets=None,  # what may be carried: as `find_targets` takes it, or a dict; None: every linear and convolution
@@ -389,13 +408,14 @@ def changes(
     _new_words(found, base, tuned)
     return found
 
-# %% ../nbs/06_extraction.ipynb #d58d68cf
+# %% ../nbs/06_extraction.ipynb #da705030
 def _opened(source):
     "A path or a name is loaded; anything else is a model already"
     if not isinstance(source, (str, os.PathLike)): return source
     from lora_nb.bases import load_base
     return load_base(source, device="cpu", dtype=torch.float32)
 
+# %% ../nbs/06_extraction.ipynb #17406c83
 def _networks(source):
     "component -> model, the autoencoder included"
     parts = dict(resolve_components(source))
@@ -407,7 +427,7 @@ def _networks(source):
                             "or take it off")
     return parts
 
-# %% ../nbs/06_extraction.ipynb #da705030
+# %% ../nbs/06_extraction.ipynb #30cc7342
 def _compare(found, c, base, tuned, targets):
     "Sort one component's parameters into what factors can carry and what they cannot"
     a, b = ({canonical(n): p.detach() for n, p in m.named_parameters()} for m in (base, tuned))
@@ -425,12 +445,14 @@ def _compare(found, c, base, tuned, targets):
             found.groups[f"{c}.{path}"] = getattr(where[path].module, "groups", 1)
         else: found.lost[f"{c}.{n}"] = ((new.float() - old.float()).norm().item(), old.float().norm().item())
 
+# %% ../nbs/06_extraction.ipynb #14f1c71a
 def _table_name(model):
     "The name of a text encoder's token table: new words make it longer"
     if not hasattr(model, "get_input_embeddings"): return None
     table = model.get_input_embeddings().weight
     return next(canonical(n) for n, p in model.named_parameters() if p is table)
 
+# %% ../nbs/06_extraction.ipynb #db7072fc
 def _check_alike(c, a, b, table):
     "Raise if two sets of parameters are not of one architecture"
     odd = [n for n in b if n not in a or a[n].shape[1:] != b[n].shape[1:] or len(b[n]) < len(a[n])
@@ -464,11 +486,13 @@ def _chunks(weights, limit=2**27):
         step = max(1, limit // (4 * shape.numel()))
         yield from (names[i:i + step] for i in range(0, len(names), step))
 
+# %% ../nbs/06_extraction.ipynb #2107c1cd
 def _delta(pair, device):
     "The difference of two weights as a matrix, in single precision"
     old, new = (w.to(device, torch.float32) for w in pair)
     return (new - old).flatten(1)
 
+# %% ../nbs/06_extraction.ipynb #1dc8de39
 def _triples(weights, device, **kw):
     "name -> `Truncated` of each difference"
     found = {}
@@ -550,6 +574,7 @@ def _refuse_nothing(found, targets):
     raise LoraError(f"nothing to distill into a LoRA: {why}. Expected a model whose linears or convolutions were tuned"
                     + ("" if targets is None else f", below targets={targets!r}"))
 
+# %% ../nbs/06_extraction.ipynb #065db561
 def _clamped(f, t, quantile, delta):
     "Factors without their largest entries, and the error that this leaves"
     if not 0 < quantile <= 1: raise LoraError(f"clamp_quantile={quantile}: expected a share above 0, at most 1")
