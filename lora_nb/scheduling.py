@@ -7,7 +7,7 @@ Docs: https://lora-nb.github.io/lora_nb/scheduling.html.md"""
 # %% auto #0
 __all__ = ['Moment', 'BLOCK_LISTS', 'LoraSchedule', 'interpolate', 'ramp', 'block_positions', 'parse_blocks', 'parse_schedule',
            'as_schedule', 'parse_lora', 'Clock', 'Site', 'WeightCache', 'ScheduleStats', 'lora_switch', 'LoraComposite',
-           'Scheduled', 'rank_at', 'scheduled', 'RankMask', 'rank_masked', 'trained_schedule']
+           'Scheduled', 'Branches', 'rank_at', 'scheduled', 'RankMask', 'rank_masked', 'trained_schedule']
 
 # %% ../nbs/10_scheduling.ipynb #ca91e685
 import json, math, re
@@ -306,6 +306,8 @@ def parse_lora(
     return file, parse_schedule("1" if schedule is None else schedule)
 
 # %% ../nbs/10_scheduling.ipynb #67ff2a76
+_ALL = torch.arange(999, -1, -1)      # the levels of a denoiser without a scheduler
+
 class Clock:
     "Tells the moment of a run from the timestep that the denoiser sees"
     def __init__(self, pipe): self.pipe, self.read, self.known = pipe, None, {}
@@ -313,7 +315,7 @@ class Clock:
     def __call__(self, t):
         scheduler = getattr(self.pipe, "scheduler", None)
         now = getattr(scheduler, "timesteps", None)
-        if now is None or not len(now): now, scheduler = torch.arange(999, -1, -1), None
+        if now is None or not len(now): now, scheduler = _ALL, None
         if now is not self.read or not self.known: self._read(now, scheduler)
         if t not in self.known: self.known[t] = self._moment(t)
         return self.known[t]
@@ -335,7 +337,7 @@ class Clock:
 # %% ../nbs/10_scheduling.ipynb #54e4f83d
 class Site:
     "One weight of the model, and the factors of every scheduled LoRA that touches it"
-    __slots__ = ("path", "root", "base", "restore", "kept", "up", "down", "spans", "others", "now", "vector", "names")
+    __slots__ = ("path", "root", "base", "restore", "kept", "up", "down", "spans", "others", "now", "vector", "who")
 
     def __init__(self, path, root, wears):       # wears: LoRA's number -> (factors, strength as worn)
         self.path, self.root, self.kept, self.others = path, root, False, {}
@@ -350,6 +352,7 @@ class Site:
         like = root.weight
         join = lambda ts, d: None if not ts else (ts[0] if len(ts) == 1 else torch.cat(ts, d)).to(like.device).contiguous()
         self.up, self.down = join(ups, 1), join(downs, 0)
+        self.who = sorted(wears)
 
     def rank(self, k):
         "Rank of a LoRA here; none for DoRA"
@@ -456,8 +459,9 @@ class LoraComposite(dict):
 # %% ../nbs/10_scheduling.ipynb #868cf70c
 class Scheduled:
     "LoRAs on a schedule, inside of `scheduled`"
-    def __init__(self, pipe, loras, budget):
-        self.pipe, self.average = pipe, isinstance(loras, LoraComposite)
+    def __init__(self, pipe, loras, budget, mode="merge"):
+        if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
+        self.pipe, self.mode, self.average = pipe, mode, isinstance(loras, LoraComposite)
         self.parts = resolve_components(pipe)
         self.component = next((c for c in self.parts if not c.startswith("text_encoder")), None)
         if self.component is None: raise TargetError(f"found {', '.join(self.parts)}, expected a pipeline, a UNet or an "
@@ -467,14 +471,13 @@ class Scheduled:
             raise LoraError("this model is scheduled already: give all LoRAs to one scheduled(), or leave the first")
         self.names, self.keys, self.loras = _resolve(pipe, loras)
         self.schedules = [as_schedule(s) for s in loras.values()]
-        self.clock = Clock(getattr(pipe, "pipe", pipe) if not isinstance(pipe, (nn.Module, dict)) else None)
+        self.clock = Clock(None if isinstance(pipe, (nn.Module, dict)) else getattr(pipe, "pipe", pipe))
         self.stats, self.cache = ScheduleStats(), WeightCache(budget)
         self.sites, self.groups, self.undo, self.hooks, self.worn_text = {}, None, [], [], {}
         self.now = self.room = self._signature = None
 
     def __repr__(self):
-        return (f"Scheduled: {', '.join(self.names)} on {len(self.sites)} layers of {self.component}, "
-                f"{self.stats}")
+        return f"Scheduled({', '.join(self.names)} on {len(self.sites)} layers of {self.component}; {self.stats})"
 
 # %% ../nbs/10_scheduling.ipynb #bbd74fda
 def _resolve(pipe, loras):
@@ -496,25 +499,34 @@ def _resolve(pipe, loras):
 @patch_to(Scheduled)
 def _put_on(self):
     "Find the weights, wear what text encoders wear, and watch the denoiser"
-    wears, where = {}, {path: _root(p.module) for path, p in places(self.model).items()}
     self.positions = block_positions(self.model)
     for s in self.schedules: s.check_blocks(self.positions, f"this {self.component}")
     placed = [None if l is None else place_lora(self.pipe, l) for l in self.loras]     # every error before any change
-    for k, (name, lora) in enumerate(zip(self.names, self.loras)):
-        layers = self._worn_layers(name) if lora is None else \
-            {p: (f, 1.) for p, (_, f) in placed[k].get(self.component, {}).items()}
-        for path, wear in layers.items(): wears.setdefault(path, {})[k] = wear
-    masked = [k for k, s in enumerate(self.schedules) if s.rank_min]
-    if any(f.magnitude is not None for ws in wears.values() for k, (f, _) in ws.items() if k in masked):
-        raise LoraError("a DoRA has no ranks to mask: its magnitudes belong to all of them. Leave rank_min out")
+    layers = [{p: f for p, (_, f) in (found or {}).get(self.component, {}).items()} for found in placed]
+    for fs, s in zip(layers, self.schedules): _check_mask(fs.values(), s)
     self.model.__dict__["_lora_schedule"] = self
     self.undo.append(lambda: self.model.__dict__.pop("_lora_schedule", None))
     for k, (name, lora) in enumerate(zip(self.names, self.loras)): self._wear_text(k, name, lora)
     with torch.inference_mode(False), torch.no_grad():
-        self.sites = {path: self._site(path, where[path], ws) for path, ws in wears.items()}
+        self.sites = self._merge_sites(layers) if self.mode == "merge" else self._branch_sites()
     self._signature = self._worn_now()
     self.hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
     if self.average: self.hooks.append(self.model.register_forward_hook(self._after, with_kwargs=True))
+
+def _check_mask(factors, schedule):
+    "Ranks can be masked where there is no DoRA"
+    if schedule.rank_min and any(f.magnitude is not None for f in factors):
+        raise LoraError("a DoRA has no ranks to mask: its magnitudes belong to all of them. Leave rank_min out")
+
+@patch_to(Scheduled)
+def _merge_sites(self, layers):
+    "The weights that scheduled LoRAs touch"
+    wears, where = {}, {path: _root(p.module) for path, p in places(self.model).items()}
+    for k, (name, lora) in enumerate(zip(self.names, self.loras)):
+        own = {p: (f, 1.) for p, f in layers[k].items()} if lora is not None else self._worn_layers(name)
+        _check_mask([f for f, _ in own.values()], self.schedules[k])
+        for path, wear in own.items(): wears.setdefault(path, {})[k] = wear
+    return {path: self._site(path, where[path], ws) for path, ws in wears.items()}
 
 # %% ../nbs/10_scheduling.ipynb #466fd1f0
 @patch_to(Scheduled)
@@ -538,7 +550,7 @@ def _rebase(self, site):
         site.base = _sum(_original(site.root), [x for n, x in merged.items() if n not in self.names])
     else: site.vector = _off(site)
 
-def _off(site): return tuple((k, 0., None) for k in sorted({*site.spans, *site.others}))
+def _off(site): return tuple((k, 0., None) for k in site.who)
 
 # %% ../nbs/10_scheduling.ipynb #22ec5ee4
 @patch_to(Scheduled)
@@ -572,11 +584,12 @@ def _wear_text(self, k, name, lora):
     if lora is None:
         for c, w in weights.items(): self._hold_text(name, c); self._text_scale(name, c, w)
         return
-    if isinstance(self.pipe, (nn.Module, dict)): return
-    part = Lora({n: f for n, f in lora.layers.items() if n.split(".")[0] in texts}, lora.embeddings, lora.metadata)
+    if self.mode == "merge" and isinstance(self.pipe, (nn.Module, dict)): return
+    part = lora if self.mode == "inject" else \
+        Lora({n: f for n, f in lora.layers.items() if n.split(".")[0] in texts}, lora.embeddings, lora.metadata)
     if not (part.layers or part.embeddings): return
     self.undo.append(lambda: remove_lora(self.pipe, name) if name in adapters(self.pipe) else None)
-    apply_lora(self.pipe, part, scale=weights, name=name)
+    apply_lora(self.pipe, part, scale=weights, mode=self.mode, name=name)
 
 # %% ../nbs/10_scheduling.ipynb #2398cfd5
 @patch_to(Scheduled)
@@ -595,6 +608,55 @@ def _text_scale(self, name, c, w):
     s, layers = self.worn_text[name, c]
     if s is not None and s * w != _worn(self.parts[c]).merged[name][1]: set_scale({c: self.parts[c]}, {c: s * w}, name)
     for m, was in layers: m.scale = was * w
+
+# %% ../nbs/10_scheduling.ipynb #f2f3fd10
+class Branches:
+    "The branches of scheduled LoRAs around one module"
+    def __init__(self, path, root):
+        self.path, self.root, self.layers, self.others, self.vector = path, root, {}, {}, None
+    who = property(lambda self: self.layers)
+    def rank(self, k): return None if k in self.others else self.layers[k][0].r
+
+@patch_to(Scheduled)
+def _branch_sites(self):
+    "Layers that wear scheduled LoRAs as branches"
+    found = {}
+    for k, name in enumerate(self.names):
+        if name in _worn(self.model).merged:
+            raise LoraError(f"{name!r} is merged into the weights: schedule it with mode='merge'")
+        for full, stack in branches({self.component: self.model}, name).items():
+            path, m = full.partition(".")[2], stack[0]
+            site = found.setdefault(path, Branches(path, m.root))
+            site.layers[k] = (m, m.scale)
+            if m.magnitude is not None: site.others[k] = (m, m.scale)
+            self.undo.append(lambda m=m, was=dict(m.__dict__), gate=m._modules["selector"]: _open(m, was, gate))
+        _check_mask([m for s in found.values() if k in s.others for m in s.others[k][:1]], self.schedules[k])
+    return found
+
+def _open(layer, was, selector):
+    "A branch as it was"
+    layer._modules["selector"] = selector
+    _set_back(layer, was, "enabled")
+    layer.scale = was["_scale"]
+
+_set_scale = LoraLayer.scale.fset          # past nn.Module's slow setter: a slider sets hundreds
+
+@patch_to(Scheduled)
+def _turn(self, site, vector):
+    "Give the branches of one layer their strengths"
+    for k, w, r in vector:
+        layer, s = site.layers[k]
+        layer.__dict__["enabled"] = bool(w)
+        if w: _set_scale(layer, s * w)
+        if r is not None or isinstance(layer._modules["selector"], RankMask): _cut(layer, r)
+    site.vector, self._exchanged = vector, True
+
+def _cut(layer, r):
+    "Let the first `r` ranks of a branch through; None: all"
+    gate = layer._modules["selector"]
+    if not isinstance(gate, RankMask):
+        gate = layer._modules["selector"] = RankMask.of(layer)
+    gate.mask = None if r is None else (torch.arange(layer.r, device=gate.weight.device) < r)[None]
 
 # %% ../nbs/10_scheduling.ipynb #59b7acf4
 @patch_to(Scheduled)
@@ -619,13 +681,14 @@ def _wear(self, values):
     if self.groups is not None and values == self.now: return
     if self.groups is None: self._regroup()
     composed, self._exchanged = self.stats.composed, False
+    install = self._install if self.mode == "merge" else self._turn
     with torch.inference_mode(False), torch.no_grad():
         for group in self.groups:
             vector = self._vector(group["key"], values)
             if vector == group["vector"]: continue
             group["vector"] = None                             # of nobody, if we are interrupted
             for site in group["sites"]:
-                if site.vector != vector: self._install(site, vector)
+                if site.vector != vector: install(site, vector)
             group["vector"] = vector
     self.now = values
     self.stats.recompositions += self.stats.composed > composed
@@ -638,10 +701,9 @@ def _regroup(self):
     "Layers with the same LoRAs, block weights and ranks get the same strengths: group them"
     weights = [s.block_weights(self.positions) for s in self.schedules]
     part = [dict(s.components).get(self.component, 1.) for s in self.schedules]
-    groups = {}
+    groups, masked = {}, [s.rank_min for s in self.schedules]
     for path, site in self.sites.items():
-        ranks = [(k, site.rank(k) if self.schedules[k].rank_min else None) for k in sorted({*site.spans, *site.others})]
-        key = tuple((k, weights[k][path] * part[k], r) for k, r in ranks)
+        key = tuple((k, weights[k][path] * part[k], site.rank(k) if masked[k] else None) for k in site.who)
         groups.setdefault(key, []).append(site)
     self.groups = [dict(key=key, sites=sites, vector=None) for key, sites in groups.items()]
 
@@ -704,6 +766,7 @@ def _follow(self):
     self._signature, self.groups = now, None
     self.cache.clear()
     with torch.inference_mode(False), torch.no_grad():
+        if self.mode == "inject": return
         for site in self.sites.values(): self._move(site) if now[1] != was[1] else None
         if now[0] == was[0]: return
         for site in self.sites.values():
@@ -745,9 +808,10 @@ def scheduled(
     pipe,           # a pipeline, a loaded base, or a denoiser
     loras,          # {Lora, file or name of what is worn: schedule}; a schedule is whatever `as_schedule` takes
     budget=2 << 30, # bytes of composed weights to keep beside those in use
+    mode="merge",   # "merge": into the weights, steps cost nothing; "inject": as branches, changes cost nothing
 ):                  # yields `Scheduled`: `.set(lora, schedule)`, `.stats`
     "Within this context LoRAs follow schedules; afterwards the pipeline is as before, bit for bit"
-    handle = Scheduled(pipe, loras, budget)
+    handle = Scheduled(pipe, loras, budget, mode)
     try:
         handle._put_on()
         yield handle
@@ -769,8 +833,7 @@ def _set(self,
     if k is None: raise TargetError(f"{lora!r} is not scheduled here: expected one of {self.names}.{closest(lora, self.names)}")
     new, old = as_schedule(schedule), self.schedules[k]
     new.check_blocks(self.positions, f"this {self.component}")
-    if new.rank_min and any(k in s.others for s in self.sites.values()):
-        raise LoraError("a DoRA has no ranks to mask: its magnitudes belong to all of them. Leave rank_min out")
+    _check_mask([f for s in self.sites.values() if k in s.others for f in s.others[k][:1]], new)
     self.schedules[k] = new
     self._text_again(k, old)
     if (new.blocks, new.components, new.rank_min) != (old.blocks, old.components, old.rank_min): self.groups = None
@@ -819,6 +882,10 @@ class RankMask(nn.Module):
         self.rank, self.conv, self.groups, self.mask = rank, conv, groups, None
         self.register_buffer("weight", torch.eye(rank, device=like.device, dtype=like.dtype), persistent=False)
 
+    @classmethod
+    def of(cls, layer): return cls(layer.r, layer.root.weight.ndim == 4, getattr(layer.root, "groups", 1),
+                                   layer.lora_up.weight)
+
     def forward(self, h):
         if self.mask is None: return h
         mask = self.mask.to(h.dtype).repeat(1, self.groups)                             # (B, r)
@@ -837,7 +904,7 @@ def rank_masked(
     layers = list(layers)
     if any(type(m._modules["selector"]) is not nn.Identity for m in layers):
         raise LoraError("a layer has a selector already: take it off before its ranks can be masked")
-    masks = [RankMask(m.r, m.root.weight.ndim == 4, getattr(m.root, "groups", 1), m.lora_up.weight) for m in layers]
+    masks = [RankMask.of(m) for m in layers]
     def look(model, args, kwargs):
         t = torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).flatten()
         share = (1 - t.float().clamp(0, total) / total).double()**power
