@@ -144,7 +144,7 @@ def picture(base, loras):
     save_jpeg(sheet.resize((sheet.width * 6 // 10, sheet.height * 6 // 10)), KEPT / "schedule.jpg", quality=80)
 
 
-def rank(base, loras, steps=100, seeds=(0, 1)):
+def rank(base, loras, steps=80, seeds=(0, 1)):
     "T-LoRA's mask, in training and drawing, against none"
     judge, name, rows = load_judge(), LEARNER, []
     folder = data_path("subjects", name)
@@ -161,7 +161,8 @@ def rank(base, loras, steps=100, seeds=(0, 1)):
                 with scheduled(base, {lora: schedule}):
                     images = base.generate([q.prompt for q in qs], seeds=[q.seed for q in qs], **DRAW)
                 copies = overfitting(thumbnails(images), own)
-                rows.append(dict(seed=seed, rank_min=low, drawn=drawn, seconds=t, subject=float(sure(judge, images, name).mean()),
+                rows.append(dict(seed=seed, rank_min=low, drawn=drawn, seconds=t,
+                                 subject=float(sure(judge, images, name).mean()),
                                  prompt=float(obeys(images, qs).mean()), overfitting=float(copies.mean())))
                 print(rows[-1], flush=True)
     keep("rank", dict(subject=name, pictures=len(qs), steps=steps, rank=8, rows=rows))
