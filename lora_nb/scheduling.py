@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .core import LoraError, TargetError, closest, patch_to
-from .layers import LoraLayer
+from .layers import set_scales
 from .lora import COMPONENTS, Lora, places, resolve_components, some
 from .injection import (_on_path, _original, _root, _sum, _worn, adapters, apply_lora, branches, layer_factors,
                                place_lora, remove_lora, set_scale)
@@ -269,10 +269,10 @@ def _part(text):
     if re.fullmatch(_WORD, text): return dict(course=float(text))
     if ":" in text and "" not in (points := text.split(",")) and all(x.count(":") == 1 for x in points):
         pairs = [x.split(":") for x in points]
-        return dict(course=tuple((_number(p, "a keyframe's progress"), _number(w, "a keyframe's weight")) for p, w in pairs))
+        return dict(course=tuple((_number(p, "a keyframe's progress"), _number(w, "its weight")) for p, w in pairs))
     raise LoraError(f"{text!r} is no part of a schedule: expected a strength (0.8), keyframes (0:0,0.3:1,1:0.5), "
-                    "ramp:0:1, cosine:1:0, start-stop (0.2-0.8 of the run, or steps 5-20), block weights (IN01=0,OUT=0.5), "
-                    "te:0.5 (text encoders) or rank:4 (T-LoRA), joined with @")
+                    "ramp:0:1, cosine:1:0, start-stop (0.2-0.8 of the run, or steps 5-20), block weights "
+                    "(IN01=0,OUT=0.5), te:0.5 (text encoders) or rank:4 (T-LoRA), joined with @")
 
 # %% ../nbs/10_scheduling.ipynb #4f089ac8
 def parse_schedule(
@@ -302,7 +302,8 @@ def parse_lora(
     m = re.fullmatch(r"(.+?\.(?:safetensors|pt|bin|ckpt))(?::(.*))?", text)
     if m is None and not Path(text).exists(): m = re.fullmatch(r"((?:[A-Za-z]:)?[^:]+)(?::(.*))?", text)
     file, schedule = m.groups() if m else (text, None)
-    if schedule == "": raise LoraError(f"{text!r} ends with a colon: expected FILE, or FILE:SCHEDULE such as {file}:0.8")
+    if schedule == "":
+        raise LoraError(f"{text!r} ends with a colon: expected FILE, or FILE:SCHEDULE such as {file}:0.8")
     return file, parse_schedule("1" if schedule is None else schedule)
 
 # %% ../nbs/10_scheduling.ipynb #67ff2a76
@@ -350,7 +351,8 @@ class Site:
             ups.append(up * (s * f.scaling)); downs.append(down)
             self.spans[k] = (n, n + len(down)); n += len(down)
         like = root.weight
-        join = lambda ts, d: None if not ts else (ts[0] if len(ts) == 1 else torch.cat(ts, d)).to(like.device).contiguous()
+        one = lambda ts, d: ts[0] if len(ts) == 1 else torch.cat(ts, d)
+        join = lambda ts, d: one(ts, d).to(like.device).contiguous() if ts else None
         self.up, self.down = join(ups, 1), join(downs, 0)
         self.who = sorted(wears)
 
@@ -464,8 +466,9 @@ class Scheduled:
         self.pipe, self.mode, self.average = pipe, mode, isinstance(loras, LoraComposite)
         self.parts = resolve_components(pipe)
         self.component = next((c for c in self.parts if not c.startswith("text_encoder")), None)
-        if self.component is None: raise TargetError(f"found {', '.join(self.parts)}, expected a pipeline, a UNet or an "
-                                                     "MMDiT: a text encoder alone has no denoising steps")
+        if self.component is None:
+            raise TargetError(f"found {', '.join(self.parts)}, expected a pipeline, a UNet or an MMDiT: a text encoder "
+                              "alone has no denoising steps")
         self.model = self.parts[self.component]
         if "_lora_schedule" in self.model.__dict__:
             raise LoraError("this model is scheduled already: give all LoRAs to one scheduled(), or leave the first")
@@ -536,7 +539,7 @@ def _site(self, path, root, wears):
     site.restore, site.vector = root.weight.detach(), None
     site.kept = not hasattr(root, "_kept_weight")
     self.undo.append(lambda: self._restore(site))
-    if site.kept: root._kept_weight = site.restore         # so that whatever is merged meanwhile starts from the right one
+    if site.kept: root._kept_weight = site.restore         # where whatever is merged meanwhile starts from
     self._rebase(site)
     return site
 
@@ -613,7 +616,7 @@ def _text_scale(self, name, c, w):
 class Branches:
     "The branches of scheduled LoRAs around one module"
     def __init__(self, path, root):
-        self.path, self.root, self.layers, self.others, self.vector = path, root, {}, {}, None
+        self.path, self.root, self.layers, self.others = path, root, {}, {}
     who = property(lambda self: self.layers)
     def rank(self, k): return None if k in self.others else self.layers[k][0].r
 
@@ -633,23 +636,22 @@ def _branch_sites(self):
         _check_mask([m for s in found.values() if k in s.others for m in s.others[k][:1]], self.schedules[k])
     return found
 
+# %% ../nbs/10_scheduling.ipynb #faf134d8
 def _open(layer, was, selector):
     "A branch as it was"
     layer._modules["selector"] = selector
     _set_back(layer, was, "enabled")
     layer.scale = was["_scale"]
 
-_set_scale = LoraLayer.scale.fset          # past nn.Module's slow setter: a slider sets hundreds
-
 @patch_to(Scheduled)
 def _turn(self, site, vector):
-    "Give the branches of one layer their strengths"
+    "Note the strengths of the branches of one layer: they are set all at once"
     for k, w, r in vector:
         layer, s = site.layers[k]
         layer.__dict__["enabled"] = bool(w)
-        if w: _set_scale(layer, s * w)
+        if w: self.turning.append((layer, s * w))
         if r is not None or isinstance(layer._modules["selector"], RankMask): _cut(layer, r)
-    site.vector, self._exchanged = vector, True
+    self._exchanged = True
 
 def _cut(layer, r):
     "Let the first `r` ranks of a branch through; None: all"
@@ -679,25 +681,25 @@ def _wear(self, values):
     "Give every layer the strengths that `values`, (strength, share of ranks) of each LoRA, mean for it"
     self._follow()
     if self.groups is not None and values == self.now: return
-    if self.groups is None: self._regroup()
-    composed, self._exchanged = self.stats.composed, False
-    install = self._install if self.mode == "merge" else self._turn
+    groups, self.groups = self.groups or self._grouped(), None      # none, if we are interrupted
+    composed, self._exchanged, self.turning = self.stats.composed, False, []
     with torch.inference_mode(False), torch.no_grad():
-        for group in self.groups:
+        for group in groups:
             vector = self._vector(group["key"], values)
             if vector == group["vector"]: continue
-            group["vector"] = None                             # of nobody, if we are interrupted
             for site in group["sites"]:
-                if site.vector != vector: install(site, vector)
+                if self.mode == "inject": self._turn(site, vector)
+                elif site.vector != vector: self._install(site, vector)
             group["vector"] = vector
-    self.now = values
+        if self.turning: set_scales(*zip(*self.turning))
+    self.now, self.groups = values, groups
     self.stats.recompositions += self.stats.composed > composed
     self.stats.swaps += self._exchanged
     self.stats.bytes = self.cache.bytes
 
 # %% ../nbs/10_scheduling.ipynb #1cd012db
 @patch_to(Scheduled)
-def _regroup(self):
+def _grouped(self):
     "Layers with the same LoRAs, block weights and ranks get the same strengths: group them"
     weights = [s.block_weights(self.positions) for s in self.schedules]
     part = [dict(s.components).get(self.component, 1.) for s in self.schedules]
@@ -705,7 +707,7 @@ def _regroup(self):
     for path, site in self.sites.items():
         key = tuple((k, weights[k][path] * part[k], site.rank(k) if masked[k] else None) for k in site.who)
         groups.setdefault(key, []).append(site)
-    self.groups = [dict(key=key, sites=sites, vector=None) for key, sites in groups.items()]
+    return [dict(key=key, sites=sites, vector=None) for key, sites in groups.items()]
 
 @patch_to(Scheduled)
 def _vector(self, key, values):
@@ -771,7 +773,8 @@ def _follow(self):
         if now[0] == was[0]: return
         for site in self.sites.values():
             if site.root.weight.data_ptr() == site.now.data_ptr(): continue
-            if not hasattr(site.root, "_kept_weight"): site.root._kept_weight, site.kept = site.root.weight.detach(), True
+            if not hasattr(site.root, "_kept_weight"):
+                site.root._kept_weight, site.kept = site.root.weight.detach(), True
             self._rebase(site)
 
 @patch_to(Scheduled)
@@ -830,7 +833,8 @@ def _set(self,
 ):
     "Change a schedule, live: it counts from the next step on"
     k = next((i for i, (n, key) in enumerate(zip(self.names, self.keys)) if lora is key or lora == n), None)
-    if k is None: raise TargetError(f"{lora!r} is not scheduled here: expected one of {self.names}.{closest(lora, self.names)}")
+    if k is None:
+        raise TargetError(f"{lora!r} is not scheduled here: expected one of {self.names}.{closest(lora, self.names)}")
     new, old = as_schedule(schedule), self.schedules[k]
     new.check_blocks(self.positions, f"this {self.component}")
     _check_mask([f for s in self.sites.values() if k in s.others for f in s.others[k][:1]], new)
@@ -892,6 +896,7 @@ class RankMask(nn.Module):
         if self.conv: return h * mask[:, :, None, None]
         return h * mask.view(len(mask), *[1] * (h.ndim - 2), mask.shape[1])
 
+# %% ../nbs/10_scheduling.ipynb #d298ddc8
 @contextmanager
 def rank_masked(
     denoiser,     # the UNet or MMDiT
@@ -907,7 +912,8 @@ def rank_masked(
     masks = [RankMask.of(m) for m in layers]
     def look(model, args, kwargs):
         t = torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).flatten()
-        share = (1 - t.float().clamp(0, total) / total).double()**power
+        t = (t.cpu() if t.device.type == "mps" else t).double()                  # exact: floor comes next
+        share = (1 - t.clamp(0, total) / total)**power
         known = {r: _mask(share, r, rank_min) for r in {m.rank for m in masks}}
         for m in masks: m.mask = known[m.rank].to(m.weight.device)
     hook = denoiser.register_forward_pre_hook(look, with_kwargs=True)
@@ -931,5 +937,4 @@ def trained_schedule(
     "The schedule that belongs to a LoRA: with T-LoRA's mask if it was trained with one"
     try: recipe = json.loads(lora.metadata.get("recipe", "{}"))
     except json.JSONDecodeError: recipe = {}
-    mask = dict(rank_min=int(recipe.get("rank_min") or 0), rank_power=float(recipe.get("rank_power") or 1))
-    return LoraSchedule(**{**mask, **more})
+    return LoraSchedule(**{"rank_min": int(recipe.get("rank_min") or 0), **more})

@@ -38,8 +38,7 @@ def check_recipe(r):
         if getattr(r, k) < 0: raise LoraError(f"{k} = {getattr(r, k)}: expected zero or more.")
     for k in ("caption_dropout", "mask_floor"):
         if not 0 <= (getattr(r, k) or 0) <= 1: raise LoraError(f"{k} = {getattr(r, k)}: expected 0 to 1.")
-    if not 0 <= r.rank_min <= r.rank or r.rank_power <= 0:
-        raise LoraError(f"rank_min = {r.rank_min}, rank_power = {r.rank_power}: expected 0 to {r.rank}, and above 0.")
+    if not 0 <= r.rank_min <= r.rank: raise LoraError(f"rank_min = {r.rank_min}: expected 0 to {r.rank}, the rank.")
     if r.holes not in HOLES: raise LoraError(f"holes = {r.holes!r}: expected one of {', '.join(HOLES)}.")
     if r.mixed_precision not in ("auto", "no", "bf16", "fp16"):
         raise LoraError(f"mixed_precision = {r.mixed_precision!r}: expected auto, no, bf16 or fp16.")
@@ -61,7 +60,6 @@ class Recipe:
     alpha: float | None = setting(None, "The update is scaled by alpha / rank; None is alpha = rank.")
     targets: object = setting("extended", "Which layers wear the LoRA: a preset, a list, a regex or a function.")
     rank_min: int = setting(0, "T-LoRA (2507.05964): ranks in use at pure noise, all of them at none; 0: all always.")
-    rank_power: float = setting(1., "T-LoRA: above 1 the ranks come later, below 1 sooner.")
     dropout: float = setting(0., "Dropout in front of the LoRA's branches, in training only.")
     learning_rate: float = setting(1e-3, "Learning rate of the denoiser's LoRA.")
     train_text_encoder: bool = setting(False, "Also train a LoRA of the text encoders.")
@@ -785,7 +783,7 @@ def _ranks(self:Trainer):
     r, own = self.recipe, {id(p) for p in self.all_params()}
     if not r.rank_min: return contextlib.nullcontext()
     layers = [m for m in self.base.denoiser.modules() if hasattr(m, "lora_up") and id(m.lora_up.weight) in own]
-    return rank_masked(self.base.denoiser, layers, r.rank_min, r.rank_power, self.base.max_timestep)
+    return rank_masked(self.base.denoiser, layers, r.rank_min, total=self.base.max_timestep)
 
 @patch_to(Trainer)
 @contextlib.contextmanager
