@@ -1,4 +1,4 @@
-"""Make a LoRA from a model that was fine-tuned whole, and a smaller LoRA from a large one, with an error that is stated.
+"""A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
 
 Docs: https://lora-nb.github.io/lora_nb/extraction.html.md"""
 
@@ -6,15 +6,19 @@ Docs: https://lora-nb.github.io/lora_nb/extraction.html.md"""
 
 # %% auto #0
 __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_product', 'Core', 'core_of_product',
-           'recompress_layers', 'recompress']
+           'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation',
+           'distillation', 'distill', 'svd_distill']
 
 # %% ../nbs/06_extraction.ipynb #43ddbd02
+import json, os, re, warnings
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from .core import LoraError, ShapeError, patch_to
-from .lora import Factors, Lora, some
+from .core import LoraError, ShapeError, TargetError, default_device, patch_to
+from .injection import find_targets
+from .layers import LoraLayer
+from .lora import Factors, Lora, canonical, human, places, resolve_components, some
 
 # %% ../nbs/06_extraction.ipynb #476648c7
 @dataclass
@@ -37,15 +41,19 @@ class Truncated:
         return Truncated(self.u[i], self.s[i], self.v[i], self.norm[i], self.tail[i])
 
 # %% ../nbs/06_extraction.ipynb #4233b181
+def _double(t): return (t.cpu() if t.device.type == "mps" else t).double()
+
+# %% ../nbs/06_extraction.ipynb #49a06800
 @patch_to(Truncated)
 def cut(self,
     r,  # how many triples to keep
 ):
     "The first `r` triples"
-    lost = self.s[..., r:].double().square().sum(-1).to(self.tail.device)
+    lost = _double(self.s[..., r:]).square().sum(-1).to(self.tail.device)
     tail = (self.tail**2 + lost).sqrt()
     return Truncated(self.u[..., :r], self.s[..., :r], self.v[..., :r, :], self.norm, tail)
 
+# %% ../nbs/06_extraction.ipynb #6c854571
 @patch_to(Truncated)
 def factors(self,
     shape=None,  # of the weight: (out, in), or (out, in/groups, kh, kw)
@@ -59,14 +67,16 @@ def factors(self,
     return Factors(up.contiguous().to(dtype=dtype), down.contiguous().to(dtype=dtype), groups=groups)
 
 # %% ../nbs/06_extraction.ipynb #709932f5
-def _double(t): return (t.cpu() if t.device.type == "mps" else t).double()
-
 def _inverse(s, like, power=1.):
     "`1 / s**power`, and 0 where `s` is nothing but rounding"
     return torch.where(s > (s[..., :1] * 1e-7).clamp(min=1e-20), s.clamp(min=1e-20)**-power, 0).to(like)
 
-def _norm(a): return torch.linalg.vector_norm(a, dim=(-2, -1), dtype=torch.float64)
+def _norm(a):
+    "Frobenius norm, summed in double precision"
+    a = a.cpu() if a.device.type == "mps" else a
+    return torch.linalg.vector_norm(a, dim=(-2, -1), dtype=torch.float64)
 
+# %% ../nbs/06_extraction.ipynb #58b008b2
 def _truncated(a, norm, u, s2, v):
     "A `Truncated` whose tail is measured"
     s = s2.clamp(min=0).sqrt()
@@ -116,6 +126,7 @@ def _orthonormal(y, q):
     for _ in range(2): y = torch.linalg.qr(y - q @ (q.mT @ y)).Q
     return y
 
+# %% ../nbs/06_extraction.ipynb #55bcabee
 def _converged(energies, norm, tolerance):
     "Is the energy still to come small beside what is left?"
     if len(energies) < 2: return False
@@ -154,6 +165,7 @@ def _one_of(**options):
     if name == "energy" and not 0 < value <= 1: raise LoraError(f"energy={value}: expected a share above 0, at most 1")
     if name != "energy" and value < 1: raise LoraError(f"{name}={value}: expected at least 1")
 
+# %% ../nbs/06_extraction.ipynb #81285ece
 def _by_energy(a, energy, tolerance, seed, rank=16):
     "Double the rank until the energy is there; of a stack, every matrix gets the largest rank needed"
     while True:
@@ -162,10 +174,11 @@ def _by_energy(a, energy, tolerance, seed, rank=16):
         if need <= t.rank or t.rank == min(a.shape[-2:]): return t.cut(min(need, t.rank))
         rank *= 2
 
+# %% ../nbs/06_extraction.ipynb #7e2d1683
 def _needed(s, norm, energy):
     "(...,) how many singular values hold this share of the energy; one more than there are: not enough of them"
-    have = s.double().square().cumsum(-1)
-    return (have < energy * (1 - 1e-6) * (norm.to(s.device)**2)[..., None]).sum(-1) + 1
+    have = _double(s).square().cumsum(-1)
+    return (have < energy * (1 - 1e-6) * (norm.to(have.device)**2)[..., None]).sum(-1) + 1
 
 # %% ../nbs/06_extraction.ipynb #be54cd08
 def svd_of_product(
@@ -186,6 +199,7 @@ class Core:
     left: torch.Tensor   # (B, R, R): up @ left is u * sqrt(s)
     right: torch.Tensor  # (B, R, R): right @ down is sqrt(s) * v
 
+# %% ../nbs/06_extraction.ipynb #eecc44e2
 def core_of_product(
     up,    # (B, out, R)
     down,  # (B, R, in)
@@ -201,6 +215,7 @@ def core_of_product(
     left, right = gd @ lp * _inverse(s, gd, 1.5)[..., None, :], (lp * _inverse(s, gd, .5)[..., None, :]).mT
     return Core(s, left.to(up), right.to(up))
 
+# %% ../nbs/06_extraction.ipynb #4788c739
 def _cholesky(g):
     "Of a Gram matrix that may be singular"
     size = g.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -212,6 +227,7 @@ def _matrices(factors):
     pairs = [(f.scaling, *f.matrices()) for f in factors]
     return torch.cat([u if s == 1 else u * s for s, u, _ in pairs], 1), torch.cat([d for *_, d in pairs])
 
+# %% ../nbs/06_extraction.ipynb #9f5c3aab
 def _check_sum(name, factors):
     "Raise if these cannot be summed as factors"
     if not factors: raise LoraError(f"{name}: expected at least one pair of factors, found none")
@@ -222,6 +238,7 @@ def _check_sum(name, factors):
     if len(shapes) > 1: raise ShapeError(f"{name} has factors for weights of shapes {shapes}: expected one shape. They "
                                          "were made for different bases")
 
+# %% ../nbs/06_extraction.ipynb #56e4265c
 def _stacks(layers, limit=2**23):
     "Lists of names whose factors have the same shapes, few enough to be stacked in `limit` bytes"
     groups = {}
@@ -234,7 +251,7 @@ def _stacks(layers, limit=2**23):
         step = max(1, limit // (4 * (m + k) * r))
         yield from (names[i:i + step] for i in range(0, len(names), step))
 
-# %% ../nbs/06_extraction.ipynb #9f5c3aab
+# %% ../nbs/06_extraction.ipynb #06d9ccc2
 def recompress_layers(
     layers,        # name -> list of Factors whose sum is wanted
     rank=None,     # of the result, or a dict name -> rank
@@ -254,6 +271,7 @@ def recompress_layers(
         for n, u, d, r in zip(names, up, down, ranks): found[n] = _like(layers[n], u[:, :r], d[:r], dtype)
     return {n: found[n] for n in layers}
 
+# %% ../nbs/06_extraction.ipynb #f9f73497
 def _ranks(names, s, rank, energy):
     "The rank to keep for each of a stack: between 1 and what there is"
     if isinstance(rank, dict): ranks = [rank[n] for n in names]
@@ -261,6 +279,7 @@ def _ranks(names, s, rank, energy):
     else: ranks = _needed(s, s.norm(dim=-1), energy).tolist()
     return [max(1, min(r, s.shape[-1])) for r in ranks]
 
+# %% ../nbs/06_extraction.ipynb #c8b9dffc
 def _like(factors, up, down, dtype):
     "Matrices as `Factors` of the kind they were made of"
     first = factors[0]
@@ -282,3 +301,313 @@ def recompress(
         raise LoraError(f"{len(weights)} weights for {len(factors)} factors: expected one for each")
     if weights is not None: factors = [f.scaled(w) for f, w in zip(factors, weights)]
     return recompress_layers({"the layer": factors}, rank, energy, dtype)["the layer"]
+
+# %% ../nbs/06_extraction.ipynb #437b055e
+def allocate(
+    spectra,   # name -> singular values, falling
+    costs,     # name -> bytes of one rank
+    budget,    # bytes for all
+    first={},  # name -> bytes that a layer's first rank costs besides
+):
+    "name -> rank: the most energy for the bytes, taken greedily by energy per byte"
+    ranks, names = dict.fromkeys(spectra, 0), list(spectra)
+    gain = [_per_byte(spectra[n].double().cpu()**2, costs[n], first.get(n, 0)) for n in names]
+    owner = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(g) for g in gain]))
+    gain, order = torch.cat(gain).sort(descending=True, stable=True)
+    for i in owner[order][gain > 0].tolist():
+        n = names[i]
+        cost = costs[n] + (0 if ranks[n] else first.get(n, 0))
+        if cost <= budget: ranks[n] += 1; budget -= cost
+    return ranks
+
+# %% ../nbs/06_extraction.ipynb #d32a0fd6
+def _per_byte(s2, cost, first):
+    "Energy per byte of each triple, never rising within a layer"
+    price = torch.full_like(s2, cost)
+    price[0] += first
+    return (s2 / price).cummin(0).values
+
+# %% ../nbs/06_extraction.ipynb #e1afea79
+def _entry(name):
+    "Bytes that a layer's two tensors take in the header of a peft file, at most"
+    return 2 * (len(name) + len(".text_model.lora_A.weight") + 84)
+
+def _overhead(lora):
+    "Bytes of a peft file beside its layers, at most"
+    words = sum(2 * len(json.dumps(t)) + 100 + e.numel() * e.element_size() * 4 // 3 + 4
+                for t, d in lora.embeddings.items() for e in d.values())
+    return words + len(json.dumps(json.dumps(lora.metadata))) + 500
+
+# %% ../nbs/06_extraction.ipynb #fe7b07e9
+def _fit(spectra, costs, size, lora):
+    "name -> rank for a file of `size` bytes; layers that get none are left out"
+    room, first = size - _overhead(lora), {n: _entry(n) for n in spectra}
+    ranks = {n: r for n, r in allocate(spectra, costs, room, first).items() if r}
+    if ranks: return ranks
+    least = size - room + min(costs[n] + first[n] for n in costs)
+    raise LoraError(f"a file of {human(size)} cannot hold one rank of one layer: expected {human(least)} or more")
+
+# %% ../nbs/06_extraction.ipynb #4546262f
+def spectra(
+    lora,  # without DoRA layers
+):
+    "name -> singular values of each layer's difference"
+    found = {}
+    for names in _stacks({n: [f] for n, f in lora.layers.items()}):
+        pairs = [_matrices([lora.layers[n]]) for n in names]
+        found |= zip(names, core_of_product(*(torch.stack(x) for x in zip(*pairs))).s)
+    return {n: found[n] for n in lora.layers}
+
+# %% ../nbs/06_extraction.ipynb #81fc547e
+def resize(
+    lora,         # a Lora
+    rank=None,    # of every layer, at most
+    energy=None,  # or the share of each layer's energy to keep
+    bytes=None,   # or the size of its file in peft's format
+    dtype=None,   # of the factors; None: as they are
+):
+    "The best approximation of a LoRA by a smaller one; embeddings and metadata stay"
+    _one_of(rank=rank, energy=energy, bytes=bytes)
+    layers = {n: f for n, f in lora.check().layers.items() if rank is None or f.rank > rank}
+    if bytes is not None: rank = _fit(spectra(lora), _costs(layers, dtype), bytes, lora)
+    if bytes is not None: layers = {n: layers[n] for n in rank}
+    small = recompress_layers({n: [f] for n, f in layers.items()}, rank, energy, dtype)
+    keep = lora.layers if bytes is None else layers
+    return Lora({n: small[n] if n in small else lora.layers[n].to(dtype=dtype) for n in keep}, lora.embeddings,
+                lora.metadata)
+
+# %% ../nbs/06_extraction.ipynb #9f0e4cc1
+def _costs(layers, dtype):
+    "Bytes of one rank of each layer"
+    width = lambda f: (dtype or f.up.dtype).itemsize
+    return {n: width(f) * (f.shape[0] + torch.Size(f.shape[1:]).numel()) for n, f in layers.items()}
+
+# %% ../nbs/06_extraction.ipynb #dc62cbfa
+@dataclass
+class Changes:
+    "What differs between a base and a model tuned from it"
+    weights: dict = field(default_factory=dict)     # "unet.path" -> (base's weight, tuned weight)
+    groups: dict = field(default_factory=dict)      # "unet.path" -> groups of the convolution
+    lost: dict = field(default_factory=dict)        # what factors cannot hold: name -> (norm of change, base's norm)
+    embeddings: dict = field(default_factory=dict)  # token -> {component: (n, d)}
+
+# %% ../nbs/06_extraction.ipynb #d58d68cf
+def changes(
+    base, tuned,   # pipelines, bases, models, dicts component -> model, folders, single files, names
+    targets=None,  # what may be carried: as `find_targets` takes it, or a dict; None: every linear and convolution
+):
+    "Hold a tuned model against its base"
+    base, tuned = _opened(base), _opened(tuned)
+    ours, theirs = _networks(base), _networks(tuned)
+    found = Changes()
+    if not set(ours) & set(theirs) or set(theirs) - set(ours):
+        raise TargetError(f"the tuned model has {', '.join(theirs)}, the base {', '.join(ours)}: expected the same "
+                          "parts. Give the base that it was tuned from")
+    wanted = lambda c: targets.get(c, ()) if isinstance(targets, dict) else targets
+    for c in theirs: _compare(found, c, ours[c], theirs[c], wanted(c))
+    _new_words(found, base, tuned)
+    return found
+
+# %% ../nbs/06_extraction.ipynb #da705030
+def _opened(source):
+    "A path or a name is loaded; anything else is a model already"
+    if not isinstance(source, (str, os.PathLike)): return source
+    from lora_nb.bases import load_base
+    return load_base(source, device="cpu", dtype=torch.float32)
+
+# %% ../nbs/06_extraction.ipynb #17406c83
+def _networks(source):
+    "component -> model, the autoencoder included"
+    parts = dict(resolve_components(source))
+    vae = getattr(getattr(source, "pipe", source), "vae", None)
+    if isinstance(vae, torch.nn.Module) and not isinstance(source, torch.nn.Module): parts["vae"] = vae
+    for c, model in parts.items():
+        if any(isinstance(m, LoraLayer) for m in model.modules()):
+            raise LoraError(f"{c} wears a LoRA as branches: merge it (apply_lora(..., mode='merge') or collapse_lora), "
+                            "or take it off")
+    return parts
+
+# %% ../nbs/06_extraction.ipynb #30cc7342
+def _compare(found, c, base, tuned, targets):
+    "Sort one component's parameters into what factors can carry and what they cannot"
+    a, b = ({canonical(n): p.detach() for n, p in m.named_parameters()} for m in (base, tuned))
+    _check_alike(c, a, b, _table_name(tuned))
+    where = places(tuned)
+    carried = {} if c == "vae" or targets == () else where if targets is None else find_targets(tuned, targets, c)
+    for n, new in b.items():
+        old, new = a[n], new[:len(a[n])]
+        new = new.to(old.device)
+        low = min(old.dtype, new.dtype, key=lambda t: t.itemsize)     # rounding alone is no change
+        if torch.equal(old.to(low), new.to(low)): continue
+        path = n.removesuffix(".weight")
+        if n.endswith(".weight") and path in carried:
+            found.weights[f"{c}.{path}"] = (old, new)
+            found.groups[f"{c}.{path}"] = getattr(where[path].module, "groups", 1)
+        else: found.lost[f"{c}.{n}"] = ((new.float() - old.float()).norm().item(), old.float().norm().item())
+
+# %% ../nbs/06_extraction.ipynb #14f1c71a
+def _table_name(model):
+    "The name of a text encoder's token table: new words make it longer"
+    if not hasattr(model, "get_input_embeddings"): return None
+    table = model.get_input_embeddings().weight
+    return next(canonical(n) for n, p in model.named_parameters() if p is table)
+
+# %% ../nbs/06_extraction.ipynb #db7072fc
+def _check_alike(c, a, b, table):
+    "Raise if two sets of parameters are not of one architecture"
+    odd = [n for n in b if n not in a or a[n].shape[1:] != b[n].shape[1:] or len(b[n]) < len(a[n])
+           or (len(b[n]) > len(a[n]) and n != table)]
+    if odd or set(a) - set(b):
+        raise ShapeError(f"{c} of the base and of the tuned model differ in {some([*odd, *(set(a) - set(b))])}: "
+                         "expected the same architecture. Give the base that it was tuned from")
+
+# %% ../nbs/06_extraction.ipynb #96e6026f
+def _new_words(found, base, tuned):
+    "Tokens that only the tuned model's tokenizers have, as embeddings; `<cat>`, `<cat>_1` are one word"
+    for c in [c for c in _networks(tuned) if c.startswith("text_encoder")]:
+        name = c.replace("text_encoder", "tokenizer")
+        olds, news = (getattr(getattr(x, "pipe", x), name, None) for x in (base, tuned))
+        if olds is None or news is None: continue
+        known, vocabulary = olds.get_vocab(), news.get_vocab()
+        rows = _networks(tuned)[c].get_input_embeddings().weight.detach()
+        new = sorted((t for t in vocabulary if t not in known and vocabulary[t] < len(rows)), key=vocabulary.get)
+        words = {}
+        for t in new:
+            head = re.fullmatch(r"(.+)_\d+", t)
+            words.setdefault(head[1] if head and head[1] in new else t, []).append(vocabulary[t])
+        for t, ids in words.items(): found.embeddings.setdefault(t, {})[c] = rows[ids].clone()
+
+# %% ../nbs/06_extraction.ipynb #7bc70b2f
+def _chunks(weights, limit=2**27):
+    "Lists of names of equal shape, few enough to be stacked in `limit` bytes"
+    groups = {}
+    for n, (old, _) in weights.items(): groups.setdefault(old.shape, []).append(n)
+    for shape, names in groups.items():
+        step = max(1, limit // (4 * shape.numel()))
+        yield from (names[i:i + step] for i in range(0, len(names), step))
+
+# %% ../nbs/06_extraction.ipynb #2107c1cd
+def _delta(pair, device):
+    "The difference of two weights as a matrix, in single precision"
+    old, new = (w.to(device, torch.float32) for w in pair)
+    return (new - old).flatten(1)
+
+# %% ../nbs/06_extraction.ipynb #1dc8de39
+def _triples(weights, device, **kw):
+    "name -> `Truncated` of each difference"
+    found = {}
+    for names in _chunks(weights):
+        t = low_rank(torch.stack([_delta(weights[n], device) for n in names]), **kw)
+        for i, n in enumerate(names): found[n] = t[i]
+    return {n: found[n] for n in weights}
+
+# %% ../nbs/06_extraction.ipynb #447a3ca1
+def _by_bytes(
+    weights, size,  # name -> (old, new); bytes of the file
+    lora, dtype,    # holds what else goes into the file; of the factors
+    device,
+):
+    "name -> `Truncated` for a file of `size` bytes: look deeper where all that was looked at is taken"
+    costs = {n: dtype.itemsize * (w.shape[0] + w[0].numel()) for n, (w, _) in weights.items()}
+    start = max(8, 2 * size // sum(costs.values()))
+    found, todo = {}, dict.fromkeys(weights, start)
+    while todo:
+        for depth in set(todo.values()):
+            found |= _triples({n: weights[n] for n, d in todo.items() if d == depth}, device, rank=depth)
+        ranks = _fit({n: t.s for n, t in found.items()}, costs, size, lora)
+        todo = {n: 2 * r for n, r in ranks.items() if r == found[n].rank < min(weights[n][0].flatten(1).shape)}
+    return {n: found[n].cut(r) for n, r in ranks.items()}
+
+# %% ../nbs/06_extraction.ipynb #563239a5
+@dataclass
+class Distillation:
+    "A LoRA made from a tuned model, and what is to be said about it"
+    lora: Lora
+    layers: dict    # name -> (rank, norm of the change, norm of what the LoRA misses of it)
+    lost: dict      # what factors cannot hold: name -> (norm of the change, norm of the base's)
+
+    @property
+    def error(self):
+        "Norm of what the LoRA misses in its layers, relative to that of the change"
+        missed, whole = (sum(row[i]**2 for row in self.layers.values()) for i in (2, 1))
+        return (missed / (whole or 1))**.5
+
+    def __repr__(self):
+        head = f"{self.lora}\nmisses {self.error:.1%} of the change of {len(self.layers)} weights"
+        if not self.lost: return head
+        return f"{head}\n{len(self.lost)} tensors changed that a LoRA cannot hold: {some(self.lost)}"
+
+# %% ../nbs/06_extraction.ipynb #097f49e3
+def distillation(
+    base, tuned,          # as `changes` takes them
+    rank=None,            # of every layer
+    energy=None,          # or the share of each layer's energy to keep
+    bytes=None,           # or the size of the file in peft's format
+    targets=None,         # what may be carried; None: every linear and convolution
+    clamp_quantile=None,  # cut off entries of the factors beyond this quantile of their absolute values
+    device=None,          # to compute on; None: the best there is
+    dtype=torch.float16,  # of the factors
+    metadata=None,        # for the LoRA: base, trigger ...
+):
+    "A LoRA from the difference of two models, with its error and what it could not carry"
+    _one_of(rank=rank, energy=energy, bytes=bytes)
+    device, found = default_device(device), changes(base, tuned, targets)
+    _refuse_nothing(found, targets)
+    about = {"method": "svd", "lost": json.dumps(list(found.lost)[:20]), **(metadata or {})}
+    empty = Lora({}, found.embeddings, about)
+    if bytes is not None: triples = _by_bytes(found.weights, bytes, empty, dtype, device)
+    else: triples = _triples(found.weights, device, rank=rank, energy=energy)
+    if energy is not None: triples = {n: t.cut(int(_needed(t.s, t.norm, energy))) for n, t in triples.items()}
+    layers, facts = {}, {}
+    for n, t in triples.items():
+        f = t.factors(found.weights[n][0].shape, found.groups[n])
+        if clamp_quantile is not None: f, t = _clamped(f, t, clamp_quantile, _delta(found.weights[n], device))
+        layers[n], facts[n] = f.to("cpu", dtype), (f.rank, t.norm.item(), t.tail.item())
+    for n in found.weights.keys() - layers.keys(): facts[n] = (0, *[_delta(found.weights[n], device).norm().item()] * 2)
+    return Distillation(Lora(layers, found.embeddings, about), facts, found.lost)
+
+# %% ../nbs/06_extraction.ipynb #0aed3a67
+def _refuse_nothing(found, targets):
+    "Raise if there is nothing that a LoRA could hold"
+    if found.weights or found.embeddings: return
+    why = f"only {some(found.lost)} differ" if found.lost else "the two models are equal"
+    raise LoraError(f"nothing to distill into a LoRA: {why}. Expected a model whose linears or convolutions were tuned"
+                    + ("" if targets is None else f", below targets={targets!r}"))
+
+# %% ../nbs/06_extraction.ipynb #065db561
+def _clamped(f, t, quantile, delta):
+    "Factors without their largest entries, and the error that this leaves"
+    if not 0 < quantile <= 1: raise LoraError(f"clamp_quantile={quantile}: expected a share above 0, at most 1")
+    sizes = torch.cat([f.up.flatten(), f.down.flatten()]).abs()
+    limit = sizes.kthvalue(max(1, round(quantile * len(sizes)))).values
+    f = replace(f, up=f.up.clamp(-limit, limit), down=f.down.clamp(-limit, limit))
+    return f, replace(t, tail=(f.delta().flatten(1) - delta).norm())
+
+# %% ../nbs/06_extraction.ipynb #3c9610a1
+def distill(
+    base, tuned,          # as `changes` takes them
+    rank=None,            # of every layer
+    energy=None,          # or the share of each layer's energy to keep
+    bytes=None,           # or the size of the file in peft's format
+    **kw,                 # of `distillation`
+):
+    "A LoRA from the difference of two models; warns of what it cannot carry (`distillation` says more)"
+    d = distillation(base, tuned, rank, energy, bytes, **kw)
+    if d.lost: warnings.warn(repr(d).splitlines()[-1], stacklevel=2)
+    return d.lora
+
+# %% ../nbs/06_extraction.ipynb #0dde30ce
+def svd_distill(
+    target_model,   # the tuned model: folder, single file, hub id or pipeline
+    base_model,     # what it was tuned from
+    rank: int = 4,
+    clamp_quantile: float = 0.99,
+    device: str = "cpu",
+    save_path: str = "svd_distill.safetensors",
+    format: str = "peft",   # of the file
+    **kw,                   # of `distill`: targets, dtype, metadata, or energy / bytes with rank=None
+):
+    "The reference's distillation, from file to file; returns the LoRA"
+    lora = distill(base_model, target_model, rank, device=device, clamp_quantile=clamp_quantile, **kw)
+    lora.save(save_path, format=format)
+    return lora
