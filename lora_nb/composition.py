@@ -360,15 +360,19 @@ def _join_files(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, bas
 
 # %% ../nbs/07_composition.ipynb #033a02b3
 def _merge_folder(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
-    "`upl`: a diffusers folder"
+    "`upl`: a diffusers folder, words included"
     from lora_nb.checkpoints import merge_checkpoint
-    merge_checkpoint(path_1, [(path_2, alpha_1)], out, format="folder")
-    return out
+    return merge_checkpoint(path_1, Lora.load(path_2, base=base), out, format="folder", scale=alpha_1)
 
 def _merge_ckpt(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
-    "`upl-ckpt-v2`: one CompVis file, and the words as a file of A1111's embeddings folder"
+    "`upl-ckpt-v2`: one CompVis file in half precision, and the words as a file for A1111's embeddings folder"
     from lora_nb.checkpoints import merge_checkpoint
     if out.suffix not in (".ckpt", ".safetensors"):
         raise FormatError(f"{out}: expected a name that ends in .ckpt or .safetensors")
-    merge_checkpoint(path_1, [(path_2, alpha_1)], out, format="single_file")
+    lora = Lora.load(path_2, base=base)
+    words = [lora.embeddings[t]["text_encoder"] for t in sorted(lora.embeddings)]
+    merge_checkpoint(path_1, Lora(lora.layers, metadata=lora.metadata), out, "single_file", alpha_1, torch.float16)
+    if words:
+        held = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.cat(words)}, "name": out.stem}
+        with atomic_path(out.with_suffix(".pt")) as tmp: torch.save(held, tmp)
     return out

@@ -312,7 +312,7 @@ def samples(
     return out
 
 @torch.no_grad()
-def grams_of(base, loras, data, repeats=4, seed=0):
+def grams_of(base, loras, data, repeats=3, seed=0):
     "For each LoRA, worn alone on its own sample: name -> Gram matrix of the layer's inputs"
     out, g = [], generator(seed)
     for i, (latents, texts) in enumerate(data):
