@@ -122,12 +122,14 @@ def run(base, stage, method, pair, settings, n, seed):
         began = time.process_time()
         with METHODS[method][0](base, pair, **settings):
             ready = time.process_time()
-            drawn = {g: base.generate([q.prompt for q in qs], seeds=[q.seed for q in qs], **DRAW) for g, qs in paper.items()}
+            draw = lambda qs: base.generate([q.prompt for q in qs], seeds=[q.seed for q in qs], **DRAW)
+            drawn = {g: draw(qs) for g, qs in paper.items()}
         facts = dict(method=method, pair=pair.name, settings=settings, seconds_to_make=round(ready - began, 1),
                      seconds_a_picture=round((time.process_time() - ready) / sum(map(len, paper.values())), 3))
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as tmp, open(tmp, "wb") as f:
-            np.savez_compressed(f, about=json.dumps(facts), **{g: np.stack([np.asarray(im) for im in ims]) for g, ims in drawn.items()})
+            stacks = {g: np.stack([np.asarray(im) for im in ims]) for g, ims in drawn.items()}
+            np.savez_compressed(f, about=json.dumps(facts), **stacks)
         print(f"{time.process_time() - began:5.1f} s  {stage}: {pair.name}, {method} {settings}", flush=True)
     held = np.load(path)
     return json.loads(str(held["about"])), paper, {g: [Image.fromarray(a) for a in held[g]] for g in paper}
@@ -191,7 +193,8 @@ def score(base, pairs):
                  loras={p.name: p.hash for p in pairs}, tried=tried, rows=rows)
     with atomic_path(KEPT / "composition.json") as tmp: Path(tmp).write_text(json.dumps(about) + "\n")
     titles = [t for p in pairs for t in ([p.name] * 4 if p.style else [p.parts[0]] * 2 + [p.parts[1]] * 2)]
-    drawn = grid([im for m in METHODS for im in sheet[m]], cols=len(titles), row_titles=list(METHODS), col_titles=titles, size=64)
+    drawn = grid([im for m in METHODS for im in sheet[m]], cols=len(titles), row_titles=list(METHODS),
+                 col_titles=titles, size=64)
     save_jpeg(drawn, KEPT / "composition.jpg", quality=75)
     print(len(rows), "rows", (KEPT / "composition.jpg").stat().st_size // 1024, "KB")
 
