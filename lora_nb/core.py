@@ -99,6 +99,12 @@ def _replace(tmp, path):
     except BaseException: os.replace(old, path); raise
     finally: shutil.rmtree(old.parent, ignore_errors=True)
 
+def _open_to_readers(path):
+    "The permissions that `open` gives: some writers (safetensors) keep their files to the owner"
+    mask = os.umask(0); os.umask(mask)
+    for p in path.rglob("*") if path.is_dir() else [path]:
+        if p.is_file() and not p.is_symlink(): p.chmod(p.stat().st_mode | 0o666 & ~mask)
+
 # %% ../nbs/00_core.ipynb #601a5b52
 @contextlib.contextmanager
 def atomic_path(
@@ -114,7 +120,7 @@ def atomic_path(
     try:
         tmp = box / path.name
         yield tmp
-        if tmp.exists(): _replace(tmp, path)
+        if tmp.exists(): _open_to_readers(tmp); _replace(tmp, path)
     finally: shutil.rmtree(box, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #9a41c0e2

@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from .core import DataError, LoraError, ShapeError, TargetError, closest, patch_to
-from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
-from .lora import (Factors, Lora, Place, add_factors, canonical, component_of, places, resolve_components,
-                          some)
+from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank, set_scales
+from .lora import (COMPONENTS, Factors, Lora, Place, add_factors, canonical, component_of, places,
+                          resolve_components, some)
 from .lora import table as as_table
 
 # %% ../nbs/04_injection.ipynb #b537ebf4
@@ -274,6 +274,7 @@ class Worn:
     kept: tuple = None                             # (tokenizer, its state, rows of the token table) before any token
     about: dict = field(default_factory=dict)      # adapter -> metadata
     flags: dict = None                             # parameter -> whether it learned before training froze it
+    index: tuple = None                            # where its branches are: see `_branch_index`
 
 def _worn(model):
     "The model's `Worn`, empty if there is none"
@@ -337,6 +338,7 @@ def _take_off(model, name, words=True):
     _remerge(model, {p for n in gone for p in worn.merged.pop(n)[0]})
     if words and any(name in (None, n) for n in worn.tokens): _remove_tokens(model, name)
     for n in [n for n in worn.about if name in (None, n)]: del worn.about[n]
+    worn.index = None
     if worn.flags and not any(isinstance(m, LoraLayer) for m in model.modules()):
         for p, flag in worn.flags.items(): p.requires_grad_(flag)
         worn.flags = None
@@ -586,23 +588,71 @@ def _remove_tokens(model, name):
 # %% ../nbs/04_injection.ipynb #d6bda4d3
 def set_scale(
     pipe_or_model,  # what wears the LoRA
-    scale,          # new strength, or a dict component -> strength
+    scale,          # strength; or a dict of strengths, by component or by block: {"down_blocks.1": .5, "unet.mid_block": 0}
     name=None,      # which; None: all
 ):
-    "Change the strength of a worn LoRA, live"
+    "Change the strength of a worn LoRA, live; what a dict does not name keeps its strength"
     parts = resolve_components(pipe_or_model)
-    if name is not None and name not in (worn := adapters(parts)):
+    if name is not None and name not in (worn := _worn_names(parts)):
         raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
+    blocks = [k for k in scale if k not in COMPONENTS and k not in parts] if isinstance(scale, dict) else []
+    if blocks: return _set_block_scales(parts, scale, name)
     for c, model in parts.items():
         if isinstance(scale, dict) and c not in scale: continue
-        for m in model.modules():
-            if isinstance(m, LoraLayer) and name in (None, m.adapter): m.scale = _of(scale, c)
-        worn, paths = _worn(model), set()
-        for n, (fs, s) in list(worn.merged.items()):
+        strength = _of(scale, c)
+        layers = [m for n, own in _branch_index(model).items() if name in (None, n) for m in own.values()]
+        set_scales(layers, [strength] * len(layers))
+        _scale_merged(model, strength, name)
+
+def _scale_merged(model, strength, name):
+    "Merge anew what is merged, at another strength"
+    worn, paths = _worn(model), set()
+    for n, (fs, s) in list(worn.merged.items()):
+        if name not in (None, n): continue
+        worn.merged[n] = (fs, strength)
+        paths |= set(fs)
+    _remerge(model, paths)
+
+# %% ../nbs/04_injection.ipynb #12414f28
+def _branch_index(model):
+    "adapter -> {path: layer}, looked up once and again whenever branches have come, gone or moved"
+    worn = _worn(model)
+    if worn.index and worn.index[0] == LoraLayer.made and all(p._modules.get(a) is m for p, a, m in worn.index[1]):
+        return worn.index[2]
+    hung, found = [], {}
+    for path, (parent, attr, module) in places(model).items():
+        for m in stack_of(module):
+            hung.append((parent, attr, m))
+            found.setdefault(m.adapter, {})[path] = m
+            parent, attr = m, m.base_name
+    if found: _wears(model).index = LoraLayer.made, hung, found
+    return found
+
+def _worn_names(parts):
+    "As `adapters`, without a walk"
+    return {n for m in parts.values() for n in (*_branch_index(m), *_worn(m).merged, *_worn(m).tokens)}
+
+# %% ../nbs/04_injection.ipynb #44156021
+def _set_block_scales(parts, scale, name):
+    "Strengths by block: the longest key on a layer's path counts, matched by whole words"
+    if any(name in (None, n) for m in parts.values() for n in _worn(m).merged):
+        raise LoraError("strengths by block are set live on branches, and this LoRA is merged: wear it with "
+                        "mode='inject', or use scheduled() with block weights")
+    layers, strengths, used = [], [], set()
+    for c, model in parts.items():
+        for n, own in _branch_index(model).items():
             if name not in (None, n): continue
-            worn.merged[n] = (fs, _of(scale, c))
-            paths |= set(fs)
-        _remerge(model, paths)
+            for path, m in own.items():
+                key = _longest_key(scale, f"{c}.{path}")
+                if key is None: continue
+                layers.append(m); strengths.append(scale[key]); used.add(key)
+    if unused := [k for k in scale if k not in used]:
+        raise TargetError(f"{some(unused)} match no layer that the LoRA adapts here: nothing was changed")
+    set_scales(layers, strengths)
+
+def _longest_key(scale, path):
+    "The most specific key of `scale` that lies on a path"
+    return max((k for k in scale if _on_path(k, path)), key=len, default=None)
 
 # %% ../nbs/04_injection.ipynb #1054bab4
 def extract_lora(
