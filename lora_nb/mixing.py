@@ -288,8 +288,10 @@ def fuse(
     "The least-squares compromise between several differences of one layer"
     total = sum(grams).double()
     total.diagonal().add_(max(ridge * total.diagonal().mean().item(), 1e-12))
+    root, failed = torch.linalg.cholesky_ex(total)
+    if failed: raise LoraError(f"ridge={ridge}: the inputs seen do not determine the layer, expected a larger ridge")
     def one(f, g):
-        a = torch.linalg.solve(total, g.double() @ f.matrices()[1].double().T).T      # A_i G_i (sum G + lambda)^-1
+        a = torch.cholesky_solve((g @ f.matrices()[1].T).double(), root).T            # A_i G_i (sum G + lambda)^-1
         f = f.plain()
         return Factors(f.up, a.to(f.up.dtype).reshape(f.down.shape), f.alpha, groups=f.groups)
     return [one(f, g) for f, g in zip(factors, grams) if f]
