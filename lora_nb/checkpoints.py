@@ -119,6 +119,7 @@ def _read(path):
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     return {k: t for k, t in held.items() if isinstance(t, torch.Tensor)}
 
+# %% ../nbs/06b_checkpoints.ipynb #5ecf19c4
 def _check_complete(path, parts, like):
     "Raise if a file is not of the same architecture"
     for c, found in parts.items():
@@ -151,6 +152,7 @@ def _check_worn(pipe):
             raise LoraError(f"{c} wears a LoRA as branches: use merge_checkpoint, or apply_lora(..., mode='merge'), or "
                             "collapse_lora and monkeypatch_remove_lora")
 
+# %% ../nbs/06b_checkpoints.ipynb #9356a907
 def _save_folder(pipe, path, dtype):
     "A diffusers folder"
     if path.exists() and not (path / "model_index.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -159,6 +161,7 @@ def _save_folder(pipe, path, dtype):
         pipe.save_pretrained(tmp, safe_serialization=True)
         if dtype is not None: _cast_folder(tmp, dtype)
 
+# %% ../nbs/06b_checkpoints.ipynb #c4f307d0
 def _cast_folder(folder, dtype):
     "Rewrite the weights of a new folder in another precision"
     for f in folder.rglob("*.safetensors"):
@@ -170,9 +173,10 @@ def _cast_folder(folder, dtype):
         for k in {"dtype", "torch_dtype"} & said.keys(): said[k] = str(dtype).removeprefix("torch.")
         if said: config.write_text(json.dumps(said, indent=2))
 
+# %% ../nbs/06b_checkpoints.ipynb #64b8e8f1
 def _as(t, dtype): return t.to(dtype) if dtype is not None and t.is_floating_point() else t
 
-# %% ../nbs/06b_checkpoints.ipynb #9356a907
+# %% ../nbs/06b_checkpoints.ipynb #5c9588c2
 def _save_single_file(pipe, path, dtype, words):
     "One file in the names of the first release"
     if path.suffix not in (".safetensors", ".ckpt"):
@@ -189,6 +193,7 @@ def _save_single_file(pipe, path, dtype, words):
         else: safetensors.torch.save_file(tensors, tmp, {"format": "pt"})
     if learned: _save_words(learned, path.with_suffix(".words.safetensors"))
 
+# %% ../nbs/06b_checkpoints.ipynb #c239684c
 def _save_words(learned, path):
     "An embeddings file: token -> (n, d)"
     with atomic_path(path) as tmp:

@@ -72,9 +72,9 @@ def _inverse(s, like, power=1.):
     return torch.where(s > (s[..., :1] * 1e-7).clamp(min=1e-20), s.clamp(min=1e-20)**-power, 0).to(like)
 
 def _norm(a):
-    "Frobenius norm, summed in double precision"
-    a = a.cpu() if a.device.type == "mps" else a
-    return torch.linalg.vector_norm(a, dim=(-2, -1), dtype=torch.float64)
+    "Frobenius norm: along memory in the matrix's precision (quick), then in double"
+    dim = -1 if a.stride(-1) <= a.stride(-2) else -2
+    return torch.linalg.vector_norm(_double(torch.linalg.vector_norm(a, dim=dim)), dim=-1)
 
 # %% ../nbs/06_extraction.ipynb #58b008b2
 def _truncated(a, norm, u, s2, v):

@@ -129,7 +129,7 @@ def _wear(self, base, up, down, alpha=None, dropout_p=0., scale=1., rslora=False
     (self.__dict__ if magnitude is None else self._parameters)["magnitude"] = magnitude         # DoRA, below
     self.__dict__["start"] = None                                                               # PiSSA, below
     self._set_strength(len(down), alpha, rslora, scale)
-    for m in (self, *new.values()): m.training = base.training
+    for m in (self, *new.values()): m.__dict__["training"] = base.training      # again past the slow setter
     return self
 
 @patch_to(LoraLayer)

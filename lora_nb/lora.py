@@ -9,7 +9,7 @@ __all__ = ['COMPONENTS', 'Place', 'Factors', 'add_factors', 'Lora', 'some', 'blo
            'resolve_components', 'canonical', 'places', 'Report']
 
 # %% ../nbs/03_lora.ipynb #f9de4299
-import hashlib
+import hashlib, math
 from collections import namedtuple
 from dataclasses import dataclass, replace
 
@@ -213,7 +213,7 @@ def check(self):
 # %% ../nbs/03_lora.ipynb #dfcff1ed
 def _finite(t):
     total = t.detach().sum(dtype=torch.float32)             # one pass, and NaN or infinity spreads to the sum
-    return t.is_meta or bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
+    return t.is_meta or math.isfinite(total.item()) or bool(torch.isfinite(t).all())
 
 def some(names, n=4):
     "The first few names, for a message"
@@ -409,8 +409,12 @@ def _about_fit(lora, r, parts):
     if not lora.layers: yield "It holds no layers" + (", only words." if lora.embeddings else ": the file was empty.")
     elif not r.matched: yield f"Nothing fits: it was made for another base. Here is {', '.join(parts)}.{trained}"
     elif r.misshaped: yield f"{len(r.misshaped)} layers have another shape: it was made for another base.{trained}"
-    if r.unexpected and r.matched:
-        yield f"{len(r.unexpected)} names are unknown here, such as {r.unexpected[0]}.{trained}"
+    absent = [n for n in r.unexpected if n.split(".")[0] not in parts]
+    unknown = [n for n in r.unexpected if n.split(".")[0] in parts]
+    if absent and r.matched:
+        names = ", ".join(dict.fromkeys(n.split(".")[0] for n in absent))
+        yield f"{len(absent)} layers are for {names}, which is not here: give the whole pipeline, or its base's family."
+    if unknown and r.matched: yield f"{len(unknown)} names are unknown here, such as {unknown[0]}.{trained}"
 
 def _about_strength(lora, r):
     "Sentences about size"
@@ -422,12 +426,39 @@ def _about_strength(lora, r):
         yield f"It is weak: no block changes by more than {change:.2%}. Train longer, or wear it at a higher scale."
 
 # %% ../nbs/03_lora.ipynb #29ca8e13
+def _alike(a, b):
+    "Are two `down` the same, up to the rounding of half precision?"
+    return a.shape == b.shape and torch.allclose(a.float(), b.to(a.device).float(), rtol=1e-2, atol=1e-5)
+
+def _strengths(lora, parts):
+    "How strongly a model wears this LoRA, and others: two dicts, component -> strengths (None: switched off)"
+    ours, others, mine = {}, {}, {_spelled(n): f.plain() for n, f in lora.layers.items()}
+    def note(c, path, down, strength):
+        f = mine.get(f"{c}.{path}")
+        side = ours if f is not None and _alike(down, f.down) else others
+        side.setdefault(c, []).append(strength)
+    for c, model in parts.items():
+        for path, place in places(model).items():
+            m = place.module
+            while isinstance(m, LoraLayer):
+                note(c, path, m.lora_down.weight.detach(), m.scale if m.enabled else None)
+                m = m.base
+        for fs, s in getattr(model.__dict__.get("_lora_worn"), "merged", {}).values():
+            for path, f in fs.items(): note(c, path, f.plain().down, s)
+    return ours, others
+
+# %% ../nbs/03_lora.ipynb #a4362a23
 def _about_use(lora, pipe, parts):
     "Sentences about how it is worn and called"
-    strengths = [m.scale * m.enabled for p in parts.values() for m in p.modules() if isinstance(m, LoraLayer)]
-    for p in parts.values(): strengths += [s for _, s in getattr(p.__dict__.get("_lora_worn"), "merged", {}).values()]
-    if lora.layers and not strengths: yield "The model wears no LoRA now: apply_lora(pipe, lora) puts it on."
-    elif lora.layers and not any(strengths): yield "The model wears it at scale 0: set_scale(pipe, 1.) turns it up."
+    ours, others = _strengths(lora, parts)
+    strengths = [s for ss in ours.values() for s in ss]
+    if lora.layers and not strengths and others:
+        yield "The model wears another LoRA, not this one: apply_lora(pipe, lora) puts it on."
+    elif lora.layers and not strengths: yield "The model wears no LoRA now: apply_lora(pipe, lora) puts it on."
+    elif strengths and all(s is None for s in strengths): yield "The model wears it, but it is switched off (disabled)."
+    elif strengths and not any(strengths): yield "The model wears it at scale 0: set_scale(pipe, 1.) turns it up."
+    bare = [c for c in lora.components if strengths and c in parts and c not in ours and lora.only(c).layers]
+    if bare: yield f"Its part for {', '.join(bare)} is not worn: apply_lora(pipe, lora) puts on all parts at once."
     trigger = lora.metadata.get("trigger")
     if trigger: yield f"Its trigger is {trigger!r}: it belongs into the prompt."
     tokenizer = getattr(getattr(pipe, "pipe", pipe), "tokenizer", None)

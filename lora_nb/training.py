@@ -18,6 +18,7 @@ import torch
 # %% ../nbs/13_training.ipynb #85a47a83
 from .core import LoraError, TrainingError, atomic_path, closest, progress, patch_to
 from .bases import Cond
+from .scheduling import rank_masked
 from .dataset import HOLES, Examples, TextCache, derive, drop_caption, hole_for, order_by_size
 from .show import PALETTE, curve, grid, running_mean
 
@@ -37,6 +38,7 @@ def check_recipe(r):
         if getattr(r, k) < 0: raise LoraError(f"{k} = {getattr(r, k)}: expected zero or more.")
     for k in ("caption_dropout", "mask_floor"):
         if not 0 <= (getattr(r, k) or 0) <= 1: raise LoraError(f"{k} = {getattr(r, k)}: expected 0 to 1.")
+    if not 0 <= r.rank_min <= r.rank: raise LoraError(f"rank_min = {r.rank_min}: expected 0 to {r.rank}, the rank.")
     if r.holes not in HOLES: raise LoraError(f"holes = {r.holes!r}: expected one of {', '.join(HOLES)}.")
     if r.mixed_precision not in ("auto", "no", "bf16", "fp16"):
         raise LoraError(f"mixed_precision = {r.mixed_precision!r}: expected auto, no, bf16 or fp16.")
@@ -57,6 +59,7 @@ class Recipe:
     rank: int = setting(16, "Rank of the LoRA: how many directions each layer may learn.")
     alpha: float | None = setting(None, "The update is scaled by alpha / rank; None is alpha = rank.")
     targets: object = setting("extended", "Which layers wear the LoRA: a preset, a list, a regex or a function.")
+    rank_min: int = setting(0, "T-LoRA (2507.05964): ranks in use at pure noise, all of them at none; 0: all always.")
     dropout: float = setting(0., "Dropout in front of the LoRA's branches, in training only.")
     learning_rate: float = setting(1e-3, "Learning rate of the denoiser's LoRA.")
     train_text_encoder: bool = setting(False, "Also train a LoRA of the text encoders.")
@@ -775,12 +778,20 @@ def _read_previews(folder, upto):
 
 # %% ../nbs/13_training.ipynb #6a6813a6
 @patch_to(Trainer)
+def _ranks(self:Trainer):
+    "T-LoRA's mask on the denoiser's branches that learn, where the recipe asks for one"
+    r, own = self.recipe, {id(p) for p in self.all_params()}
+    if not r.rank_min: return contextlib.nullcontext()
+    layers = [m for m in self.base.denoiser.modules() if hasattr(m, "lora_up") and id(m.lora_up.weight) in own]
+    return rank_masked(self.base.denoiser, layers, r.rank_min, total=self.base.max_timestep)
+
+@patch_to(Trainer)
 @contextlib.contextmanager
 def session(self:Trainer):
     "Ready for training, and as before afterwards, whatever happens"
     net = self.base.denoiser
     convs = [p for p in net.parameters() if p.dim() == 4 and not p.requires_grad]
-    with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []), self._ranks():
         try:
             for p in convs: p.data = p.data.contiguous(memory_format=torch.channels_last)
             if self.recipe.gradient_checkpointing: net.enable_gradient_checkpointing()
