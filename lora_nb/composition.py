@@ -31,8 +31,8 @@ def gather(
     if odd or not loras: raise LoraError(f"expected LoRAs to compose, found {some(odd) or 'none'}: Lora.load reads one")
     dora = [n for l in loras for n, f in l.layers.items() if f.magnitude is not None]
     if dora:
-        raise LoraError(f"{len(dora)} layers are DoRA ({some(dora, 2)}): what they add depends on the base's weight, so "
-                        "they cannot be summed as factors. Merge the DoRA into a checkpoint and distill that to a LoRA")
+        raise LoraError(f"{len(dora)} layers are DoRA ({some(dora, 2)}): what they add depends on the base's weight, "
+                        "so they cannot be summed as factors. Merge the DoRA into a checkpoint and distill that to a LoRA")
     names = dict.fromkeys(n for l in loras for n in l.layers)
     found = {n: [l.layers.get(n) for l in loras] for n in names}
     for n, fs in found.items(): _check_shapes(n, [f for f in fs if f])
@@ -304,8 +304,9 @@ def _check_targets(metas, held):
                 if k.startswith(f"{c}:"): shapes.setdefault(k, set()).add(_sides(k, t))
         odd = [k for k, s in shapes.items() if len(s) > 1]
         if len(seen) > 1 or odd:
-            raise FormatError(f"the files number the layers of {c} differently ({f'{odd[0]} has other sizes' if odd else seen}"
-                              "): they cannot be joined by number. Use compose([Lora.load(a, base), Lora.load(b, base)])")
+            why = f"{odd[0]} has other sizes" if odd else seen
+            raise FormatError(f"the files number the layers of {c} differently ({why}): they cannot be joined by "
+                              "number. Use compose([Lora.load(a, base), Lora.load(b, base)])")
 
 def _sides(key, t): return tuple(t.shape[:1] + t.shape[2:] if key.endswith("up") else t.shape[1:])
 

@@ -53,7 +53,8 @@ def _np(layers, loras, mu=1., protect=-1):
 def _orthogonal(layers, loras, order=None):
     "Row spaces at right angles, in the order of importance (default: the last LoRA first)"
     order = list(range(len(loras)))[::-1] if order is None else list(order)
-    if sorted(order) != list(range(len(loras))): raise LoraError(f"order={order}: expected each of {len(loras)} LoRAs once")
+    if sorted(order) != list(range(len(loras))):
+        raise LoraError(f"order={order}: expected each of {len(loras)} LoRAs once")
     def one(fs):
         kept = []
         for f in [fs[i] for i in order if fs[i]]: kept.append(keep_out(f, kept, float("inf")))
@@ -103,9 +104,9 @@ def _by_entries(layers, merge):
     return {n: one(fs) for n, fs in layers.items()}
 
 @method("ties")
-def _ties(layers, loras, density=.5, scale=None):
-    "TIES; `scale` multiplies the mean: by default the number of LoRAs, as in a sum"
-    return _by_entries(layers, lambda ds: ties_merge(ds, density) * (len(ds) if scale is None else scale))
+def _ties(layers, loras, density=.5, scale=1.):
+    "TIES; `scale` multiplies the mean (the number of LoRAs makes it as strong as a sum, where signs agree)"
+    return _by_entries(layers, lambda ds: ties_merge(ds, density) * scale)
 
 @method("dare")
 def _dare(layers, loras, p=.5, seed=0, ties=False, density=1.):
@@ -126,7 +127,7 @@ class Mixture:
         self.parts, layers = resolve_components(pipe_or_model), gather(loras)
         there = {f"{c}.{n}": p.module for c, m in self.parts.items() for n, p in places(m).items()}
         odd = [n for n in layers if n not in there or isinstance(there[n], LoraLayer)]
-        if odd: raise LoraError(f"{len(odd)} layers are missing here, or wear a LoRA: {some(odd)}. Take LoRAs off first")
+        if odd: raise LoraError(f"{len(odd)} layers are missing here, or wear a LoRA: {some(odd)}. Take LoRAs off")
         self.layers = {n: (there[n], *_joined(fs, there[n])) for n, fs in layers.items()}
         self.only, self.columns, self.progress, self.step, self._handles = None, {}, None, -1, []
         scheduler = getattr(getattr(pipe_or_model, "pipe", pipe_or_model), "scheduler", None)
@@ -146,7 +147,7 @@ def _joined(factors, module):
     owner = torch.tensor([i for i, f in enumerate(factors) if f for _ in range(f.rank)])
     f = add_factors([f for f in factors if f])
     if tuple(module.weight.shape) != f.shape or f.groups != 1:
-        raise ShapeError(f"factors for a weight of {f.shape} in {f.groups} groups, here is {tuple(module.weight.shape)}")
+        raise ShapeError(f"factors for a weight of {f.shape} in {f.groups} groups, found {tuple(module.weight.shape)}")
     up = f.up * f.scaling
     return up.to(module.weight), f.down.to(module.weight), owner.to(module.weight.device)
 
@@ -287,8 +288,10 @@ def fuse(
     "The least-squares compromise between several differences of one layer"
     total = sum(grams).double()
     total.diagonal().add_(max(ridge * total.diagonal().mean().item(), 1e-12))
+    root, failed = torch.linalg.cholesky_ex(total)
+    if failed: raise LoraError(f"ridge={ridge}: the inputs seen do not determine the layer, expected a larger ridge")
     def one(f, g):
-        a = torch.linalg.solve(total, g.double() @ f.matrices()[1].double().T).T      # A_i G_i (sum G + lambda)^-1
+        a = torch.cholesky_solve((g @ f.matrices()[1].T).double(), root).T            # A_i G_i (sum G + lambda)^-1
         f = f.plain()
         return Factors(f.up, a.to(f.up.dtype).reshape(f.down.shape), f.alpha, groups=f.groups)
     return [one(f, g) for f, g in zip(factors, grams) if f]
@@ -367,7 +370,7 @@ class LearnedWeights(nn.Module):
         rows = self.table[:, self.names[name]]                                      # (bins, k)
         if progress is None: return rows.mean(0)
         at = (torch.as_tensor(progress) * len(rows)).long().clamp(0, len(rows) - 1)
-        return rows[at]                                                             # (k,), or (B, k) for a batch of times
+        return rows[at]                                              # (k,), or (B, k) for a batch of times
 
 def learn(
     mixture,    # a `Mixture`
@@ -398,7 +401,8 @@ def _learned(layers, loras, learned=None, base=None, data=None, loss=None, progr
     "Weights learned here, or given as `learned`; `progress` picks a moment if they differ by step"
     if learned is None:
         if base is None or (data is None and loss is None):
-            raise LoraError("weights are learned on a base: pass base= and data= (from `samples`) or loss=, or learned=")
+            raise LoraError("weights are learned on a base: pass base= and data= (from `samples`) or loss=, or "
+                            "learned=")
         learned = learn_weights(base, loras, loss or keep_loss(base, data), **kw)
     def one(n, fs):
         w = torch.as_tensor(learned(n, progress, None)).tolist()

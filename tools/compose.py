@@ -158,7 +158,7 @@ def best_settings(pair):
     "method -> settings that the search found for this pair"
     rows = json.loads((OUT / "search.json").read_text())
     own = [r for r in rows if r["pair"] == pair.name]
-    return {m: max((r for r in own if r["method"] == m), key=lambda r: r["score"])["settings"] for m in METHODS}
+    return {m: max((r for r in own if r["method"] == m), key=lambda r: r["score"] or 0)["settings"] for m in METHODS}
 
 
 def search(base, pairs):
@@ -167,9 +167,9 @@ def search(base, pairs):
     for pair in pairs:
         for m, (_, tried) in METHODS.items():
             for s in tried:
-                score = float("nan") if len(tried) == 1 else float(
-                    marks(judge, pair, run(base, "search", m, pair, s, FEW, 71)[2])["sure"].mean())
-                rows.append(dict(pair=pair.name, method=m, settings=s, score=round(score, 4)))
+                score = None if len(tried) == 1 else round(float(
+                    marks(judge, pair, run(base, "search", m, pair, s, FEW, 71)[2])["sure"].mean()), 4)
+                rows.append(dict(pair=pair.name, method=m, settings=s, score=score))
     with atomic_path(OUT / "search.json") as tmp: Path(tmp).write_text(json.dumps(rows))
 
 
@@ -187,15 +187,16 @@ def score(base, pairs):
             facts, paper, drawn = run(base, "table", m, pair, s, COUNT, 31)
             got = marks(judge, pair, drawn)
             rows.append(dict(**facts, marks={k: [round(float(x), 3) for x in v] for k, v in got.items()}))
-            sheet[m] += drawn["joint"][:4] if pair.style else [im for g in drawn for im in drawn[g][:2]]
+            sheet[m] += drawn["joint"][:4] if pair.style else [drawn[g][0] for g in drawn]
     tried = json.loads((OUT / "search.json").read_text())
     about = dict(command="python tools/compose.py", draw=DRAW, pictures=COUNT, search_pictures=FEW, pairs=PAIRS,
                  loras={p.name: p.hash for p in pairs}, tried=tried, rows=rows)
     with atomic_path(KEPT / "composition.json") as tmp: Path(tmp).write_text(json.dumps(about) + "\n")
-    titles = [t for p in pairs for t in ([p.name] * 4 if p.style else [p.parts[0]] * 2 + [p.parts[1]] * 2)]
+    titles = [t for p in pairs for t in ([p.name] * 4 if p.style else list(p.parts))]
     drawn = grid([im for m in METHODS for im in sheet[m]], cols=len(titles), row_titles=list(METHODS),
                  col_titles=titles, size=64)
-    save_jpeg(drawn, KEPT / "composition.jpg", quality=75)
+    drawn = drawn.resize((drawn.width * 13 // 20, drawn.height * 13 // 20))
+    save_jpeg(drawn, KEPT / "composition.jpg", quality=80)
     print(len(rows), "rows", (KEPT / "composition.jpg").stat().st_size // 1024, "KB")
 
 
