@@ -1,13 +1,14 @@
-"""Modules:
+"""Low-rank adaptation of text-to-image diffusion models: the book that you can run.
 
-- `lora_nb.kohya`: Every dialect of the most traded LoRA files, read exactly and written exactly: SD1 to SD3.5, LoCon, CP, LoHa, LoKr and DoRA."""
-
+Importing the package loads nothing else. Every public function and class of every module is offered here too, and its
+module is imported at the first use (PEP 562): `from lora_nb import Lora, apply_lora, load_base`.
+"""
 from functools import lru_cache
 from importlib import import_module
 
-_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction", "composition", "bases",
-            "evaluation", "scheduling", "preprocessing", "dataset", "training", "dreambooth", "textual_inversion",
-            "pti", "sd3", "studio", "cli")
+_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction", "checkpoints",
+            "composition", "mixing", "bases", "evaluation", "scheduling", "preprocessing", "dataset", "training",
+            "dreambooth", "textual_inversion", "pti", "sd3", "studio", "cli")
 
 
 @lru_cache

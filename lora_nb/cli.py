@@ -10,12 +10,12 @@ __all__ = ['COMMANDS', 'WHAT', 'OUTPUT', 'LEARNING', 'REFUSED', 'IGNORED', 'SETT
            'dreambooth_parser', 'recipe_from', 'check_flags', 'start_from', 'save_formats', 'try_formats',
            'lora_dreambooth', 'ppim_parser', 'ppim_settings', 'lora_ppim', 'switch', 'add_reference_flags', 'ti_parser',
            'pti_parser', 'words_recipe', 'pti_recipe', 'reference_words', 'available_device', 'prepare', 'finish',
-           'lora_ti', 'save_words', 'lora_pti', 'lora_and_scale', 'lora_generate', 'evaluate_parser', 'lora_evaluate',
-           'evaluation_lines', 'describe_lora', 'lora_info', 'find_subject', 'demo_parser', 'demo', 'demo_recipe',
-           'demo_metrics', 'show_demo', 'main']
+           'lora_ti', 'save_words', 'lora_pti', 'together', 'lora_generate', 'evaluate_parser', 'lora_evaluate',
+           'evaluation_lines', 'lora_info', 'lora_convert', 'lora_add', 'lora_distill', 'find_subject', 'demo_parser',
+           'demo', 'demo_recipe', 'demo_metrics', 'show_demo', 'main']
 
 # %% ../nbs/19_cli.ipynb #4eaf781d
-import argparse, json, math, os, sys, time
+import argparse, contextlib, json, math, os, sys, time
 from pathlib import Path
 from .core import DataError, LoraError, atomic_path, data_path, peak_rss_mb
 
@@ -560,15 +560,23 @@ def lora_pti(argv):
     finish(run, lora, out, paths)
 
 # %% ../nbs/19_cli.ipynb #df18d2f5
-def lora_and_scale(text):
-    "`file` or `file:0.8` -> (file, scale)"
-    file, _, scale = text.rpartition(":")
-    try: return (file, float(scale)) if file else (text, 1.)
-    except ValueError: return text, 1.
+def together(
+    loras,  # {file: `LoraSchedule`}
+    mode,   # "sum", "switch" or "composite"
+):          # {Lora: `LoraSchedule`} for `scheduled`
+    "Several files worn together"
+    from lora_nb.lora import Lora
+    from lora_nb.scheduling import LoraComposite, lora_switch
+    values = {Lora.load(f): s for f, s in loras.items()}
+    if mode == "sum": return values
+    if mode == "composite": return LoraComposite(values)
+    if odd := [f for f, s in loras.items() if s != type(s)(s.course) or not s.constant]:
+        raise LoraError(f"--together switch decides itself when {odd[0]} is on: give it a plain strength.")
+    return {lora: s.scaled(values[lora].course) for lora, s in lora_switch(values).items()}
 
 @command
 def lora_generate(argv):
-    "Draw pictures with a base and any LoRAs."
+    "Draw pictures with a base and any LoRAs, at fixed strengths or on schedules."
     p = Parser("lora_generate", "Draw pictures with a base and any LoRAs.")
     add_flags(p, "pictures", [
         ("pretrained_model_name_or_path", str, "tiny-sd", "the base: embedded, a folder, a single file, or a hub id"),
@@ -576,14 +584,19 @@ def lora_generate(argv):
         ("num_images", int, 4, "how many, with consecutive seeds"), ("seed", int, 0, "of the first"),
         ("num_inference_steps", int, 25, "denoising steps"),
         ("guidance_scale", float, 4., "how strongly to follow the prompt"),
+        ("together", ("sum", "switch", "composite"), "sum", "how several LoRAs are worn"),
         ("output_dir", str, "pictures", "folder for the PNG files"), ("device", str, None, "cuda, mps or cpu")])
-    p.add_argument("--lora", action="append", default=[], help="a LoRA to wear, file or file:scale; may be repeated")
+    p.add_argument("--lora", action="append", default=[],
+                   help="a LoRA to wear: FILE, FILE:0.8 or FILE:SCHEDULE, such as FILE:ramp:0:1; may be repeated")
     a = p.parse_args(argv)
+    from lora_nb.scheduling import parse_lora, scheduled
+    named = dict(map(parse_lora, a.lora))
+    if len(named) < len(a.lora): p.error("the same file stands behind --lora twice: give it once, with its strength")
+    plan = together(named, a.together)
     out, base = _writable(a.output_dir), _base(a)
-    from lora_nb.injection import apply_lora
-    for file, scale in map(lora_and_scale, a.lora): apply_lora(base.pipe, file, scale=scale)
     seeds = [a.seed + i for i in range(a.num_images)]
-    images = base.generate(a.prompt, a.negative_prompt, seeds, a.num_inference_steps, a.guidance_scale)
+    with scheduled(base, plan) if plan else contextlib.nullcontext():
+        images = base.generate(a.prompt, a.negative_prompt, seeds, a.num_inference_steps, a.guidance_scale)
     for seed, im in zip(seeds, images):
         with atomic_path(out / f"{seed:06d}.png") as tmp: im.save(tmp, format="PNG")
     print(f"{len(images)} pictures in {out}, seeds {seeds[0]} to {seeds[-1]}.")
@@ -632,31 +645,76 @@ def evaluation_lines(result):
     for k, m in result.items(): yield f"{k:22}{m['before']:8.2f}{m['after']:8.2f}  {METRICS.get(k, '')}"
 
 # %% ../nbs/19_cli.ipynb #d3990464
-def describe_lora(
-    lora,     # a `Lora`
-    path="",  # of its file
-):            # text for a terminal
-    "What a person wants to know about a LoRA."
-    meta = lora.metadata
-    rows = {"file": f"{path} ({Path(path).stat().st_size / 1e6:.2f} MB)" if path else "", "base": meta.get("base"),
-            "trigger": meta.get("trigger"), "method": meta.get("method"), "adapts": ", ".join(lora.components),
-            "layers": len(lora), "ranks": ", ".join(map(str, sorted(set(lora.ranks.values())))),
-            "parameters": f"{lora.num_parameters:,}",
-            "tokens": ", ".join(lora.embeddings), "content": lora.content_hash()[:12]}
-    text = [f"{k:>11}  {v}" for k, v in rows.items() if v]
-    norms = lora.norms()
-    top = max(norms.values(), default=0) or 1
-    bars = [f"{b:>34} {n:8.3f} {'#' * round(24 * n / top)}" for b, n in norms.items()]
-    return "\n".join([*text, "", "how much it changes each block (norm of the update):", *bars])
-
 @command
 def lora_info(argv):
     "Say what is in a LoRA file."
     p = Parser("lora_info", "Say what is in a LoRA file.")
     p.add_argument("file", help="a LoRA in any format this package reads")
     a = p.parse_args(argv)
-    from lora_nb.lora import Lora
-    print(describe_lora(Lora.load(a.file), a.file))
+    from lora_nb.formats import lora_file_info
+    print(lora_file_info(a.file))
+
+# %% ../nbs/19_cli.ipynb #d83fc3bc
+@command
+def lora_convert(argv):
+    "Write a LoRA file in another format."
+    from lora_nb.formats import FORMATS, convert_lora
+    p = Parser("lora_convert", "Write a LoRA file in another format; what it can not carry is said.")
+    p.add_argument("source", metavar="IN", help="a LoRA in any format this package reads")
+    p.add_argument("target", metavar="OUT", help="the file to write")
+    add_flags(p, "conversion", [
+        ("format", tuple(FORMATS), "peft", "of the file to write"),
+        ("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id"),
+        ("dialect", ("diffusers", "sgm"), None, "whose layer names a kohya file for SDXL shall have"),
+        ("bundle", None, None, "put learned words into the kohya file, as A1111 reads them"),
+        ("drop", None, None, "leave out what the format has no place for, in place of an error")])
+    a = p.parse_args(argv)
+    base = None if a.base is None else _base(argparse.Namespace(pretrained_model_name_or_path=a.base)).pipe
+    options = {k: v for k, v in dict(dialect=a.dialect, bundle=a.bundle).items() if v}
+    if options and a.format != "kohya": p.error(f"--{next(iter(options))} is for --format kohya")
+    done = convert_lora(a.source, a.target, a.format, base, a.drop, **options)
+    print(f"{a.target}: {len(done.lora)} layers in {a.format} form, {Path(a.target).stat().st_size / 1e6:.2f} MB.")
+    for line in done.lost: print(f"not carried: {line}")
+    for line in done.notes: print(line)
+
+# %% ../nbs/19_cli.ipynb #a98b7569
+@command
+def lora_add(argv):
+    "Add two LoRAs, or merge one into a base."
+    p = Parser("lora_add", "Add two LoRA files, or merge one into a base.")
+    p.add_argument("path_1", help="a LoRA; for the modes upl and upl-ckpt-v2 a base")
+    p.add_argument("path_2", help="a LoRA")
+    p.add_argument("output_path", help="the file or folder to write")
+    for n in ("1", "2"): p.add_argument(f"alpha_{n}", nargs="?", type=float, default=.5, help=f"weight of path_{n}")
+    add_flags(p, "sum", [("mode", ("lpl", "ljl", "upl", "upl-ckpt-v2"), "lpl", "what is added to what")])
+    p.add_argument("--with_text_lora", action="store_true", help="merge the part for the text encoder too (upl)")
+    a = p.parse_args(argv)
+    from lora_nb.composition import lora_add as add
+    _quiet()
+    add(a.path_1, a.path_2, a.output_path, a.alpha_1, a.alpha_2, a.mode, a.with_text_lora)
+    print(f"{a.output_path} is written.")
+
+# %% ../nbs/19_cli.ipynb #cf8e077c
+@command
+def lora_distill(argv):
+    "Turn a fine-tuned model into a LoRA."
+    p = Parser("lora_distill", "The difference of a fine-tuned model and its base, as a LoRA.")
+    add_flags(p, "distillation", [
+        ("target_model", str, "required", "the fine-tuned model: a folder, a single file, or a hub id"),
+        ("base_model", str, "required", "what it was fine-tuned from"),
+        ("rank", int, 4, "rank of every layer"), ("energy", float, None, "share of each layer's difference to keep"),
+        ("megabytes", float, None, "size of the file; ranks go where they count most"),
+        ("clamp_quantile", float, None, "clamp the factors at this quantile of their absolute values, such as 0.99"),
+        ("device", str, None, "cuda, mps or cpu"), ("save_path", str, "svd_distill.safetensors", "the file to write")])
+    a = p.parse_args(argv)
+    from lora_nb.extraction import distillation
+    sizes = dict(energy=a.energy, bytes=a.megabytes and round(a.megabytes * 1e6))
+    sizes = {k: v for k, v in sizes.items() if v is not None} or dict(rank=a.rank)
+    base, tuned = (_base(argparse.Namespace(pretrained_model_name_or_path=m, device=a.device))
+                   for m in (a.base_model, a.target_model))
+    found = distillation(base, tuned, clamp_quantile=a.clamp_quantile, device=a.device, **sizes)
+    found.lora.save(a.save_path)
+    print(f"{a.save_path}: {found}")
 
 # %% ../nbs/19_cli.ipynb #0bbbe509
 def find_subject(text):

@@ -71,9 +71,9 @@ def _counts(xs): return dict(Counter(xs).most_common())
 def lora_file_info(path,      # a file of any format, or a folder
                    base=None): # pipeline, for files without names that are not SD1's or SD2's
     "What is in the file: a `FileInfo`"
-    path, m = find_file(path), None
-    lora, kind = load_lora(path, base), recognise(*read_file(path))
-    m, layers = lora.metadata, lora.layers
+    lora = load_lora(path, base)                               # first: its errors name the file
+    path, m, layers = find_file(path), lora.metadata, lora.layers
+    kind = recognise(*read_file(path))
     return FileInfo(str(path), kind, Path(path).stat().st_size, family_of(lora),
                     _counts(n.split(".")[0] for n in layers), _counts(f.rank for f in layers.values()),
                     _counts(f.alpha for f in layers.values()), _counts(map(_kind, layers)), lora.norms(),

@@ -1,5 +1,4 @@
-"""Every dialect of the most traded LoRA files, read exactly and written exactly: SD1 to SD3.5, LoCon, CP, LoHa, LoKr
-and DoRA.
+"""Every dialect of the most traded LoRA files, read and written exactly: SD1 to SD3.5, LoCon, CP, LoHa, LoKr, DoRA.
 
 Docs: https://lora-nb.github.io/lora_nb/kohya.html.md"""
 

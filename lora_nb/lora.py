@@ -301,6 +301,16 @@ def save(self,
     from lora_nb.formats import save_lora
     return save_lora(self, path, format=format, **kw)
 
+# %% ../nbs/03_lora.ipynb #d79b3d84
+def _fetched(operator):
+    "An operator that fetches the chapter which defines it"
+    def f(self, *other):
+        import lora_nb.composition                            # puts its own in place of these
+        return getattr(self, operator)(*other)
+    return f
+
+for _op in ("add", "radd", "sub", "mul", "rmul", "truediv", "neg"): setattr(Lora, f"__{_op}__", _fetched(f"__{_op}__"))
+
 # %% ../nbs/03_lora.ipynb #7df52a6c
 def component_of(model):
     "Which part of a pipeline a bare model is, judged by its class"
