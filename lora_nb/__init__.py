@@ -5,9 +5,9 @@
 from functools import lru_cache
 from importlib import import_module
 
-_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction", "composition", "bases",
-            "evaluation", "scheduling", "preprocessing", "dataset", "training", "dreambooth", "textual_inversion",
-            "pti", "sd3", "studio", "cli")
+_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction",
+            "composition", "mixing", "bases", "evaluation", "scheduling", "preprocessing", "dataset", "training",
+            "dreambooth", "textual_inversion", "pti", "sd3", "studio", "cli")
 
 
 @lru_cache
