@@ -32,7 +32,7 @@ def gather(
     dora = [n for l in loras for n, f in l.layers.items() if f.magnitude is not None]
     if dora:
         raise LoraError(f"{len(dora)} layers are DoRA ({some(dora, 2)}): what they add depends on the base's weight, "
-                        "so they cannot be summed as factors. Merge the DoRA into a checkpoint and distill that to a LoRA")
+                        "so they cannot be summed as factors. Merge it into a checkpoint and distill that to a LoRA")
     names = dict.fromkeys(n for l in loras for n in l.layers)
     found = {n: [l.layers.get(n) for l in loras] for n in names}
     for n, fs in found.items(): _check_shapes(n, [f for f in fs if f])
