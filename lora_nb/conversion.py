@@ -21,8 +21,7 @@ from .kohya import family_of
 
 # %% ../nbs/05d_conversion.ipynb #ce63bd70
 _BASE = ("base", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-_RECIPE = ("recipe", "ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_optimizer", "ss_steps",
-        "ss_num_epochs",
+_RECIPE = ("recipe", "ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_optimizer", "ss_steps", "ss_num_epochs",
            "ss_lr_scheduler", "ss_network_module", "ss_resolution", "ss_noise_offset", "ss_min_snr_gamma")
 
 def frequent_tags(metadata, n=5):
@@ -124,15 +123,22 @@ def _few(counts, n=6):
     shown = [f"{'rank' if k is None else k} ({c})" for k, c in list(counts.items())[:n]]
     return ", ".join(shown) + (f" and {len(counts) - n} more" if len(counts) > n else "")
 
+def _recipe_text(k, v):
+    "`steps=250, rank=8`: what is set, in the recipe's own order"
+    try: settings = json.loads(v) if k == "recipe" else None
+    except ValueError: settings = None
+    if not isinstance(settings, dict): return v if k == "recipe" else f"{k.removeprefix('ss_')}={v}"
+    return ", ".join(f"{n}={x}" for n, x in settings.items() if x not in (None, False, 0, "", [0., 1.]))
+
 def _facts(info):
     "(name, text) of everything worth a line"
     words = "; ".join(f"{t}: {', '.join(f'{n} of {c}' for c, n in e.items())}" for t, e in info.tokens.items())
-    recipe = [v if k == "recipe" else f"{k.removeprefix('ss_')}={v}" for k, v in info.recipe.items()]
+    recipe = [_recipe_text(k, v) for k, v in info.recipe.items()]
     facts = dict(format=info.format, family=info.family, size=human(info.size), layers=_few(info.components),
                  rank=_few(info.ranks), alpha=_few(info.alphas), dtype=_few(info.dtypes), touches=_few(info.targets),
                  DoRA=f"{info.dora} layers" if info.dora else "", words=words, trigger=", ".join(info.triggers),
                  base=info.base, recipe=", ".join(recipe))
-    return [(k, v if len(v) <= 240 else v[:240] + " ...") for k, v in facts.items() if v]
+    return [(k, v if len(v) <= 400 else v[:400] + " ...") for k, v in facts.items() if v]
 
 def _repr(self):
     "The facts, and a bar for each block"
