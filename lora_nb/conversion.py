@@ -144,7 +144,7 @@ def _repr(self):
     "The facts, and a bar for each block"
     lines = [f"{k:<8} {v}" for k, v in _facts(self)]
     chart = ["", "norm of the change by block", text_bars({short(b): v for b, v in self.norms.items()})]
-    return "\n".join([self.path, *lines, *(chart if self.norms else [])])
+    return "\n".join([Path(self.path).name, *lines, *(chart if self.norms else [])])
 
 def _markdown(self):
     "The same as a table"
