@@ -298,7 +298,10 @@ def random_pipe(family="sd",  # 'sd', 'sdxl', 'sd3', or 'sd_inpaint': a UNet of 
     if family not in makers: raise LoraError(f"No family {family!r}: expected one of {', '.join(makers)}.")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        return makers[family]()
+        pipe = makers[family]()
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module): model.eval()
+    return pipe
 
 # %% ../nbs/08_bases.ipynb #1d9758e5
 class SD3Base(Base):
@@ -412,7 +415,12 @@ def _from_single_file(path, dtype, config=None):
         raise LoraError(f"{path} can not be read as a checkpoint ({type(e).__name__}: {e}). Expected an intact "
                         ".safetensors file, or a .ckpt that holds tensors only.") from e
     name = dict(sd="StableDiffusionPipeline", sdxl="StableDiffusionXLPipeline", sd3="StableDiffusion3Pipeline")[family]
-    with _quiet(False): return getattr(diffusers, name).from_single_file(str(path), torch_dtype=dtype, config=config)
+    try:
+        with _quiet(False): return getattr(diffusers, name).from_single_file(str(path), torch_dtype=dtype, config=config)
+    except (OSError, ValueError) as e:                     # huggingface_hub's errors of a missing network are among them
+        raise LoraError(f"{path} is a checkpoint of {family}, but the small configuration files around it could not be "
+                        f"fetched, or do not fit ({type(e).__name__}). Pass config=, a pipeline folder of the same "
+                        "architecture.") from e
 
 # %% ../nbs/08_bases.ipynb #d7b9d911
 def _from_pretrained(source, dtype):

@@ -60,7 +60,7 @@ def _base(a):
     "The base that the flags name"
     from lora_nb.bases import load_base
     _quiet()
-    return load_base(a.pretrained_model_name_or_path, device=getattr(a, "device", None))
+    return load_base(a.pretrained_model_name_or_path, getattr(a, "device", None), config=getattr(a, "config", None))
 
 def _writable(folder):
     "Make a folder and prove that it can be written, before any work is done"
@@ -663,7 +663,7 @@ def lora_convert(argv):
     p.add_argument("source", metavar="IN", help="a LoRA in any format this package reads")
     p.add_argument("target", metavar="OUT", help="the file to write")
     add_flags(p, "conversion", [
-        ("format", tuple(FORMATS), "peft", "of the file to write"),
+        ("format", tuple(n for n, f in FORMATS.items() if f.write), "peft", "of the file to write"),
         ("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id"),
         ("dialect", ("diffusers", "sgm"), None, "whose layer names a kohya file for SDXL shall have"),
         ("bundle", None, None, "put learned words into the kohya file, as A1111 reads them"),
@@ -672,7 +672,9 @@ def lora_convert(argv):
     base = None if a.base is None else _base(argparse.Namespace(pretrained_model_name_or_path=a.base)).pipe
     options = {k: v for k, v in dict(dialect=a.dialect, bundle=a.bundle).items() if v}
     if options and a.format != "kohya": p.error(f"--{next(iter(options))} is for --format kohya")
-    done = convert_lora(a.source, a.target, a.format, base, a.drop, **options)
+    try: done = convert_lora(a.source, a.target, a.format, base, a.drop, **options)
+    except LoraError as e:
+        raise LoraError(str(e).replace("pass drop=True", "pass --drop").replace("base=", "--base")) from e
     print(f"{a.target}: {len(done.lora)} layers in {a.format} form, {Path(a.target).stat().st_size / 1e6:.2f} MB.")
     for line in done.lost: print(f"not carried: {line}")
     for line in done.notes: print(line)
@@ -686,12 +688,16 @@ def lora_add(argv):
     p.add_argument("path_2", help="a LoRA")
     p.add_argument("output_path", help="the file or folder to write")
     for n in ("1", "2"): p.add_argument(f"alpha_{n}", nargs="?", type=float, default=.5, help=f"weight of path_{n}")
-    add_flags(p, "sum", [("mode", ("lpl", "ljl", "upl", "upl-ckpt-v2"), "lpl", "what is added to what")])
+    add_flags(p, "sum", [
+        ("mode", ("lpl", "ljl", "upl", "upl-ckpt-v2"), "lpl", "what is added to what"),
+        ("rank", int, None, "bring the sum down to this rank (lpl); by default ranks add up"),
+        ("base", str, None, "the base that files without layer names belong to: embedded, folder, file or hub id")])
     p.add_argument("--with_text_lora", action="store_true", help="merge the part for the text encoder too (upl)")
     a = p.parse_args(argv)
     from lora_nb.composition import lora_add as add
     _quiet()
-    add(a.path_1, a.path_2, a.output_path, a.alpha_1, a.alpha_2, a.mode, a.with_text_lora)
+    base = None if a.base is None else _base(argparse.Namespace(pretrained_model_name_or_path=a.base)).pipe
+    add(a.path_1, a.path_2, a.output_path, a.alpha_1, a.alpha_2, a.mode, a.with_text_lora, rank=a.rank, base=base)
     print(f"{a.output_path} is written.")
 
 # %% ../nbs/19_cli.ipynb #cf8e077c
@@ -705,12 +711,13 @@ def lora_distill(argv):
         ("rank", int, 4, "rank of every layer"), ("energy", float, None, "share of each layer's difference to keep"),
         ("megabytes", float, None, "size of the file; ranks go where they count most"),
         ("clamp_quantile", float, None, "clamp the factors at this quantile of their absolute values, such as 0.99"),
+        ("config", str, None, "a pipeline folder of the same architecture, for models that are single files"),
         ("device", str, None, "cuda, mps or cpu"), ("save_path", str, "svd_distill.safetensors", "the file to write")])
     a = p.parse_args(argv)
     from lora_nb.extraction import distillation
     sizes = dict(energy=a.energy, bytes=a.megabytes and round(a.megabytes * 1e6))
     sizes = {k: v for k, v in sizes.items() if v is not None} or dict(rank=a.rank)
-    base, tuned = (_base(argparse.Namespace(pretrained_model_name_or_path=m, device=a.device))
+    base, tuned = (_base(argparse.Namespace(pretrained_model_name_or_path=m, device=a.device, config=a.config))
                    for m in (a.base_model, a.target_model))
     found = distillation(base, tuned, clamp_quantile=a.clamp_quantile, device=a.device, **sizes)
     found.lora.save(a.save_path)

@@ -91,7 +91,11 @@ def _remove(p):
     shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink(missing_ok=True)
 
 def _replace(tmp, path):
-    "Rename `tmp` to `path`; a folder that stands there makes way first and comes back on error."
+    "Rename `tmp` to `path`; a folder makes way for a folder only, and comes back on error."
+    if path.exists() and path.is_dir() != tmp.is_dir():
+        kinds = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise LoraError(f"{path} is {kinds[0]} and should become {kinds[1]}: nothing was written. Choose another name, "
+                        "or move it away.")
     if not path.is_dir(): return os.replace(tmp, path)
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=path.parent)) / path.name
     os.replace(path, old)

@@ -471,9 +471,9 @@ def save_lora(lora,          # `Lora`
         known = ", ".join(n for n, f in FORMATS.items() if f.write)
         raise FormatError(f"cannot write {format!r}: expected one of {known}.")
     pickled = format in ("pt", "a1111")
-    if (Path(path).suffix in (".pt", ".bin", ".ckpt")) != pickled:
-        raise FormatError(f"{path}: {format!r} files end in {'.pt' if pickled else '.safetensors'}. "
-                          "Change the name, or pass format=.")
+    ends = (".pt", ".bin", ".ckpt") if pickled else (".safetensors",)
+    if Path(path).suffix not in ends:
+        raise FormatError(f"{path}: {format!r} files end in {ends[0]}. Change the name, or choose another format.")
     if dtype is not None: lora = lora.to(dtype=dtype)
     tensors, metadata = FORMATS[format].write(lora, base, **options)
     check_tensors(tensors)
