@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from .core import LoraError, ShapeError, patch_to
 
@@ -195,6 +196,21 @@ def _new(cls):
 LoraLayer.from_factors, LoraLayer._new = classmethod(_from_factors), classmethod(_new)
 
 # %% ../nbs/02_layers.ipynb #a722f6c9
+def _joined(y, x, down, up, gain, own):
+    "`y + gain * up(down(x))`, into `y` itself if it is our `own`"
+    h = torch.mm(down, x.reshape(-1, x.shape[-1]).t()).t()      # (tokens, r), by the order that suits a few ranks
+    if own: return y.view(-1, y.shape[-1]).addmm_(h, up.t(), alpha=gain).view(y.shape)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=gain).view(y.shape)
+
+@patch_to(LoraLayer)
+def _owns(self, base, y):
+    "Has nobody else seen `y`, what `base` said, so that it may be changed?"
+    return type(base) in _PLAIN and not (torch.is_grad_enabled() or base._forward_hooks or _global_forward_hooks
+                                         or "forward" in base.__dict__) and y.is_contiguous()
+
+_PLAIN = nn.Linear, nn.Conv2d
+
+# %% ../nbs/02_layers.ipynb #388ea7cd
 class LoraInjectedLinear(LoraLayer):
     "`y = W x + scale * alpha/r * up(selector(down(dropout(x))))` with a frozen `W`"
     base_name = "linear"
@@ -208,12 +224,12 @@ class LoraInjectedLinear(LoraLayer):
 
     def forward(self, x):
         parts = self._modules                            # plain dictionaries: nn.Module's own lookup is slow
-        y = parts["linear"](x)                           # W x
+        y = (base := parts["linear"])(x)                 # W x
         if not self.enabled: return self._without(x, y)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
         if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
-            return torch.add(y, F.linear(F.linear(x, a), b), alpha=self._gain)
+            return _joined(y, x, a, b, self._gain, self._owns(base, y))
         return self._general(x, y)
 
     _sizes = staticmethod(lambda base: (base.in_features, base.out_features))
@@ -347,16 +363,26 @@ class LoraInjectedConv2d(LoraLayer):
 
     def forward(self, x):
         parts = self._modules
-        y = parts["conv"](x)
+        y = (base := parts["conv"])(x)
         if not self.enabled: return self._without(x, y)
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
-        if self._simple and x.dtype == y.dtype == self.lora_down.weight.dtype and not torch.compiler.is_compiling():
-            return torch.add(y, parts["lora_up"](parts["lora_down"](x)), alpha=self._gain)
+        a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
+        if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
+            h = parts["lora_down"].forward(x)
+            if self._owns(base, y) and y.ndim == 4 and base.groups == 1: return _mixed_in(y, h, b, self._gain)
+            return torch.add(y, parts["lora_up"].forward(h), alpha=self._gain)
         return self._general(x, y)
 
     _sizes = staticmethod(lambda base: (base.in_channels, base.out_channels))
     in_channels = property(lambda self: self.root.in_channels)
     out_channels = property(lambda self: self.root.out_channels)
+
+# %% ../nbs/02_layers.ipynb #2dab6d66
+def _mixed_in(y, h, up, gain):
+    "`y + gain * up(h)` into `y` itself: a 1x1 convolution is a product of matrices"
+    n, m = len(y), up.flatten(1)
+    y.view(n, len(m), -1).baddbmm_(m.expand(n, -1, -1), h.reshape(n, len(m[0]), -1), alpha=gain)
+    return y
 
 # %% ../nbs/02_layers.ipynb #7ac1e855
 @patch_to(LoraInjectedConv2d)
