@@ -33,17 +33,24 @@ def gather(
     if dora:
         raise LoraError(f"{len(dora)} layers are DoRA ({some(dora, 2)}): what they add depends on the base's weight, "
                         "so they cannot be summed as factors. Merge it into a checkpoint and distill that to a LoRA")
+    loras = _together(loras)
     names = dict.fromkeys(n for l in loras for n in l.layers)
     found = {n: [l.layers.get(n) for l in loras] for n in names}
     for n, fs in found.items(): _check_shapes(n, [f for f in fs if f])
     return found
 
+def _together(loras):
+    "All on the device of the first"
+    device = next((t.device for l in loras for t in l.tensors), None)
+    return [l if all(t.device == device for t in l.tensors) else l.to(device) for l in loras]
+
 def _check_shapes(name, factors):
     "Raise unless the factors are for one weight"
     shapes = {(f.shape, f.groups) for f in factors}
     if len(shapes) > 1:
-        raise ShapeError(f"{name} is made for weights of {' and '.join(str(s) for s, _ in sorted(shapes))}: the LoRAs "
-                         "belong to different bases and cannot be composed")
+        found = " and ".join(f"{s}{f' in {g} groups' if g > 1 else ''}" for s, g in sorted(shapes))
+        raise ShapeError(f"{name} is made for weights of {found}: the LoRAs belong to different bases and cannot be "
+                         "composed")
 
 # %% ../nbs/07_composition.ipynb #5cc52284
 def weight_of(
@@ -72,7 +79,7 @@ def join_words(
 ):                  # token -> {component: (n, d)}
     "The learned words of several LoRAs"
     found = {}
-    for i, lora in enumerate(loras):
+    for i, lora in enumerate(_together(list(loras))):
         for token, parts in lora.embeddings.items(): found.setdefault(token, []).append((i, parts))
     return {t: _one_word(t, owners, blend) for t, owners in found.items()}
 
@@ -80,12 +87,17 @@ def _one_word(token, owners, blend):
     "The vectors of one word that several LoRAs may bring"
     (_, first), *rest = owners
     alike = all(p.keys() == first.keys() and all(p[c].shape == e.shape for c, e in first.items()) for _, p in rest)
-    if alike and all(torch.equal(p[c], e) for _, p in rest for c, e in first.items()): return first
+    if alike and all(_equal(p[c], e) for _, p in rest for c, e in first.items()): return first
     if alike and blend:
         share = sum(blend[i] for i, _ in owners)
         return {c: sum(p[c].float() * (blend[i] / share) for i, p in owners).to(e) for c, e in first.items()}
     raise DataError(f"{len(owners)} LoRAs bring the word {token!r} with different vectors: expected a name for each. "
                     f"Rename one with lora.rename_token({token!r}, '<new-name>'), or pass rename=True")
+
+def _equal(a, b):
+    "Equal in the precision of the coarser one"
+    low = min(a, b, key=lambda t: t.element_size()).dtype
+    return torch.equal(a.to(low), b.to(low))
 
 # %% ../nbs/07_composition.ipynb #8587d9da
 def renamed(
@@ -329,9 +341,9 @@ def lora_add(
     alpha_1: float = 0.5,    # weight of the first LoRA; in the `upl` modes of the LoRA
     alpha_2: float = 0.5,    # weight of the second LoRA
     mode: str = "lpl",       # or "upl", "upl-ckpt-v2", "ljl"
-    with_text_lora: bool = False,  # `.pt` families: also their text encoders' files
+    with_text_lora: bool = False,  # `lpl` of `.pt` families: also their text encoders' files
     rank: int = None,        # compress the sum to this rank
-    base=None,               # names the layers of numbered files; None: SD1.x and SD2.x
+    base=None,               # names the layers of numbered files; None: the model, or else SD1.x and SD2.x
 ):                           # the path written
     "Add, join or merge files"
     modes = {"lpl": _add_files, "ljl": _join_files, "upl": _merge_folder, "upl-ckpt-v2": _merge_ckpt}
@@ -360,20 +372,26 @@ def _join_files(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, bas
     return out
 
 # %% ../nbs/07_composition.ipynb #033a02b3
+def _model_and_lora(path_1, path_2, base):
+    "What the `upl` modes take: the model names the layers of a numbered file"
+    from lora_nb.bases import load_base
+    model = load_base(path_1, device="cpu", dtype=torch.float32)
+    return model, Lora.load(path_2, base=model if base is None else base)
+
 def _merge_folder(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
-    "`upl`: a diffusers folder, words included"
+    "`upl`: a diffusers folder, words and text encoder included"
     from lora_nb.checkpoints import merge_checkpoint
-    return merge_checkpoint(path_1, Lora.load(path_2, base=base), out, format="folder", scale=alpha_1)
+    return merge_checkpoint(*_model_and_lora(path_1, path_2, base), out, format="folder", scale=alpha_1)
 
 def _merge_ckpt(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
     "`upl-ckpt-v2`: one CompVis file in half precision, and the words as a file for A1111's embeddings folder"
     from lora_nb.checkpoints import merge_checkpoint
     if out.suffix not in (".ckpt", ".safetensors"):
         raise FormatError(f"{out}: expected a name that ends in .ckpt or .safetensors")
-    lora = Lora.load(path_2, base=base)
-    words = [lora.embeddings[t]["text_encoder"] for t in sorted(lora.embeddings)]
-    merge_checkpoint(path_1, Lora(lora.layers, metadata=lora.metadata), out, "single_file", alpha_1, torch.float16)
-    if words:
-        held = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.cat(words)}, "name": out.stem}
-        with atomic_path(out.with_suffix(".pt")) as tmp: torch.save(held, tmp)
-    return out
+    model, lora = _model_and_lora(path_1, path_2, base)
+    words = [e for t in sorted(lora.embeddings) for c, e in lora.embeddings[t].items() if c == "text_encoder"]
+    with atomic_path(out.with_suffix(".pt")) as tmp:            # it takes its name only if the model is written
+        if words: torch.save({"string_to_token": {"*": torch.tensor(265)}, "name": out.stem,
+                              "string_to_param": {"*": torch.cat(words).cpu()}}, tmp)
+        return merge_checkpoint(model, Lora(lora.layers, metadata=lora.metadata), out, "single_file", alpha_1,
+                                torch.float16)

@@ -146,8 +146,10 @@ def _joined(factors, module):
     "Factors side by side in the module's dtype and place, and whose rank is whose"
     owner = torch.tensor([i for i, f in enumerate(factors) if f for _ in range(f.rank)])
     f = add_factors([f for f in factors if f])
-    if tuple(module.weight.shape) != f.shape or f.groups != 1:
-        raise ShapeError(f"factors for a weight of {f.shape} in {f.groups} groups, found {tuple(module.weight.shape)}")
+    shape, groups = tuple(module.weight.shape), getattr(module, "groups", 1)
+    if (shape, groups) != (f.shape, f.groups):
+        raise ShapeError(f"factors for a weight of {f.shape} in {f.groups} groups, found {shape} in {groups}: the LoRA "
+                         "belongs to another base")
     up = f.up * f.scaling
     return up.to(module.weight), f.down.to(module.weight), owner.to(module.weight.device)
 
@@ -158,11 +160,11 @@ def _branch(self, name, x, module, up, down, owner):
         cols = self.columns[name][owner].to(down)
         down = down * cols.view(*cols.shape, *[1] * (down.ndim - 2))
     g = self.gates(name).to(x.device)[..., owner].to(x.dtype)
-    conv = isinstance(module, nn.Conv2d)
-    h = module._conv_forward(x, down, None) if conv else F.linear(x, down)
-    if g.ndim == 2: g = g.view(len(g), *[1] * (h.ndim - 2), -1)                        # a weight for each sample
-    h = h * (g.reshape(*g.shape[:1 if g.ndim > 1 else 0], -1, 1, 1) if conv else g)
-    return F.conv2d(h, up) if conv else F.linear(h, up)
+    if not isinstance(module, nn.Conv2d):
+        if g.ndim == 2: g = g.view(len(g), *[1] * (x.ndim - 2), -1)                    # a weight for each sample
+        return F.linear(F.linear(x, down) * g, up)
+    h = module._conv_forward(x, down.repeat(module.groups, 1, 1, 1), None)             # each group reads with the same A
+    return F.conv2d(h * torch.cat([g] * module.groups, -1)[..., None, None], up, groups=module.groups)
 
 Mixture._branch = _branch
 
@@ -264,10 +266,18 @@ def _klora(layers, loras, progress=.5, **kw):
     return {n: [f for f, w in zip(fs, picked[n]) if f and w] for n, fs in layers.items()}
 
 # %% ../nbs/07b_mixing.ipynb #c7ee90a5
+def _ungrouped(groups):
+    "Raise if a layer's groups of channels see different inputs: one A cannot be the best for all of them"
+    odd = [n for n, g in groups.items() if g != 1]
+    if odd: raise LoraError(f"gradient fusion has no answer for grouped convolutions: {some(odd)}. Take another method, "
+                            "or lora.only(...) without them")
+
+# %% ../nbs/07b_mixing.ipynb #801d2122
 class Grams:
     "Sums of `x x^T` over the inputs of layers: name -> (in, in)"
     def __init__(self, mixture): self.mixture, self.found, self._handles = mixture, {}, []
     def __enter__(self):
+        _ungrouped({n: getattr(m, "groups", 1) for n, (m, *_) in self.mixture.layers.items()})
         for n, (module, *_) in self.mixture.layers.items():
             self._handles.append(module.register_forward_pre_hook(lambda m, args, n=n: self.add(n, m, args[0])))
         return self
@@ -333,6 +343,7 @@ def _fusion(layers, loras, base=None, data=None, grams=None, ridge=.01, **kw):
     "Mix-of-Show's closed form, from Gram matrices or a base and samples"
     if grams is None and (base is None or data is None):
         raise LoraError("fusion looks at what layers see: pass base= and data= (from `samples`), or grams=")
+    _ungrouped({n: f.groups for n, fs in layers.items() for f in fs if f})
     grams = grams or grams_of(base, loras, data, **kw)
     return {n: fuse(fs, [g[n] for g in grams], ridge) for n, fs in layers.items()}
 
@@ -343,21 +354,37 @@ def keep_loss(
     against="lora",  # "lora": what it alone would predict; "noise": the training target
     batch=4,      # pictures of each LoRA in a step
     seed=0,       # of noise and timesteps
+    times=None,   # timesteps to draw from; None: as in training
 ):                # f(mixture) -> scalar
     "How far is a mixture from each of its LoRAs on that LoRA's own prompts?"
-    g = generator(seed)
-    def one(mixture, i, latents, texts):
-        pick = torch.randint(len(latents), (batch,), generator=g)
-        z, said = latents[pick], [texts[j] for j in pick]
-        t, noise = base.sample_timesteps(batch, g), torch.randn(z.shape, generator=g).to(z)
+    g, own = generator(seed), range(len(data))
+    at_once = [own] if len({z.shape[1:] for z, _ in data}) == 1 else [[i] for i in own]
+    def one(mixture, ids):
+        picked = [(i, j) for i in ids for j in torch.randint(len(data[i][0]), (batch,), generator=g).tolist()]
+        z, said = torch.stack([data[i][0][j] for i, j in picked]), [data[i][1][j] for i, j in picked]
+        t, noise = _times(base, times, len(z), g), torch.randn(z.shape, generator=g).to(z)
         noisy, want = base.add_noise(z, noise, t), base.target(z, noise, t)
-        if against == "lora":
-            with torch.no_grad():
-                mixture.only = i
-                want = base.predict(noisy, t, base.encode_prompts(said))
-            mixture.only = None
-        return F.mse_loss(base.predict(noisy, t, base.encode_prompts(said)), want)
-    return lambda mixture: sum(one(mixture, i, *d) for i, d in enumerate(data))
+        if against == "lora": want = _alone(base, mixture, ids, noisy, t, said)
+        return F.mse_loss(base.predict(noisy, t, base.encode_prompts(said)), want) * len(ids)
+    return lambda mixture: sum(one(mixture, ids) for ids in at_once)
+
+# %% ../nbs/07b_mixing.ipynb #1aecda8a
+def _times(base, times, n, g):
+    "Random timesteps, of all or of some"
+    if times is None: return base.sample_timesteps(n, g)
+    times = torch.as_tensor(times)
+    return times[torch.randint(len(times), (n,), generator=g)].to(base.device)
+
+@torch.no_grad()
+def _alone(base, mixture, ids, noisy, t, said):
+    "What each LoRA alone predicts for its share of a batch"
+    n, out = len(said) // len(ids), []
+    try:
+        for k, mixture.only in enumerate(ids):
+            rows = slice(k * n, k * n + n)
+            out.append(base.predict(noisy[rows], t[rows], base.encode_prompts(said[rows])))
+    finally: mixture.only = None
+    return torch.cat(out)
 
 # %% ../nbs/07b_mixing.ipynb #c037c3e5
 class LearnedWeights(nn.Module):
@@ -416,7 +443,7 @@ class Columns(nn.Module):
         super().__init__()
         k = len(mixture.loras)
         self.index, self.curve = {n: i for i, n in enumerate(mixture.layers)}, []
-        self.values = nn.ParameterList(torch.ones(k, down.shape[1]) for _, _, down, _ in mixture.layers.values())
+        self.values = nn.ParameterList(torch.ones(k, d.shape[1], device=d.device) for _, _, d, _ in mixture.layers.values())
     def __contains__(self, name): return name in self.index
     def __getitem__(self, name): return self.values[self.index[name]]
     def overlap(self):
