@@ -692,7 +692,7 @@ def lora_add(argv):
         ("mode", ("lpl", "ljl", "upl", "upl-ckpt-v2"), "lpl", "what is added to what"),
         ("rank", int, None, "bring the sum down to this rank (lpl); by default ranks add up"),
         ("base", str, None, "the base that files without layer names belong to: embedded, folder, file or hub id")])
-    p.add_argument("--with_text_lora", action="store_true", help="merge the part for the text encoder too (upl)")
+    p.add_argument("--with_text_lora", action="store_true", help="lpl of .pt files: add the text encoders' files, too")
     a = p.parse_args(argv)
     from lora_nb.composition import lora_add as add
     _quiet()
