@@ -209,6 +209,7 @@ def _owns(self, base, y):
                                          or "forward" in base.__dict__) and y.is_contiguous()
 
 _PLAIN = nn.Linear, nn.Conv2d
+_SMALL = 8192        # numbers: below it the calls themselves cost more than passes over memory (measured on a CPU)
 
 # %% ../nbs/02_layers.ipynb #388ea7cd
 class LoraInjectedLinear(LoraLayer):
@@ -229,6 +230,7 @@ class LoraInjectedLinear(LoraLayer):
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
         if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
+            if y.numel() < _SMALL: return torch.add(y, F.linear(F.linear(x, a), b), alpha=self._gain)
             return _joined(y, x, a, b, self._gain, self._owns(base, y))
         return self._general(x, y)
 
