@@ -207,6 +207,7 @@ def fit_format(lora, format,
                      "them with format='textual_inversion' for other programs.")
     return lora, lost, notes
 
+# %% ../nbs/05d_conversion.ipynb #407c0305
 def convert_lora(src,           # file, folder or `Lora`
                  dst,           # where to
                  format="peft", # one of `FORMATS` that can be written
