@@ -10,7 +10,7 @@ __all__ = ['LETTERS', 'WORDS', 'ADVANCE', 'BOARD_TOP', 'BOARD_HEIGHT', 'RELATION
            'Signs', 'paste', 'Pairs', 'spell', 'spelled', 'scene_caption', 'plan_scenes', 'ground', 'Scenes',
            'board_letters', 'read_signs', 'read_places', 'score_pairs']
 
-# %% ../../nbs/zoo/09_scenes.ipynb #a0cdf125
+# %% ../../nbs/zoo/09_scenes.ipynb #23fdf611
 import random, zlib
 from pathlib import Path
 import numpy as np
@@ -21,7 +21,7 @@ from ..core import patch_to
 from ..evaluation import recognise, to_batch
 from . import world as w
 
-# %% ../../nbs/zoo/09_scenes.ipynb #5c65fb49
+# %% ../../nbs/zoo/09_scenes.ipynb #db6424d1
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORDS = ("A I GO NO UP ON OK HI WE ME CAT DOG SUN BUS CAR TEA HOT ICE ART RED ZOO FOX OWL BEE KEY CUP HAT MAP PIE JAM OPEN "
          "STOP EXIT SALE CAFE BOOK FISH TREE MOON STAR LORA RANK LOVE HOME PARK SHOP TAXI FREE KIWI LION BIRD ROSE MILK "
@@ -33,7 +33,7 @@ def held_out_word(
     "Is this one of the words (one in eight) that no training sign shows?"
     return len(word) > 1 and zlib.crc32(word.encode()) % 8 == 0
 
-# %% ../../nbs/zoo/09_scenes.ipynb #08feef67
+# %% ../../nbs/zoo/09_scenes.ipynb #11bb4c0f
 def random_word(
     rng,         # a `random.Random`
     held=False,  # draw a held-out word
@@ -45,7 +45,7 @@ def random_word(
         word = rng.choice(WORDS) if rng.random() < real else "".join(rng.choice(LETTERS) for _ in range(n))
         if held_out_word(word) == held: return word
 
-# %% ../../nbs/zoo/09_scenes.ipynb #6d5bdbb7
+# %% ../../nbs/zoo/09_scenes.ipynb #0bf89b18
 ADVANCE, BOARD_TOP, BOARD_HEIGHT = 12, 12, 26      # pixels of 64: a letter's width, the board's upper edge and height
 
 def letter_atlas():  # `(26, 20, 12)` ink in 0..1
@@ -59,7 +59,7 @@ def letter_atlas():  # `(26, 20, 12)` ink in 0..1
         out.append(np.array(im.resize((ADVANCE, 20), Image.BOX)))
     return torch.from_numpy(np.stack(out)).float() / 255
 
-# %% ../../nbs/zoo/09_scenes.ipynb #78d97d35
+# %% ../../nbs/zoo/09_scenes.ipynb #2fe3a196
 def sign_mask(
     n,  # letters, 1 to 4
 ):      # (`(64, 64)` rim and post, `(64, 64)` paper) in 0..1
@@ -72,7 +72,7 @@ def sign_mask(
     ImageDraw.Draw(paper).rounded_rectangle(box(1.5), 4 * k, fill=255)
     return tuple(torch.from_numpy(np.array(m.resize((64, 64), Image.BOX))).float() / 255 for m in (dark, paper))
 
-# %% ../../nbs/zoo/09_scenes.ipynb #43233282
+# %% ../../nbs/zoo/09_scenes.ipynb #f61f6581
 class Signs:
     "Draws signs with words."
     WOOD, PAPER, INK = (.30, .19, .11), (.99, .98, .94), (.07, .07, .09)
@@ -95,12 +95,12 @@ class Signs:
             bg = bg + (bg.new_tensor(c).view(1, 3, 1, 1) - bg) * layers[:, i]
         return bg * 2 - 1
 
-# %% ../../nbs/zoo/09_scenes.ipynb #020919d2
+# %% ../../nbs/zoo/09_scenes.ipynb #85963d81
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = torch.tensor([[32, 17, 32, 47], [32, 47, 32, 17], [17, 32, 47, 32], [47, 32, 17, 32]])  # y, x of both centres
 PAIR_SIZE = 29                                     # longer side of a glyph, pixels of 64
 
-# %% ../../nbs/zoo/09_scenes.ipynb #8329d53b
+# %% ../../nbs/zoo/09_scenes.ipynb #5b224f9e
 def paste(
     glyphs,  # `(B, 4, 32, 32)`
     cy, cx,  # `(B,)` centres, pixels
@@ -115,7 +115,7 @@ def paste(
     out = glyphs.float().gather(2, ys.clamp(0, n - 1)[:, None, :, None].expand(B, C, size, n))
     return out.gather(3, xs.clamp(0, n - 1)[:, None, None, :].expand(B, C, size, size)) * inside
 
-# %% ../../nbs/zoo/09_scenes.ipynb #b5419f42
+# %% ../../nbs/zoo/09_scenes.ipynb #b284a73f
 class Pairs:
     "Draws two objects in a relation."
     def __init__(self, objects=None, device="cpu"):
@@ -128,7 +128,7 @@ class Pairs:
             bg = (w.composite(paste(self.atlas[obj], y + dy, x + dx), bg) + 1) / 2
         return bg * 2 - 1
 
-# %% ../../nbs/zoo/09_scenes.ipynb #2ad9730a
+# %% ../../nbs/zoo/09_scenes.ipynb #44358296
 KINDS = ("object", "sign", "pair")
 LABELS = ("kind", "obj", "color", "pattern", "second", "relation", "l0", "l1", "l2", "l3")
 SIGN_TEMPLATES = ("a sign that says {t} on a {b} background", "a sign that says {t}, {b} background",
@@ -150,7 +150,7 @@ def spelled(
     "A word as it stands in a label."
     return [LETTERS.index(c) for c in word] + [26] * (4 - len(word))
 
-# %% ../../nbs/zoo/09_scenes.ipynb #3dd1864d
+# %% ../../nbs/zoo/09_scenes.ipynb #72246cb9
 def scene_caption(
     names,          # of the objects, in the order of the labels
     row,            # ten numbers, see `LABELS`
@@ -172,7 +172,7 @@ def scene_caption(
     if template is None and "of" in r and rng.random() < .3: r = "to the " + r
     return w.an((template or rng.choice(PAIR_TEMPLATES)).format(o=a, r=r, s=c, b=b))
 
-# %% ../../nbs/zoo/09_scenes.ipynb #7bcf75e7
+# %% ../../nbs/zoo/09_scenes.ipynb #5ced3be2
 def plan_scenes(
     n,              # prompts
     kind=None,      # "object", "sign" or "pair"; None: by turns
@@ -190,7 +190,7 @@ def plan_scenes(
         out.append((row, scene_caption(names, row, rng, fixed, 0)))
     return out
 
-# %% ../../nbs/zoo/09_scenes.ipynb #a4c968c0
+# %% ../../nbs/zoo/09_scenes.ipynb #b7f4a94a
 def ground(
     color,    # `(B,)` indices into `COLORS`
     pattern,  # `(B,)` indices into `PATTERNS`
@@ -207,7 +207,7 @@ def ground(
     c2 = torch.stack([w.second_color(c) for c in c1])
     return c1[:, :, None, None] * (1 - m) + c2[:, :, None, None] * m
 
-# %% ../../nbs/zoo/09_scenes.ipynb #26d1e9b3
+# %% ../../nbs/zoo/09_scenes.ipynb #b2cc201c
 class Scenes:
     "Endless labelled scenes: an object, a sign with a word, or two objects in a relation."
     def __init__(self,
@@ -230,7 +230,7 @@ class Scenes:
         "One random caption for each row of labels."
         return [scene_caption(self.world.names, row, rng) for row in labels.tolist()]
 
-# %% ../../nbs/zoo/09_scenes.ipynb #127eaf33
+# %% ../../nbs/zoo/09_scenes.ipynb #8b5d6e51
 def _label(n, device, **columns):
     "Rows of labels; what is not given is 0, and no letter."
     z = torch.zeros(n, dtype=torch.long, device=device)
@@ -249,7 +249,7 @@ def _object(self:Scenes, n, held=False):
     b = self.world.sample(n)
     return b["images"], _label(n, self.device, **{k: b[k] for k in ("obj", "color", "pattern")})
 
-# %% ../../nbs/zoo/09_scenes.ipynb #db15ec68
+# %% ../../nbs/zoo/09_scenes.ipynb #59e4bfe3
 @patch_to(Scenes)
 def _sign(self:Scenes, n, held=False):
     lab, bg, by = self._ground(n)
@@ -265,7 +265,7 @@ def _pair(self:Scenes, n, held=False):
     x = self.pairs.draw(lab["obj"], lab["second"], lab["relation"], bg, *by)
     return x, _label(n, self.device, kind=torch.full_like(lab["color"], 2), **lab)
 
-# %% ../../nbs/zoo/09_scenes.ipynb #4724220c
+# %% ../../nbs/zoo/09_scenes.ipynb #7cacaa46
 @patch_to(Scenes)
 def sized(self:Scenes,
           n,   # pictures
@@ -281,7 +281,7 @@ def sized(self:Scenes,
     return w.composite(g, ground(b["color"], b["pattern"], h, wd)), \
         _label(n, self.device, **{k: b[k] for k in ("obj", "color", "pattern")})
 
-# %% ../../nbs/zoo/09_scenes.ipynb #78187a29
+# %% ../../nbs/zoo/09_scenes.ipynb #f6b657c8
 def board_letters(
     images,  # pictures of any kind
 ):           # `(B,)`: for how many letters there is room
@@ -292,7 +292,7 @@ def board_letters(
     run = ok[:, 32:].cumprod(1).sum(1) + ok[:, :32].flip(1).cumprod(1).sum(1)
     return ((run - 5) / ADVANCE).round().long().clamp(1, 4)
 
-# %% ../../nbs/zoo/09_scenes.ipynb #926c22e5
+# %% ../../nbs/zoo/09_scenes.ipynb #ee1ceb0b
 def read_signs(
     images,   # pictures of any kind
     slack=2,  # largest shift, pixels
@@ -310,7 +310,7 @@ def read_signs(
         out.append((spell(i[k].tolist()), v[k].mean().item()))
     return out
 
-# %% ../../nbs/zoo/09_scenes.ipynb #f10d6f3f
+# %% ../../nbs/zoo/09_scenes.ipynb #b6e4150e
 CORNERS = dict(left=(32, 17), right=(32, 47), top=(17, 32), bottom=(47, 32))       # y, x of the centres
 _WHERE = (("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top"))  # of first and second, by relation
 
@@ -323,7 +323,7 @@ def read_places(
     cut = lambda y, c: F.interpolate(x[:, :, y - 12:y + 20, c - 12:c + 20], size=64, mode="bicubic").clamp(-1, 1)
     return {k: recognise(judge, cut(*at))[0] for k, at in CORNERS.items()}
 
-# %% ../../nbs/zoo/09_scenes.ipynb #6ff316f1
+# %% ../../nbs/zoo/09_scenes.ipynb #bd8d6763
 def score_pairs(
     images,  # pictures of any kind
     rows,    # their labels
