@@ -495,9 +495,10 @@ _ENCODERS = dict(text_encoder=("clip_l", "CLIPTextModelWithProjection"),
 def _sd3_encoders(keys, config, dtype, t5):
     "The text encoders that a single file of SD3 does not hold, and T5 as it is wanted"
     import transformers
-    size = "5-large" if any("joint_blocks.37." in k for k in keys) else "5-medium"
-    own = "sd3-medium" if size != "5-large" and not any(".attn2." in k for k in keys) else f"sd3.{size}"
-    found, where = _t5_parts(config or HUB[own], dtype, t5), config or HUB[own]
+    has = lambda part: any(part in k for k in keys)
+    own = "sd3.5-large" if has("joint_blocks.37.") else "sd3.5-medium" if has(".attn2.") else "sd3-medium"
+    where = config or HUB[own]
+    found = _t5_parts(where, dtype, t5)
     for name, (prefix, kind) in _ENCODERS.items():
         if name in found or any(k.startswith(f"text_encoders.{prefix}.") for k in keys): continue
         found[name] = getattr(transformers, kind).from_pretrained(where, subfolder=name, torch_dtype=dtype)
