@@ -27,7 +27,7 @@ def setting(default, doc):
     "A dataclass field with a sentence of documentation"
     return field(default=default, metadata=dict(doc=doc))
 
-WEIGHTINGS = (None, "v", "x0")
+WEIGHTINGS = (None, "v", "x0", "epsilon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 def check_recipe(r):
@@ -76,7 +76,7 @@ class Recipe:
     mixed_precision: str = setting("auto", "no, bf16, fp16; auto: none on a CPU, bf16 on a GPU that has it, else fp16.")
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, a third more time.")
     snr_gamma: float | None = setting(None, "Min-SNR weighting of timesteps; 5 is usual, None weighs all alike.")
-    weighting: str | None = setting(None, "Flow models: v (plain, as None) or x0 (sigma^2, as diffusers' script does).")
+    weighting: str | None = setting(None, "Flow models: whose error counts, v (as None), x0 (diffusers' script), epsilon.")
     snr_soft: bool = setting(False, "Min-SNR without its corner: soft-min-SNR, with the same gamma.")
     t_range: tuple = setting((0., 1.), "Stretch of the noise axis to train on, 0 = clean, 1 = pure noise.")
     offset_noise: float = setting(0., "Noise alike all over a channel, for very dark or bright pictures; 0.05-0.1.")
