@@ -356,7 +356,8 @@ def spelled(prompts,    # list of texts
     words = tokenizer.get_added_vocab() if tokenizer is not None else {}
     several = [w for w in words if f"{w}_1" in words]
     for w in several:
-        chain = " ".join([w, *(f"{w}_{i}" for i in itertools.takewhile(lambda i: f"{w}_{i}" in words, itertools.count(1)))])
+        more = itertools.takewhile(words.__contains__, (f"{w}_{i}" for i in itertools.count(1)))
+        chain = " ".join([w, *more])
         prompts = [re.sub(re.escape(w) + r"(?!_\d)", lambda m: chain, p) for p in prompts]
     return list(prompts)
 

@@ -595,6 +595,7 @@ def _add_tokens(model, tokenizer, words, name):
     for token, e in words.items(): _set_token(model, tokenizer, token, e)
     _read_at_end(model, tokenizer)
 
+# %% ../nbs/04_injection.ipynb #302f8fbd
 def _read_at_end(model, tokenizer):
     "Old configurations of CLIP take the pooled vector at the highest token number, which a new word has: name the end"
     for m in model.modules():
@@ -637,7 +638,7 @@ def _remove_tokens(model, name):
 # %% ../nbs/04_injection.ipynb #d6bda4d3
 def set_scale(
     pipe_or_model,  # what wears the LoRA
-    scale,          # strength; or a dict of strengths, by component or by block: {"down_blocks.1": .5, "B03-07.text": 0}
+    scale,          # strength; or a dict of strengths, by component or block: {"down_blocks.1": .5, "B03-07.text": 0}
     name=None,      # which; None: all
 ):
     "Change the strength of a worn LoRA, live; what a dict does not name keeps its strength"

@@ -87,8 +87,8 @@ class NewWords:
 def _encoders(base, components):
     "component -> (text encoder, tokenizer)"
     names = learning_encoders(base, components or "clips")
-    if not names: raise TargetError(f"No text encoder that is a CLIP in {base.name}: it has "
-                                    f"{', '.join(base.text_encoders) or 'none'}. Name one, or load the base with its own.")
+    have = ", ".join(base.text_encoders) or "none"
+    if not names: raise TargetError(f"No text encoder that is a CLIP in {base.name}: it has {have}. Name one of them.")
     return {c: (base.text_encoders[c], getattr(base.pipe, c.replace("text_encoder", "tokenizer"))) for c in names}
 
 @patch_to(NewWords)

@@ -1,11 +1,11 @@
 """A LoRA training step of SD3.5 Large and Medium on this machine's GPU, beside diffusers + peft (`make bench-gpu`).
 
-    python tools/bench_gpu.py            the true shapes, random weights in bf16; writes nbs/benchmarks/03_gpu.json and .md
+    python tools/bench_gpu.py            the true shapes, random weights in bf16; writes nbs/benchmarks/03_gpu.json, .md
     python tools/bench_gpu.py --tiny     the same program on small shapes, on any device: its test
     python tools/bench_gpu.py --models medium --batches 1 4 --rounds 3
 
-Both sides train the same transformer in the same process, in turns. No weights are loaded: time and memory do not depend
-on their values.
+Both sides train the same transformer in the same process, in turns. No weights are loaded: time and memory do not
+depend on their values.
 """
 import argparse, gc, json, os, platform, sys, time
 from pathlib import Path
@@ -158,8 +158,9 @@ def operations(config):
     meta = lambda *shape: torch.empty(shape, device="meta")
     size = config["sample_size"]
     with FlopCounterMode(display=False) as count:
-        net(meta(1, 16, size, size), timestep=meta(1), encoder_hidden_states=meta(1, TEXT, config["joint_attention_dim"]),
-            pooled_projections=meta(1, config["pooled_projection_dim"])).sample.sum().backward()
+        text, pooled = meta(1, TEXT, config["joint_attention_dim"]), meta(1, config["pooled_projection_dim"])
+        net(meta(1, 16, size, size), timestep=meta(1), encoder_hidden_states=text,
+            pooled_projections=pooled).sample.sum().backward()
     return count.get_total_flops()
 
 
@@ -186,24 +187,26 @@ def numbers(runs, batch, tokens, work, rate):
     "What a row says of its runs"
     seconds = median(t for times, _ in runs for t in times)
     peaks = [p for _, p in runs if p is not None]
-    return dict(seconds=seconds, peak_gb=max(peaks) / 1e9 if peaks else None, tokens_per_second=batch * tokens / seconds,
-                tflops=batch * work / seconds / 1e12, share_of_matmul=batch * work / seconds / rate)
+    done = batch * work / seconds
+    return dict(seconds=seconds, peak_gb=max(peaks) / 1e9 if peaks else None,
+                tokens_per_second=batch * tokens / seconds, tflops=done / 1e12, share_of_matmul=done / rate)
 
 
 # ------------------------------------------------------------------------------------------ the report
 def report(rows, about):
     "The table in markdown, with the device's name"
-    head = (f"LoRA training step, rank {RANK} on all attention projections, {about['picture']}, {about['dtype']}, random "
-            f"weights. **{about['device']}**, matrix product {about['matmul_tflops']:.1f} TFLOP/s (measured). "
-            f"torch {about['torch']}, diffusers {about['diffusers']}, peft {about['peft']}. Operations are those of a step "
-            "without recomputation.")
+    head = (f"LoRA training step, rank {RANK} on all attention projections, {about['picture']}, {about['dtype']}, "
+            f"random weights. **{about['device']}**, matrix product {about['matmul_tflops']:.1f} TFLOP/s (measured). "
+            f"torch {about['torch']}, diffusers {about['diffusers']}, peft {about['peft']}. Operations are those of a "
+            "step without recomputation.")
     lines = ["| model | batch | checkpointing | by | s / step | peak, GB | tokens / s | share of the matrix rate |",
              "|---|---|---|---|---|---|---|---|"]
     for r in rows:
         told = f"| {r['model']} | {r['batch']} | {'on' if r['checkpointing'] else 'off'} | {r['side']} |"
         if "error" in r: lines.append(f"{told} {r['error']} | | | |"); continue
         peak = "" if r["peak_gb"] is None else f"{r['peak_gb']:.1f}"
-        lines.append(f"{told} {r['seconds']:.3f} | {peak} | {r['tokens_per_second']:,.0f} | {r['share_of_matmul']:.0%} |")
+        lines.append(f"{told} {r['seconds']:.3f} | {peak} | {r['tokens_per_second']:,.0f} | "
+                     f"{r['share_of_matmul']:.0%} |")
     return "\n".join([head, "", *lines]) + "\n"
 
 
@@ -212,7 +215,7 @@ def parser():
     p.add_argument("--tiny", action="store_true", help="small shapes in fp32, on any device: a test of this program")
     p.add_argument("--models", nargs="+", choices=list(SHAPES), default=["medium", "large"])
     p.add_argument("--batches", nargs="+", type=int, default=None, help="pictures in a step; default 1 2 4 (tiny: 1 2)")
-    p.add_argument("--steps", type=int, default=None, help="measured steps in a round, after two that are not; default 6")
+    p.add_argument("--steps", type=int, default=None, help="measured steps in a round, after two others; default 6")
     p.add_argument("--rounds", type=int, default=2, help="turns of each side")
     p.add_argument("--output", default=None, help="folder of 03_gpu.json and .md; default nbs/benchmarks (tiny: none)")
     return p
@@ -246,8 +249,9 @@ def main(argv=None):
 def save(folder, rows, about):
     "Both files, whole or not at all"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic_path(Path(folder) / "03_gpu.json") as tmp: Path(tmp).write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
-    with atomic_path(Path(folder) / "03_gpu.md") as tmp: Path(tmp).write_text(report(rows, about))
+    texts = {"03_gpu.json": json.dumps(dict(about=about, rows=rows), indent=1) + "\n", "03_gpu.md": report(rows, about)}
+    for name, text in texts.items():
+        with atomic_path(Path(folder) / name) as tmp: Path(tmp).write_text(text)
 
 
 if __name__ == "__main__": sys.exit(main())
