@@ -582,8 +582,7 @@ def sample_errors(self:Trainer,
 @patch_to(Trainer)
 def _loss_weight(self:Trainer, t):
     "The weight of each sample's error, as the recipe asks"
-    r = self.recipe
-    return self.base.loss_weight(t, r.snr_gamma, r.snr_soft, **({"weighting": r.weighting} if r.weighting else {}))
+    return self.base.loss_weight(t, self.recipe.snr_gamma, self.recipe.snr_soft, self.recipe.weighting)
 
 def _weights(b):
     "Weights (B, 1, h, w) of a batch's positions"
