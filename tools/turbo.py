@@ -1,0 +1,103 @@
+"""The turbo LoRAs and the numbers behind the lesson of nbs/17b_turbo.ipynb.
+
+    python tools/turbo.py train BASE...    distil a few-step LoRA of each base into out/turbo/turbo-BASE.safetensors
+    python tools/turbo.py table BASE...    quality over steps, with it and without: nbs/results/turbo.json, turbo-BASE.jpg
+
+BASE is tiny-sd or tiny-sd3; both where none is named. `table` takes the LoRAs of out/turbo, else those that ship.
+"""
+import json, os, sys, time
+from pathlib import Path
+
+os.environ.setdefault("LORA_NB_QUIET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+from lora_nb.bases import load_base
+from lora_nb.core import atomic_path, data_path
+from lora_nb.evaluation import Dino, load_judge
+from lora_nb.lora import Lora
+from lora_nb.show import grid, save_jpeg
+from lora_nb.turbo import Distillation, turbocharged
+from lora_nb.zoo.quality import plan, score, shares
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT, KEPT = ROOT / "out/turbo", ROOT / "nbs/results"
+STEPS = {"tiny-sd": (1, 2, 4, 8, 25), "tiny-sd3": (1, 2, 4, 8, 28)}
+GUIDANCE, PICTURES = 4., 48
+
+
+def opened(name):
+    "A base as the lesson opens it"
+    base = load_base(name)
+    if base.family == "sd3": base.t5_length = 32
+    return base
+
+
+def file_of(name):
+    "The turbo LoRA of a base"
+    own = OUT / f"turbo-{name}.safetensors"
+    return own if own.exists() else data_path("loras", own.name)
+
+
+def train(name):
+    "Distil, and keep the course of the training beside the LoRA"
+    base, t0 = opened(name), time.time()
+    run = Distillation(base, validate_every=40, callback=lambda t: print(name, t.done, t.log.losses[-1], flush=True)
+                       if t.done % 20 == 0 else None)
+    paths = time.time() - t0
+    lora = run.fit().to(dtype=torch.float16)
+    lora.save(OUT / f"turbo-{name}.safetensors")
+    facts = dict(plan=vars(run.plan), recipe=run.recipe.to_dict(), paths_seconds=round(paths, 1),
+                 seconds=round(run.log.seconds, 1), threads=torch.get_num_threads(), losses=run.log.losses,
+                 validation=run.log.val["turbo"], bytes=(OUT / f"turbo-{name}.safetensors").stat().st_size)
+    with atomic_path(OUT / f"turbo-{name}.json") as tmp: Path(tmp).write_text(json.dumps(facts) + "\n")
+
+
+def cells(base, lora, prompts, seeds):
+    "(variant, steps, pictures, seconds a picture) of every cell"
+    for n in sorted(STEPS[base.name], reverse=True):
+        for variant, guidance in (("guided", GUIDANCE), ("plain", 1.)):
+            t = time.time()
+            images = base.generate(prompts, seeds=seeds, steps=n, guidance_scale=guidance)
+            yield variant, n, images, (time.time() - t) / len(prompts)
+        with turbocharged(base, lora, n) as how:
+            t = time.time()
+            images = base.generate(prompts, seeds=seeds, **how)
+        yield "turbo", n, images, (time.time() - t) / len(prompts)
+
+
+def table(name):
+    "Judge every cell, and compare it with what the base itself draws in many guided steps"
+    base, lora, judge, dino = opened(name), Lora.load(file_of(name)), load_judge(), Dino()
+    rows = plan(1)[::4][:PICTURES]
+    prompts, seeds, out, drawn, own = [r[3] for r in rows], list(range(len(rows))), [], {}, None
+    for variant, n, images, seconds in cells(base, lora, prompts, seeds):
+        seen = dino.images(images)
+        own = seen if own is None else own               # the first cell: most steps, guided
+        out.append(dict(variant=variant, steps=n, **shares(score(images, rows, judge)),
+                        likeness=round(float((seen * own).sum(1).mean()), 4), seconds_a_picture=round(seconds, 4)))
+        drawn[variant, n] = images[:6]
+        print(name, out[-1], flush=True)
+    other = base.generate(prompts, seeds=[s + 1000 for s in seeds], steps=max(STEPS[name]), guidance_scale=GUIDANCE)
+    about = dict(pictures=len(rows), guidance_scale=GUIDANCE, threads=torch.get_num_threads(), rows=out,
+                 likeness_of_another_seed=round(float((dino.images(other) * own).sum(1).mean()), 4))
+    facts = OUT / f"turbo-{name}.json"
+    if facts.exists(): about["training"] = json.loads(facts.read_text())
+    path = KEPT / "turbo.json"
+    kept = json.loads(path.read_text()) if path.exists() else dict(command="python tools/turbo.py train table")
+    with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps({**kept, name: about}, indent=1) + "\n")
+    sheet(name, drawn)
+
+
+def sheet(name, drawn):
+    "A row for each number of steps: without the LoRA on the left, with it on the right"
+    steps = STEPS[name]
+    rows = [drawn["guided", n][:5] + drawn["turbo", n][:5] for n in steps]
+    save_jpeg(grid(rows, row_titles=[str(n) for n in steps], size=80), KEPT / f"turbo-{name}.jpg")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    stages = dict(train=train, table=table)
+    names = [a for a in sys.argv[1:] if a in STEPS] or list(STEPS)
+    for stage in [a for a in sys.argv[1:] if a in stages] or stages:
+        for name in names: stages[stage](name)
