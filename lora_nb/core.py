@@ -6,8 +6,8 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest', 'default_device',
-           'default_dtype', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path', 'patch_to', 'progress',
-           'peak_rss_mb']
+           'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path',
+           'patch_to', 'progress', 'peak_rss_mb']
 
 # %% ../nbs/00_core.ipynb #8227671f
 import contextlib, difflib, importlib.util, os, random, shutil, sys, tempfile
@@ -48,6 +48,23 @@ def default_dtype(
     kind = default_device(device).type
     if kind == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
+
+# %% ../nbs/00_core.ipynb #8d3435e9
+def fast_bf16(
+    device=None,  # a device or its name; None = the best there is
+):                # bool
+    "Does this device multiply bfloat16 in hardware?"
+    kind = default_device(device).type
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    ask = [getattr(torch.cpu, f"_is_{n}_supported", None) for n in ("avx512_bf16", "amx_tile")]
+    return kind == "cpu" and any(f() for f in ask if f)
+
+def autocast(
+    device=None,  # a device or its name; None = the best there is
+):                # context manager
+    "Autocast to bfloat16 where that is quick, and nothing elsewhere."
+    if not fast_bf16(device): return contextlib.nullcontext()
+    return torch.autocast(default_device(device).type, torch.bfloat16)
 
 # %% ../nbs/00_core.ipynb #8588dd65
 def set_seed(

@@ -13,7 +13,7 @@ import json, random
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ..core import default_device, set_seed
+from ..core import autocast, default_device, set_seed
 from . import world as w
 from .vae import Run, optimizers
 
@@ -151,7 +151,7 @@ def train_clip(
         b = world.sample(batch)
         x = b["images"] + torch.randn_like(b["images"]) * torch.rand(batch, 1, 1, 1, device=device) * .15
         ids = tok(short_captions(world, b, rng), padding=True, return_tensors="pt").to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             u, v = model.get_image_features(pixel_values=x).pooler_output, model.get_text_features(**ids).pooler_output
         same = (ids.input_ids[:, None] == ids.input_ids[None]).all(-1)
         run.learn(contrastive_loss(u, v, model.logit_scale.exp().clamp(max=60), same))

@@ -11,7 +11,7 @@ __all__ = ['rand', 'place', 'blur', 'degrade', 'spoil', 'JudgeWorld', 'train_jud
 import time
 import torch
 import torch.nn.functional as F
-from ..core import data_path
+from ..core import autocast, data_path
 from ..evaluation import Judge
 from .world import COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, backgrounds, glyph_atlas, have_font, stylize
 
@@ -106,7 +106,7 @@ def train_judge(
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps)
     for step in range(steps):
         x, obj, style = world.sample(batch, g)
-        with torch.autocast("cpu", torch.bfloat16): a, b = judge(x.to(memory_format=torch.channels_last))
+        with autocast("cpu"): a, b = judge(x.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(a.float(), obj, label_smoothing=.05) + .3 * F.cross_entropy(b.float(), style)
         opt.zero_grad(); loss.backward(); opt.step(); cycle.step()
         if report and step % 50 == 0: report(step, loss.item())

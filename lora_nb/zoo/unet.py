@@ -13,7 +13,7 @@ import json, random
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ..core import default_device, generators, set_seed
+from ..core import autocast, default_device, generators, set_seed
 from . import world as w
 from .clip import text_tower, train_clip
 from .vae import Run, optimizers, refine_decoder, train_vae
@@ -59,7 +59,7 @@ class Latents:
     def renew(self, n):
         "Encode `n` fresh scenes; the oldest leave."
         b = self.world.sample(n)
-        with torch.autocast(self.world.device.type, torch.bfloat16):
+        with autocast(self.world.device):
             z = self.vae.encode(b["images"].to(memory_format=torch.channels_last)).latent_dist.sample()
         z = (z * self.vae.config.scaling_factor).half()
         lab = torch.stack([b[k] for k in ("obj", "color", "pattern")], 1)
@@ -77,7 +77,7 @@ class Latents:
     def embed(self, captions):
         "Hidden states `(n, 77, d)`."
         ids = self.tok(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        with torch.autocast(self.world.device.type, torch.bfloat16):
+        with autocast(self.world.device):
             return self.text(ids.to(self.world.device)).last_hidden_state
 
 # %% ../../nbs/zoo/05_unet.ipynb #1a4a1552
@@ -91,7 +91,7 @@ def denoising_loss(
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(z),), device=z.device)
     noise = torch.randn_like(z)
     noisy, v = scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
-    with torch.autocast(z.device.type, torch.bfloat16):
+    with autocast(z.device):
         out = unet(noisy.to(memory_format=torch.channels_last), t, h).sample
     return F.mse_loss(out.float(), v)
 
@@ -112,7 +112,7 @@ def draw(
     c, s = pipe.unet.config.in_channels, pipe.unet.config.sample_size
     z = torch.stack([torch.randn(c, s, s, generator=g) for g in generators(range(seed, seed + len(prompts)))])
     pipe.set_progress_bar_config(disable=True)
-    with torch.autocast(pipe.device.type, torch.bfloat16):
+    with autocast(pipe.device):
         x = pipe(prompts, latents=z.to(pipe.device), num_inference_steps=steps, guidance_scale=guidance,
                  output_type="pt").images
     return x.float().cpu() * 2 - 1

@@ -13,7 +13,7 @@ import contextlib, json, random, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ..core import atomic_path, default_device, progress, set_seed
+from ..core import atomic_path, autocast, default_device, fast_bf16, progress, set_seed
 from . import world as w
 
 # %% ../../nbs/zoo/01_vae.ipynb #8644a135
@@ -21,8 +21,9 @@ def orthogonalize(
     m,        # `(out, ...)` momentum; trailing dimensions are flattened
     steps=5,  # Newton-Schulz iterations
 ):            # same shape: nearly orthonormal rows or columns
-    "The orthogonal factor of `m`, approximately, in bfloat16."
-    u = m.flatten(1).bfloat16()
+    "The orthogonal factor of `m`, approximately; in bfloat16 where that is quick."
+    u = m.flatten(1)
+    if fast_bf16(m.device): u = u.bfloat16()
     tall = u.shape[0] > u.shape[1]
     if tall: u = u.T
     u = u / (u.norm() + 1e-7)
@@ -258,7 +259,7 @@ def train_vae(
     measure = lambda: dict(psnr=psnr(test, reconstruct(vae, test)).mean().item())
     for _ in run.steps(measure):
         x = codec_batch(world, batch).to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             post = vae.encode(x).latent_dist
             y = vae.decode(post.sample()).sample
         run.learn(codec_loss(x, y.float(), post.kl().float(), perceptual=perceptual))
@@ -288,7 +289,7 @@ def refine_decoder(
     run = Run(moving, Path(out) / "decoder-run", minutes, opts, decay=.8)
     for _ in run.steps(lambda: dict(psnr=psnr(test, reconstruct(vae, test)).mean().item())):
         x = codec_batch(world, batch).to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             with torch.no_grad(): z = vae.encode(x).latent_dist.sample()
             y = vae.decode(z).sample
         run.learn(codec_loss(x, y.float(), torch.zeros(1, device=device)))
