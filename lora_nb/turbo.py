@@ -23,6 +23,7 @@ from .dataset import Examples
 from .injection import apply_lora, inject_lora, remove_lora
 from .lora import Lora
 from .training import Stream, Trainer, recipe_for
+from .zoo.scenes import plan_scenes
 from .zoo.world import COLORS, OBJECTS, PATTERNS, caption
 
 # %% ../nbs/17b_turbo.ipynb #84838891
@@ -234,15 +235,19 @@ def turbo_recipe(
 ):              # a `Recipe`
     "How the student learns: the family's card, and for small bases what was measured here."
     own = dict(batch_size=16, steps=240, rank=8, learning_rate=1e-3, lr_schedule="cosine", warmup=10)
+    if base.family == "sd3": own["targets"] = "all-linear"
+    else: own |= dict(batch_size=8, steps=160, learning_rate=5e-4)
     if base.resolution > 128: own = dict(rank=64)
     return recipe_for(base, "style", **{**own, "flip": False, **changes})
 
 # %% ../nbs/17b_turbo.ipynb #9d0c4482
 def world_prompts(
-    n=384,   # how many
+    base,   # an embedded `Base`; a flow base knows signs and pairs as well
+    n=384,  # how many
     seed=0,
-):           # list of texts
-    "Captions of the embedded bases' world, every object equally often."
+):          # list of texts
+    "Captions of the embedded bases' world."
+    if base.family == "sd3": return [text for _, text in plan_scenes(n, seed=seed, template="any")]
     rng, names = random.Random(seed), [*OBJECTS] * (n // len(OBJECTS) + 1)
     rng.shuffle(names)
     return [caption(o, rng.choice([*COLORS]), rng.choice(PATTERNS), rng, class_p=.05) for o in names[:n]]
@@ -277,7 +282,7 @@ def _draw(base, prompts, plan, seed):
     if prompts is None and base.resolution > 128:
         raise DataError("No prompts: expected a list of texts, a few hundred of the kind that you will draw. Only the "
                         "embedded bases have prompts of their own.")
-    prompts = world_prompts(plan.pictures, seed) if prompts is None else list(prompts)
+    prompts = world_prompts(base, plan.pictures, seed) if prompts is None else list(prompts)
     if not prompts: raise DataError("No prompts: the list is empty. Expected a few hundred texts.")
     windows = plan.few if plan.technique == "windows" else 1
     return teacher_paths(base, [prompts[i % len(prompts)] for i in range(plan.pictures)], windows, plan.teacher_steps,

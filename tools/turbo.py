@@ -17,7 +17,9 @@ from lora_nb.evaluation import Dino, load_judge
 from lora_nb.lora import Lora
 from lora_nb.show import grid, save_jpeg
 from lora_nb.turbo import Distillation, turbocharged
-from lora_nb.zoo.quality import plan, score, shares
+from lora_nb.zoo import scenes as sc, world as w
+from lora_nb.zoo.adherence import score_scene_pairs, score_signs
+from lora_nb.zoo.quality import plan, score
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, KEPT = ROOT / "out/turbo", ROOT / "nbs/results"
@@ -65,20 +67,45 @@ def cells(base, lora, prompts, seeds):
         yield "turbo", n, images, (time.time() - t) / len(prompts)
 
 
+def asked(base):
+    "(kind, label, prompt) of the pictures of every cell: objects, for a flow base signs and pairs as well, by turns"
+    if base.family != "sd3": return [("object", r[:3], r[3]) for r in plan(1)[::4][:PICTURES]]
+    names, grounds = list(w.OBJECTS), (list(w.COLORS), w.PATTERNS)
+    label = lambda r: (names[r[1]], grounds[0][r[2]], grounds[1][r[3]]) if r[0] == 0 else r
+    return [(sc.KINDS[r[0]], label(r), text) for r, text in sc.plan_scenes(PICTURES)]
+
+
+def marked(images, paper, judge):
+    "Shares of pictures: all of the prompt right, for each kind; of objects each part, of signs the letters"
+    of = lambda kind: [i for i, (k, _, _) in enumerate(paper) if k == kind]
+    pick = lambda kind: ([images[i] for i in of(kind)], [paper[i][1] for i in of(kind)])
+    mean = lambda xs: round(sum(map(float, xs)) / len(xs), 4)
+    objects = score(*pick("object"), judge)
+    out = {k: mean(v) for k, v in objects.items()}
+    ok = [all(v) for v in zip(*objects.values())]
+    out["objects"] = mean(ok)
+    if of("sign"):
+        signs, pairs = score_signs(*pick("sign")), score_scene_pairs(*pick("pair"), judge)
+        words = [all(v) for v in zip(signs["word"], signs["color"], signs["pattern"])]
+        out |= dict(letters=mean(signs["letters"]), signs=mean(words), pairs=mean(pairs["all"]))
+        ok = ok + words + pairs["all"]
+    return out | dict(right=mean(ok))
+
+
 def table(name):
     "Judge every cell, and compare it with what the base itself draws in many guided steps"
     base, lora, judge, dino = opened(name), Lora.load(file_of(name)), load_judge(), Dino()
-    rows = plan(1)[::4][:PICTURES]
-    prompts, seeds, out, drawn, own = [r[3] for r in rows], list(range(len(rows))), [], {}, None
+    paper = asked(base)
+    prompts, seeds, out, drawn, own = [p[2] for p in paper], list(range(len(paper))), [], {}, None
     for variant, n, images, seconds in cells(base, lora, prompts, seeds):
         seen = dino.images(images)
         own = seen if own is None else own               # the first cell: most steps, guided
-        out.append(dict(variant=variant, steps=n, **shares(score(images, rows, judge)),
+        out.append(dict(variant=variant, steps=n, **marked(images, paper, judge),
                         likeness=round(float((seen * own).sum(1).mean()), 4), seconds_a_picture=round(seconds, 4)))
-        drawn[variant, n] = images[:6]
+        drawn[variant, n] = images[:10]
         print(name, out[-1], flush=True)
     other = base.generate(prompts, seeds=[s + 1000 for s in seeds], steps=max(STEPS[name]), guidance_scale=GUIDANCE)
-    about = dict(pictures=len(rows), guidance_scale=GUIDANCE, threads=torch.get_num_threads(), rows=out,
+    about = dict(pictures=len(paper), guidance_scale=GUIDANCE, threads=torch.get_num_threads(), rows=out,
                  likeness_of_another_seed=round(float((dino.images(other) * own).sum(1).mean()), 4))
     facts = OUT / f"turbo-{name}.json"
     if facts.exists(): about["training"] = json.loads(facts.read_text())
