@@ -16,7 +16,7 @@ from lora_nb.core import atomic_path, data_path
 from lora_nb.evaluation import Dino, load_judge
 from lora_nb.lora import Lora
 from lora_nb.show import grid, save_jpeg
-from lora_nb.turbo import Distillation, turbocharged
+from lora_nb.turbo import TurboRun, even_sigmas, turbocharged
 from lora_nb.zoo import scenes as sc, world as w
 from lora_nb.zoo.adherence import score_scene_pairs, score_signs
 from lora_nb.zoo.quality import plan, score
@@ -43,8 +43,8 @@ def file_of(name):
 def train(name):
     "Distil, and keep the course of the training beside the LoRA"
     base, t0 = opened(name), time.time()
-    run = Distillation(base, validate_every=40, callback=lambda t: print(name, t.done, t.log.losses[-1], flush=True)
-                       if t.done % 20 == 0 else None)
+    say = lambda t: print(name, t.done, t.log, flush=True) if t.done % 20 == 0 else None
+    run = TurboRun(base, validate_every=40, validation_samples=12, callback=say)
     paths = time.time() - t0
     lora = run.fit().to(dtype=torch.float16)
     lora.save(OUT / f"turbo-{name}.safetensors")
@@ -54,17 +54,19 @@ def train(name):
     with atomic_path(OUT / f"turbo-{name}.json") as tmp: Path(tmp).write_text(json.dumps(facts) + "\n")
 
 
-def cells(base, lora, prompts, seeds):
-    "(variant, steps, pictures, seconds a picture) of every cell"
-    for n in sorted(STEPS[base.name], reverse=True):
-        for variant, guidance in (("guided", GUIDANCE), ("plain", 1.)):
-            t = time.time()
-            images = base.generate(prompts, seeds=seeds, steps=n, guidance_scale=guidance)
-            yield variant, n, images, (time.time() - t) / len(prompts)
-        with turbocharged(base, lora, n) as how:
-            t = time.time()
-            images = base.generate(prompts, seeds=seeds, **how)
-        yield "turbo", n, images, (time.time() - t) / len(prompts)
+VARIANTS = ("guided", "turbo", "plain")            # as the base is usually drawn with, with the LoRA, without guidance
+
+
+def cell(base, lora, variant, n, prompts, seeds):
+    "(pictures, seconds a picture)"
+    t = time.time()
+    if variant == "turbo":
+        with turbocharged(base, lora, n) as how: images = base.generate(prompts, seeds=seeds, **how)
+    else:
+        even = dict(sigmas=even_sigmas(n)) if base.family == "sd3" else {}      # the turbo's levels, for all alike
+        scale = GUIDANCE if variant == "guided" else 1.
+        images = base.generate(prompts, seeds=seeds, steps=n, guidance_scale=scale, **even)
+    return images, (time.time() - t) / len(prompts)
 
 
 def asked(base):
@@ -96,23 +98,32 @@ def table(name):
     "Judge every cell, and compare it with what the base itself draws in many guided steps"
     base, lora, judge, dino = opened(name), Lora.load(file_of(name)), load_judge(), Dino()
     paper = asked(base)
-    prompts, seeds, out, drawn, own = [p[2] for p in paper], list(range(len(paper))), [], {}, None
-    for variant, n, images, seconds in cells(base, lora, prompts, seeds):
-        seen = dino.images(images)
-        own = seen if own is None else own               # the first cell: most steps, guided
-        out.append(dict(variant=variant, steps=n, **marked(images, paper, judge),
-                        likeness=round(float((seen * own).sum(1).mean()), 4), seconds_a_picture=round(seconds, 4)))
-        drawn[variant, n] = images[:10]
-        print(name, out[-1], flush=True)
-    other = base.generate(prompts, seeds=[s + 1000 for s in seeds], steps=max(STEPS[name]), guidance_scale=GUIDANCE)
-    about = dict(pictures=len(paper), guidance_scale=GUIDANCE, threads=torch.get_num_threads(), rows=out,
-                 likeness_of_another_seed=round(float((dino.images(other) * own).sum(1).mean()), 4))
+    prompts, seeds, drawn, own = [p[2] for p in paper], list(range(len(paper))), {}, None
     facts = OUT / f"turbo-{name}.json"
-    if facts.exists(): about["training"] = json.loads(facts.read_text())
+    about = dict(pictures=len(paper), guidance_scale=GUIDANCE, threads=torch.get_num_threads(), rows=[],
+                 training=json.loads(facts.read_text()) if facts.exists() else {})
+    for n in sorted(STEPS[name], key=lambda n: (n != max(STEPS[name]), n != 4, n)):
+        for variant in VARIANTS:
+            images, seconds = cell(base, lora, variant, n, prompts, seeds)
+            seen = dino.images(images)
+            own = seen if own is None else own            # the first cell: most steps, guided
+            about["rows"].append(dict(variant=variant, steps=n, **marked(images, paper, judge),
+                                      likeness=round(float((seen * own).sum(1).mean()), 4),
+                                      seconds_a_picture=round(seconds, 4)))
+            drawn[variant, n] = images[:10]
+            keep(name, about)
+            print(name, about["rows"][-1], flush=True)
+    images, _ = cell(base, lora, "guided", max(STEPS[name]), prompts, [s + 1000 for s in seeds])
+    about["likeness_of_another_seed"] = round(float((dino.images(images) * own).sum(1).mean()), 4)
+    keep(name, about)
+    sheet(name, drawn)
+
+
+def keep(name, about):
+    "One base's part of the numbers"
     path = KEPT / "turbo.json"
     kept = json.loads(path.read_text()) if path.exists() else dict(command="python tools/turbo.py train table")
     with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps({**kept, name: about}, indent=1) + "\n")
-    sheet(name, drawn)
 
 
 def sheet(name, drawn):
