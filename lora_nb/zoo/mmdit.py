@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'widen_vae', 'train_codec', 't5_words', 't5_tokenizer', 'cli
            'Texts', 'make_pipe', 'flow_loss', 'Scenery', 'draw', 'sheet', 'train_mmdit', 'export_base', 'train_base',
            'main']
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #fdf8bce2
+# %% ../../nbs/zoo/10_mmdit.ipynb #2c9b9a41
 import copy, json, random, re
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from .clip import EXTRA, RARE
 from .unet import _save_sheet
 from .vae import Run, codec_batch, codec_loss, optimizers, psnr, reconstruct
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #46514e2a
+# %% ../../nbs/zoo/10_mmdit.ipynb #e12089fb
 def widen_vae(
     vae,          # `AutoencoderKL` with quant convolutions
     channels=16,  # of the new latents
@@ -44,7 +44,7 @@ def widen_vae(
     new.load_state_dict(own)
     return new
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #914136f1
+# %% ../../nbs/zoo/10_mmdit.ipynb #6a95c64f
 def train_codec(
     out,          # folder; the result is saved as `out/vae16`
     minutes=9,
@@ -79,7 +79,7 @@ def _standardise(vae, scenes, out):
     vae.save_pretrained(out)
     return vae
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #cc9a09a3
+# %% ../../nbs/zoo/10_mmdit.ipynb #5f6f6a63
 def t5_words():
     "The lower-case words of the world."
     text = " ".join([*w.OBJECTS, *w.HELD_OUT, *w.CLASS_OF.values(), *w.COLORS, *w.PATTERNS, *sc.RELATIONS, *w.TEMPLATES,
@@ -92,7 +92,7 @@ def t5_tokenizer():
     pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("▁", -2.)] + [("▁" + x, -3.) for x in t5_words()]
     return T5TokenizerFast(vocab=pieces + [(chr(i), -4.) for i in range(33, 127)], extra_ids=0, model_max_length=32)
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #4ba8c1e2
+# %% ../../nbs/zoo/10_mmdit.ipynb #a30b3cae
 def clip_l():
     "The text tower of the embedded CLIP with its projection, frozen."
     from transformers import CLIPModel, CLIPTextModelWithProjection
@@ -125,7 +125,7 @@ def t5_encoder(
     return T5EncoderModel(T5Config(vocab_size=len(tok), d_model=width, d_kv=48, d_ff=2 * width, num_layers=layers,
         num_heads=heads, dropout_rate=0., pad_token_id=0, eos_token_id=1))
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #77ac8c6d
+# %% ../../nbs/zoo/10_mmdit.ipynb #ea9daa0a
 def make_mmdit(
     text_width,      # of the joint sequence
     pooled_width,    # of both pooled vectors together
@@ -144,15 +144,16 @@ def make_mmdit(
     for m in (*quiet, net.proj_out): torch.nn.init.zeros_(m.weight); torch.nn.init.zeros_(m.bias)
     return net
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #eac52748
+# %% ../../nbs/zoo/10_mmdit.ipynb #abcd9761
 class Texts:
     "Captions to hidden states and pooled vectors, as `StableDiffusion3Pipeline` makes them."
     def __init__(self, l, g, t5, tok, tok3, device="cpu"):
         self.l, self.g, self.t5, self.tok, self.tok3, self.device = l, g, t5, tok, tok3, torch.device(device)
     def ids(self, tok, captions, n):
-        out = tok(captions, padding="max_length", max_length=n, truncation=True, return_tensors="pt")
-        return out.input_ids.to(self.device)
-    def __call__(self, captions, clip_length=24, t5_length=24, drop_t5=0., rng=random):
+        "Padded to `n`, or to the longest of them."
+        pad = dict(padding="max_length", max_length=n) if n else dict(padding="longest", max_length=26)
+        return tok(captions, truncation=True, return_tensors="pt", **pad).input_ids.to(self.device)
+    def __call__(self, captions, clip_length=None, t5_length=None, drop_t5=0., rng=random):
         "`(B, clip_length + t5_length, d)` states and `(B, p)` pooled vectors."
         ids = self.ids(self.tok, captions, clip_length)
         with torch.no_grad(): a = self.l(ids, output_hidden_states=True)
@@ -162,7 +163,7 @@ class Texts:
         if drop_t5: h3 = h3 * torch.tensor([rng.random() >= drop_t5 for _ in captions], device=h.device)[:, None, None]
         return torch.cat([h, h3], 1), torch.cat([a.text_embeds, b.text_embeds], -1)
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #bcba0ef0
+# %% ../../nbs/zoo/10_mmdit.ipynb #9887463a
 def make_pipe(
     vae, net, l, g, t5, tok, tok3,
     shift=1.,  # of the flow's timesteps: 64 pixels need none
@@ -174,7 +175,7 @@ def make_pipe(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #54ab5760
+# %% ../../nbs/zoo/10_mmdit.ipynb #e99d524f
 def flow_loss(
     net,     # `SD3Transformer2DModel`
     z,       # `(B, 16, h, w)` latents of unit variance
@@ -188,7 +189,7 @@ def flow_loss(
                   pooled_projections=pooled).sample
     return F.mse_loss(out.float(), noise - z)
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #f9e1ab89
+# %% ../../nbs/zoo/10_mmdit.ipynb #7c4bf4ec
 SIZES = ((48, 48), (80, 80), (96, 96), (64, 96), (96, 64))             # height, width of the other pictures
 
 class Scenery:
@@ -210,7 +211,7 @@ class Scenery:
         caps = ["" if self.rng.random() < drop else c for c in self.scenes.captions(lab[i], self.rng)]
         return z[i].float(), caps
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #bc467e2a
+# %% ../../nbs/zoo/10_mmdit.ipynb #a732fd2f
 def draw(
     pipe,         # `StableDiffusion3Pipeline` of the zoo
     prompts,      # list of sentences
@@ -235,7 +236,7 @@ def sheet(
     "A fixed sheet of prompts: objects, signs, pairs."
     return [p for k in sc.KINDS for _, p in sc.plan_scenes(n, k, seed=seed)]
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #69869d21
+# %% ../../nbs/zoo/10_mmdit.ipynb #4c429b5a
 def _parts(vae, device):
     "Everything that the base is made of, untrained but for the codec and the first CLIP: (networks that learn, texts, pipeline)."
     from transformers import CLIPTokenizer
@@ -248,11 +249,11 @@ def _parts(vae, device):
 
 def _plan(i, batch, rng):
     "Of step `i`: size of the pictures, lengths of the texts, batch."
-    hw = SIZES[i // 12 % len(SIZES)] if i % 12 == 11 else (64, 64)
-    lengths = rng.choice(((77, 32), (77, 77), (77, 256))) if i % 8 == 7 else (24, 24)
+    hw = SIZES[i // 24 % len(SIZES)] if i % 24 == 23 else (64, 64)
+    lengths = rng.choice(((77, 32), (77, 77), (77, 256))) if i % 10 == 9 else (None, None)
     return hw, lengths, batch // 2 if hw != (64, 64) or lengths[1] > 200 else batch
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #4f688390
+# %% ../../nbs/zoo/10_mmdit.ipynb #ac3e4c84
 def train_mmdit(
     out,              # folder; the pipeline is saved as `out/tiny-sd3`
     vae,              # from `train_codec`
@@ -266,9 +267,9 @@ def train_mmdit(
     "Train MMDiT, second CLIP and T5 together; resumable, with previews."
     device, out, rng = default_device(device), Path(out), random.Random(seed); set_seed(seed)
     model, texts, pipe = _parts(vae.to(device).eval().requires_grad_(False), device)
-    opts = optimizers(model, skip=("embed", "shared", "norm", "proj_out", "relative"))
+    opts = optimizers(model, muon_lr=.014, skip=("embed", "shared", "norm", "proj_out", "relative"))
     run = Run(model, out / "mmdit-run", minutes, opts, every=60 * preview_every, decay=.4)
-    data = Scenery(sc.Scenes(device, seed=seed + run.n), vae, pool, seed)
+    data = Scenery(sc.Scenes(device, (.52, .22, .26), seed + run.n), vae, pool, seed)
     for hw in ((64, 64),) * (pool // 2048) + SIZES: data.renew(512, hw)
     def measure():
         _save_sheet(draw(pipe, sheet()), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=10)
@@ -283,7 +284,7 @@ def train_mmdit(
     model.load_state_dict(run.average.state); pipe.save_pretrained(out / "tiny-sd3")
     return pipe
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #5f18ec84
+# %% ../../nbs/zoo/10_mmdit.ipynb #cf504efc
 def export_base(
     pipe,  # trained pipeline
     out,   # folder
@@ -303,7 +304,7 @@ def train_base(
     vae = train_codec(out, minutes * .13, **kw)
     return export_base(train_mmdit(out, vae, minutes * .87, **kw), Path(out) / "data" / "tiny-sd3")
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #1130ecfd
+# %% ../../nbs/zoo/10_mmdit.ipynb #e6b16c68
 def main():
     "Command line of the zoo: `python -m lora_nb.zoo.mmdit OUT --minutes 69`."
     import argparse
@@ -314,5 +315,5 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     print(train_base(**vars(p.parse_args())))
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #cde20396
+# %% ../../nbs/zoo/10_mmdit.ipynb #5e986d8c
 if __name__ == "__main__" and "__file__" in globals(): main()
