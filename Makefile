@@ -24,6 +24,9 @@ bench: .venv/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
 	$(BIN)/nbdev-clean --fname nbs/benchmarks
 
+bench-gpu: .venv/.dev
+	$(BIN)/python tools/bench_gpu.py
+
 results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py
 
