@@ -7,7 +7,7 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/adherence.html.md"""
 # %% auto #0
 __all__ = ['letters_right', 'score_signs', 'score_scene_pairs', 'measure_scenes', 'main']
 
-# %% ../../nbs/zoo/11_adherence.ipynb #5485119a
+# %% ../../nbs/zoo/11_adherence.ipynb #4df64cd5
 import json
 from pathlib import Path
 from ..core import atomic_path, progress
@@ -15,7 +15,7 @@ from ..evaluation import load_judge, read_background
 from . import scenes as sc, world as w
 from .quality import measure_base
 
-# %% ../../nbs/zoo/11_adherence.ipynb #4689feb8
+# %% ../../nbs/zoo/11_adherence.ipynb #b971131d
 def letters_right(
     got,    # the word that was read
     asked,  # the word of the prompt
@@ -23,7 +23,7 @@ def letters_right(
     "Share of letters that stand right; a word of another length loses what is missing or too much."
     return sum(a == b for a, b in zip(got, asked)) / max(len(got), len(asked))
 
-# %% ../../nbs/zoo/11_adherence.ipynb #730ce043
+# %% ../../nbs/zoo/11_adherence.ipynb #2d5ab29d
 def _grounds(images, rows):
     "Shares of colours and patterns that are right."
     seen = read_background(images)
@@ -48,7 +48,7 @@ def score_scene_pairs(
     out = {**sc.score_pairs(images, rows, judge), **_grounds(images, rows)}
     return out | dict(all=[all(t) for t in zip(out["relation"], out["color"], out["pattern"])])
 
-# %% ../../nbs/zoo/11_adherence.ipynb #f6772801
+# %% ../../nbs/zoo/11_adherence.ipynb #ef235923
 def measure_scenes(
     base,            # `Base`
     n=120,           # prompts of each kind: signs, signs with held-out words, pairs
@@ -70,7 +70,7 @@ def measure_scenes(
         out[name] = {k: round(sum(v) / n, 4) for k, v in right.items()}
     return out
 
-# %% ../../nbs/zoo/11_adherence.ipynb #2d745c53
+# %% ../../nbs/zoo/11_adherence.ipynb #896f2fba
 def main():
     "Command line: `python -m lora_nb.zoo.adherence tiny-sd tiny-sd3 --output nbs/zoo/logs/adherence.json`."
     import argparse
@@ -86,5 +86,5 @@ def main():
     with atomic_path(a.output) as f: Path(f).write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
 
-# %% ../../nbs/zoo/11_adherence.ipynb #8780951b
+# %% ../../nbs/zoo/11_adherence.ipynb #e670b123
 if __name__ == "__main__" and "__file__" in globals(): main()

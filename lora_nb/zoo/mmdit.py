@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'widen_vae', 'train_codec', 't5_words', 't5_tokenizer', 'cli
            'Texts', 'make_pipe', 'flow_loss', 'Scenery', 'draw', 'sheet', 'train_mmdit', 'export_base', 'train_base',
            'main']
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #2c9b9a41
+# %% ../../nbs/zoo/10_mmdit.ipynb #e0da0756
 import copy, json, random, re
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from .clip import EXTRA, RARE
 from .unet import _save_sheet
 from .vae import Run, codec_batch, codec_loss, optimizers, psnr, reconstruct
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #e12089fb
+# %% ../../nbs/zoo/10_mmdit.ipynb #fd5d86b2
 def widen_vae(
     vae,          # `AutoencoderKL` with quant convolutions
     channels=16,  # of the new latents
@@ -44,7 +44,7 @@ def widen_vae(
     new.load_state_dict(own)
     return new
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #6a95c64f
+# %% ../../nbs/zoo/10_mmdit.ipynb #9c6f41e7
 def train_codec(
     out,          # folder; the result is saved as `out/vae16`
     minutes=9,
@@ -79,7 +79,7 @@ def _standardise(vae, scenes, out):
     vae.save_pretrained(out)
     return vae
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #5f6f6a63
+# %% ../../nbs/zoo/10_mmdit.ipynb #9ee10c7b
 def t5_words():
     "The lower-case words of the world."
     text = " ".join([*w.OBJECTS, *w.HELD_OUT, *w.CLASS_OF.values(), *w.COLORS, *w.PATTERNS, *sc.RELATIONS, *w.TEMPLATES,
@@ -92,7 +92,7 @@ def t5_tokenizer():
     pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("▁", -2.)] + [("▁" + x, -3.) for x in t5_words()]
     return T5TokenizerFast(vocab=pieces + [(chr(i), -4.) for i in range(33, 127)], extra_ids=0, model_max_length=32)
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #a30b3cae
+# %% ../../nbs/zoo/10_mmdit.ipynb #92dd1b86
 def clip_l():
     "The text tower of the embedded CLIP with its projection, frozen."
     from transformers import CLIPModel, CLIPTextModelWithProjection
@@ -125,7 +125,7 @@ def t5_encoder(
     return T5EncoderModel(T5Config(vocab_size=len(tok), d_model=width, d_kv=48, d_ff=2 * width, num_layers=layers,
         num_heads=heads, dropout_rate=0., pad_token_id=0, eos_token_id=1))
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #ea9daa0a
+# %% ../../nbs/zoo/10_mmdit.ipynb #06b2b227
 def make_mmdit(
     text_width,      # of the joint sequence
     pooled_width,    # of both pooled vectors together
@@ -144,7 +144,7 @@ def make_mmdit(
     for m in (*quiet, net.proj_out): torch.nn.init.zeros_(m.weight); torch.nn.init.zeros_(m.bias)
     return net
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #abcd9761
+# %% ../../nbs/zoo/10_mmdit.ipynb #2f0a9620
 class Texts:
     "Captions to hidden states and pooled vectors, as `StableDiffusion3Pipeline` makes them."
     def __init__(self, l, g, t5, tok, tok3, device="cpu"):
@@ -163,7 +163,7 @@ class Texts:
         if drop_t5: h3 = h3 * torch.tensor([rng.random() >= drop_t5 for _ in captions], device=h.device)[:, None, None]
         return torch.cat([h, h3], 1), torch.cat([a.text_embeds, b.text_embeds], -1)
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #9887463a
+# %% ../../nbs/zoo/10_mmdit.ipynb #82290af8
 def make_pipe(
     vae, net, l, g, t5, tok, tok3,
     shift=1.,  # of the flow's timesteps: 64 pixels need none
@@ -175,7 +175,7 @@ def make_pipe(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #e99d524f
+# %% ../../nbs/zoo/10_mmdit.ipynb #d3dae5c7
 def flow_loss(
     net,     # `SD3Transformer2DModel`
     z,       # `(B, 16, h, w)` latents of unit variance
@@ -189,7 +189,7 @@ def flow_loss(
                   pooled_projections=pooled).sample
     return F.mse_loss(out.float(), noise - z)
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #7c4bf4ec
+# %% ../../nbs/zoo/10_mmdit.ipynb #03c1019d
 SIZES = ((48, 48), (80, 80), (96, 96), (64, 96), (96, 64))             # height, width of the other pictures
 
 class Scenery:
@@ -211,7 +211,7 @@ class Scenery:
         caps = ["" if self.rng.random() < drop else c for c in self.scenes.captions(lab[i], self.rng)]
         return z[i].float(), caps
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #a732fd2f
+# %% ../../nbs/zoo/10_mmdit.ipynb #a035a7a8
 def draw(
     pipe,         # `StableDiffusion3Pipeline` of the zoo
     prompts,      # list of sentences
@@ -236,7 +236,7 @@ def sheet(
     "A fixed sheet of prompts: objects, signs, pairs."
     return [p for k in sc.KINDS for _, p in sc.plan_scenes(n, k, seed=seed)]
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #4c429b5a
+# %% ../../nbs/zoo/10_mmdit.ipynb #b7ad6590
 def _parts(vae, device):
     "Everything that the base is made of, untrained but for the codec and the first CLIP: (networks that learn, texts, pipeline)."
     from transformers import CLIPTokenizer
@@ -253,7 +253,7 @@ def _plan(i, batch, rng):
     lengths = rng.choice(((77, 32), (77, 77), (77, 256))) if i % 10 == 9 else (None, None)
     return hw, lengths, batch // 2 if hw != (64, 64) or lengths[1] > 200 else batch
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #ac3e4c84
+# %% ../../nbs/zoo/10_mmdit.ipynb #ee9d566d
 def train_mmdit(
     out,              # folder; the pipeline is saved as `out/tiny-sd3`
     vae,              # from `train_codec`
@@ -284,7 +284,7 @@ def train_mmdit(
     model.load_state_dict(run.average.state); pipe.save_pretrained(out / "tiny-sd3")
     return pipe
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #cf504efc
+# %% ../../nbs/zoo/10_mmdit.ipynb #661f1bc1
 def export_base(
     pipe,  # trained pipeline
     out,   # folder
@@ -304,7 +304,7 @@ def train_base(
     vae = train_codec(out, minutes * .13, **kw)
     return export_base(train_mmdit(out, vae, minutes * .87, **kw), Path(out) / "data" / "tiny-sd3")
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #e6b16c68
+# %% ../../nbs/zoo/10_mmdit.ipynb #0f6fb028
 def main():
     "Command line of the zoo: `python -m lora_nb.zoo.mmdit OUT --minutes 69`."
     import argparse
@@ -315,5 +315,5 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     print(train_base(**vars(p.parse_args())))
 
-# %% ../../nbs/zoo/10_mmdit.ipynb #5e986d8c
+# %% ../../nbs/zoo/10_mmdit.ipynb #2e2f9681
 if __name__ == "__main__" and "__file__" in globals(): main()
