@@ -7,8 +7,8 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/scenes.html.md"""
 # %% auto #0
 __all__ = ['LETTERS', 'WORDS', 'ADVANCE', 'BOARD_TOP', 'BOARD_HEIGHT', 'RELATIONS', 'PLACES', 'PAIR_SIZE', 'KINDS', 'LABELS',
            'SIGN_TEMPLATES', 'PAIR_TEMPLATES', 'CORNERS', 'held_out_word', 'random_word', 'letter_atlas', 'sign_mask',
-           'Signs', 'paste', 'Pairs', 'spell', 'spelled', 'scene_caption', 'plan_scenes', 'ground', 'Scenes',
-           'board_letters', 'read_signs', 'read_places', 'score_pairs']
+           'Signs', 'paste', 'Pairs', 'spell', 'spelled', 'scene_caption', 'plan_scenes', 'Scenes', 'board_letters',
+           'read_signs', 'read_places', 'score_pairs']
 
 # %% ../../nbs/zoo/09_scenes.ipynb #23fdf611
 import random, zlib
@@ -190,23 +190,6 @@ def plan_scenes(
         out.append((row, scene_caption(names, row, rng, fixed, 0)))
     return out
 
-# %% ../../nbs/zoo/09_scenes.ipynb #b7f4a94a
-def ground(
-    color,    # `(B,)` indices into `COLORS`
-    pattern,  # `(B,)` indices into `PATTERNS`
-    h, wd,    # pixels
-):            # `(B, 3, h, wd)` in 0..1
-    "Backgrounds of any shape."
-    u = 64 / min(h, wd)
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(wd), indexing="ij")
-    r = ((x * u % 16 - 7.5) ** 2 + (y * u % 16 - 7.5) ** 2).sqrt()
-    check = (((x * u / 16).long() + (y * u / 16).long()) % 2).float()
-    m = torch.stack([torch.zeros(h, wd), ((x * u / 8).long() % 2).float(), (4.8 - r).clamp(0, 1), check,
-                     (y / (h - 1)).float()]).to(color.device)[pattern][:, None]
-    c1 = (torch.tensor(list(w.COLORS.values()), device=color.device) / 255)[color]
-    c2 = torch.stack([w.second_color(c) for c in c1])
-    return c1[:, :, None, None] * (1 - m) + c2[:, :, None, None] * m
-
 # %% ../../nbs/zoo/09_scenes.ipynb #b2cc201c
 class Scenes:
     "Endless labelled scenes: an object, a sign with a word, or two objects in a relation."
@@ -278,7 +261,7 @@ def sized(self:Scenes,
     b = self.world.sample(n)
     g = self.sizes[m][b["obj"].cpu(), b["size"].cpu()].to(self.device)
     g = F.pad(g, ((wd - m) // 2,) * 2 + ((h - m) // 2,) * 2)
-    return w.composite(g, ground(b["color"], b["pattern"], h, wd)), \
+    return w.composite(g, w.backgrounds(b["color"], b["pattern"], (h, wd))), \
         _label(n, self.device, **{k: b[k] for k in ("obj", "color", "pattern")})
 
 # %% ../../nbs/zoo/09_scenes.ipynb #f6b657c8

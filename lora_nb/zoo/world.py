@@ -103,22 +103,23 @@ _C2 = torch.stack([second_color(c) for c in _C1])
 
 # %% ../../nbs/zoo/00_world.ipynb #e76c5c60
 def pattern_masks(
-    s=64,  # height and width in pixels
-):     # `(5, s, s)` in 0..1, in the order of `PATTERNS`
-    "Share of the second colour at each pixel."
-    y, x = torch.meshgrid(torch.arange(s), torch.arange(s), indexing="ij")
-    u = 64 / s
+    s=64,  # height and width in pixels, or (height, width)
+):     # `(5, height, width)` in 0..1, in the order of `PATTERNS`
+    "Share of the second colour at each pixel; a pattern grows with the shorter side and goes on along the longer."
+    h, wd = (s, s) if isinstance(s, int) else s
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(wd), indexing="ij")
+    u = 64 / min(h, wd)
     stripe = ((x * u / 8).long() % 2).float()
     r = ((x * u % 16 - 7.5) ** 2 + (y * u % 16 - 7.5) ** 2).sqrt()
     check = (((x * u / 16).long() + (y * u / 16).long()) % 2).float()
-    return torch.stack([torch.zeros(s, s), stripe, (4.8 - r).clamp(0, 1), check, (y / (s - 1)).float()])
+    return torch.stack([torch.zeros(h, wd), stripe, (4.8 - r).clamp(0, 1), check, (y / (h - 1)).float()])
 
 # %% ../../nbs/zoo/00_world.ipynb #113f0de3
 def backgrounds(
     color,    # `(B,)` indices into `COLORS`
     pattern,  # `(B,)` indices into `PATTERNS`
-    size=64,  # pixels
-):        # `(B, 3, size, size)` in 0..1
+    size=64,  # pixels, or (height, width)
+):        # `(B, 3, height, width)` in 0..1
     "Draw backgrounds as one batch, on the device of `color`."
     m = pattern_masks(size).to(color.device)[pattern][:, None]
     c1, c2 = (c.to(color.device)[color][:, :, None, None] for c in (_C1, _C2))
