@@ -1,20 +1,21 @@
-# make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures)
+# make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures, BASE=tiny-sd3)
 # make test                     everything that is checked
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make picture                  run the demo and put its picture and numbers on the index
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
-# make bench / quality          the measured comparisons / the measured quality of the embedded base (minutes)
-# make base                     train the embedded base again, into out/base (hours on a CPU; needs the emoji font)
+# make bench / bench-gpu        the measured comparisons / the same for transformers of SD3.5's shapes, where there is a GPU
+# make quality                  the measured quality of the embedded bases (minutes)
+# make base / base3             train tiny-sd / tiny-sd3 again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt $(INDEX)
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench results quality base readme picture export clean
+.PHONY: demo test bench bench-gpu results quality base base3 readme picture export clean
 
 demo: .venv/.run
-	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)")
+	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
 
 test: .venv/.dev
 	$(BIN)/python tools/test.py $(ONLY)
@@ -23,14 +24,21 @@ bench: .venv/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
 	$(BIN)/nbdev-clean --fname nbs/benchmarks
 
+bench-gpu: .venv/.dev
+	$(BIN)/python tools/bench_gpu.py
+
 results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py
 
 quality: .venv/.dev
 	$(BIN)/python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json
+	$(BIN)/python -m lora_nb.zoo.adherence tiny-sd tiny-sd3 --output nbs/zoo/logs/adherence.json
 
 base: .venv/.run
 	$(BIN)/python -m lora_nb.zoo.unet $(or $(OUT),out/base)
+
+base3: .venv/.run
+	$(BIN)/python -m lora_nb.zoo.mmdit $(or $(OUT),out/base)
 
 readme: .venv/.dev
 	$(QUIET) $(BIN)/nbdev-test nbs/index.ipynb --save && $(BIN)/nbdev-clean --fname nbs/index.ipynb

@@ -7,8 +7,8 @@ from functools import lru_cache
 from importlib import import_module
 
 _MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction", "checkpoints",
-            "composition", "mixing", "bases", "evaluation", "scheduling", "preprocessing", "dataset", "training",
-            "dreambooth", "textual_inversion", "pti", "sd3", "studio", "cli")
+            "composition", "mixing", "bases", "memory", "evaluation", "scheduling", "preprocessing", "dataset", "training",
+            "dreambooth", "textual_inversion", "pti", "sd3", "turbo", "studio", "cli")
 
 
 @lru_cache

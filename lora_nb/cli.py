@@ -10,12 +10,12 @@ __all__ = ['COMMANDS', 'WHAT', 'OUTPUT', 'LEARNING', 'REFUSED', 'IGNORED', 'SETT
            'dreambooth_parser', 'recipe_from', 'check_flags', 'start_from', 'save_formats', 'try_formats',
            'lora_dreambooth', 'ppim_parser', 'ppim_settings', 'lora_ppim', 'switch', 'add_reference_flags', 'ti_parser',
            'pti_parser', 'words_recipe', 'pti_recipe', 'reference_words', 'available_device', 'prepare', 'finish',
-           'lora_ti', 'save_words', 'lora_pti', 'together', 'lora_generate', 'evaluate_parser', 'lora_evaluate',
-           'evaluation_lines', 'lora_info', 'lora_convert', 'lora_add', 'lora_distill', 'find_subject', 'demo_parser',
-           'demo', 'demo_recipe', 'demo_metrics', 'show_demo', 'main']
+           'lora_ti', 'save_words', 'lora_pti', 'together', 'drawing', 'lora_generate', 'lora_memory',
+           'evaluate_parser', 'lora_evaluate', 'evaluation_lines', 'lora_info', 'lora_convert', 'lora_add',
+           'lora_distill', 'find_subject', 'demo_parser', 'demo', 'demo_recipe', 'demo_metrics', 'show_demo', 'main']
 
 # %% ../nbs/19_cli.ipynb #4eaf781d
-import argparse, contextlib, json, math, os, sys, time
+import argparse, contextlib, json, math, os, re, sys, time
 from pathlib import Path
 from .core import DataError, LoraError, atomic_path, data_path, peak_rss_mb
 
@@ -60,7 +60,9 @@ def _base(a):
     "The base that the flags name"
     from lora_nb.bases import load_base
     _quiet()
-    return load_base(a.pretrained_model_name_or_path, getattr(a, "device", None), config=getattr(a, "config", None))
+    t5 = dict(keep=True, drop=False).get(getattr(a, "t5", None) or "keep", "8bit")
+    return load_base(a.pretrained_model_name_or_path, getattr(a, "device", None), config=getattr(a, "config", None), t5=t5,
+                     offload=getattr(a, "offload", None) or False)
 
 def _writable(folder):
     "Make a folder and prove that it can be written, before any work is done"
@@ -84,6 +86,8 @@ def add_flags(parser, title, rows):
 # %% ../nbs/19_cli.ipynb #8134bec0
 WHAT = [
     ("pretrained_model_name_or_path", str, "tiny-sd", "the base: embedded, a folder, a single file, or a hub id"),
+    ("t5", ("keep", "drop", "8bit"), None, "SD3: what to do with the third text encoder (default: keep)"),
+    ("offload", ("model", "sequential"), None, "keep networks, or layers, in main memory until they are needed (CUDA)"),
     ("pretrained_vae_name_or_path", str, None, "another VAE for it: a folder or hub id"),
     ("instance_data_dir", str, "required", "folder with pictures of the subject"),
     ("instance_prompt", str, "required", "prompt that names the subject by a rare word and a class noun: 'a sks toy'"),
@@ -122,6 +126,8 @@ LEARNING = [
     ("learning_rate", float, None, "learning rate of the denoiser's LoRA"),
     ("train_text_encoder", None, None, "train a LoRA of the text encoders too"),
     ("learning_rate_text", float, None, "learning rate of the text encoders' LoRA"),
+    ("encoders", str, None, "text encoders that may learn, LoRA or words: clips, all (with T5), or names with commas"),
+    ("weighting", ("v", "x0", "epsilon"), None, "flow models: whose error counts; v is their own"),
     ("scale_lr", None, None, "multiply the rates by batch size, accumulation and number of processes"),
     ("lr_scheduler", ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
      None, "course of the learning rate"),
@@ -170,12 +176,13 @@ SETTINGS = dict(max_train_steps="steps", train_batch_size="batch_size", prior_lo
                 lr_scheduler="lr_schedule", lr_warmup_steps="warmup", adam_weight_decay="weight_decay",
                 save_steps="checkpoint_every",
                 **{k: k for k in ("targets", "learning_rate", "max_grad_norm", "mixed_precision", "seed",
-                                  "gradient_checkpointing", "train_text_encoder")})
+                                  "gradient_checkpointing", "train_text_encoder", "encoders", "weighting")})
 
 def recipe_from(a, base, pictures, processes=1):
     "The recipe that the flags `a` of `lora_dreambooth` ask for, with so many pictures and processes."
     from lora_nb.training import recipe_for
     given = {SETTINGS[k]: v for k, v in vars(a).items() if k in SETTINGS and v is not None and v is not False}
+    if "," in given.get("encoders", ""): given["encoders"] = given["encoders"].split(",")
     r = recipe_for(base).replace(**given)
     if a.max_train_steps is None and a.num_train_epochs is not None:
         r = r.replace(steps=a.num_train_epochs * math.ceil(pictures / (r.batch_size * r.accumulate * processes)))
@@ -336,6 +343,8 @@ def lora_ppim(argv):
 # %% ../nbs/19_cli.ipynb #464cfff0
 WORDS = [
     ("pretrained_model_name_or_path", str, "tiny-sd", "the base: embedded, a folder, a single file, or a hub id"),
+    ("t5", ("keep", "drop", "8bit"), None, "SD3: what to do with the third text encoder (default: keep)"),
+    ("offload", ("model", "sequential"), None, "keep networks, or layers, in main memory until they are needed (CUDA)"),
     ("pretrained_vae_name_or_path", str, None, "another VAE for it: a folder or hub id"),
     ("instance_data_dir", str, "required", "folder with pictures of the subject or style"),
     ("output_dir", str, "required", "folder for the file, the loss curve, previews and checkpoints"),
@@ -346,6 +355,8 @@ WORDS = [
     ("placeholder_token_at_data", str, None, "'name|words': where a caption says name, these words are put"),
     ("use_template", str, None, "object, style or face: sentences in place of the pictures' captions"),
     ("vectors", int, None, "vectors a word"),
+    ("encoders", str, None, "text encoders that may learn, LoRA or words: clips, all (with T5), or names with commas"),
+    ("weighting", ("v", "x0", "epsilon"), None, "flow models: whose error counts; v is their own"),
     ("learning_rate_ti", float, None, "learning rate of the words"),
     ("clip_ti_decay", bool, True, "pull their length towards that of the encoder's own words"),
     ("weight_decay_ti", float, 0., "only 0: the pull on lengths takes its place"),
@@ -451,7 +462,8 @@ def pti_parser():
 OF_WORDS = dict(vectors="vectors", learning_rate_ti="words_learning_rate", max_train_steps_ti="steps",
                 lr_scheduler="lr_schedule", lr_warmup_steps="warmup", seed="seed", train_batch_size="batch_size",
                 gradient_accumulation_steps="accumulate", gradient_checkpointing="gradient_checkpointing",
-                mixed_precision="mixed_precision", save_steps="checkpoint_every", use_template="template")
+                mixed_precision="mixed_precision", save_steps="checkpoint_every", use_template="template",
+                encoders="encoders", weighting="weighting")
 OF_TUNING = {**OF_WORDS, "max_train_steps_ti": "ti_steps", "lr_scheduler": "ti_lr_schedule", "mode": "mode",
              "prior_loss_weight": "prior_weight", "continue_inversion_lr": "tuning_words_learning_rate",
              "max_train_steps_tuning": "steps", "train_text_encoder": "train_text_encoder", "lora_rank": "rank",
@@ -462,6 +474,7 @@ OF_TUNING = {**OF_WORDS, "max_train_steps_ti": "ti_steps", "lr_scheduler": "ti_l
 
 def words_recipe(a, recipe, names):
     "`recipe` with what the flags ask for"
+    if a.encoders and "," in a.encoders: a.encoders = a.encoders.split(",")
     r = recipe.replace(**{names[k]: v for k, v in vars(a).items() if k in names and v is not None})
     if not a.clip_ti_decay: r = r.replace(norm_prior=0.)
     if a.use_mask_captioned_data or a.use_face_segmentation_condition: r = r.replace(mask_floor=a.mask_floor)
@@ -574,6 +587,20 @@ def together(
         raise LoraError(f"--together switch decides itself when {odd[0]} is on: give it a plain strength.")
     return {lora: s.scaled(values[lora].course) for lora, s in lora_switch(values).items()}
 
+def drawing(a, base, plan):
+    "Settings of a drawing: the flags', else those of a turbo LoRA among the worn, else the base's; sets the turbo's sampler"
+    how = dict(steps=a.num_inference_steps, guidance_scale=a.guidance_scale, size=None, skip_layers=a.skip_layers)
+    if a.size:
+        m = re.fullmatch(r"(\d+)(?:x(\d+))?", a.size.lower())
+        if not m: raise LoraError(f"--size {a.size}: expected WIDTHxHEIGHT, such as 1024x768.")
+        how["size"] = int(m[1]), int(m[2] or m[1])
+    quick = next((lora for lora in plan or () if "turbo" in lora.metadata), None)
+    if quick is None: return how
+    from lora_nb.turbo import turbo_scheduler, turbo_settings
+    base.pipe.scheduler = turbo_scheduler(base.pipe, quick)
+    return turbo_settings(quick, a.num_inference_steps) | {k: v for k, v in how.items() if v not in (None, False)}
+
+# %% ../nbs/19_cli.ipynb #3e14ffcf
 @command
 def lora_generate(argv):
     "Draw pictures with a base and any LoRAs, at fixed strengths or on schedules."
@@ -582,12 +609,17 @@ def lora_generate(argv):
         ("pretrained_model_name_or_path", str, "tiny-sd", "the base: embedded, a folder, a single file, or a hub id"),
         ("prompt", str, "required", "what to draw"), ("negative_prompt", str, "", "what not to draw"),
         ("num_images", int, 4, "how many, with consecutive seeds"), ("seed", int, 0, "of the first"),
-        ("num_inference_steps", int, 25, "denoising steps"),
-        ("guidance_scale", float, 4., "how strongly to follow the prompt"),
+        ("num_inference_steps", int, None, "denoising steps (default: the base's, or the turbo LoRA's)"),
+        ("guidance_scale", float, None, "how strongly to follow the prompt (default: likewise)"),
+        ("size", str, None, "WIDTHxHEIGHT in pixels (default: the base's)"),
+        ("skip_layers", None, None, "skip-layer guidance, where the base's authors recommend it (SD3.5 Medium)"),
+        ("t5", ("keep", "drop", "8bit"), None, "SD3: what to do with the third text encoder (default: keep)"),
+        ("offload", ("model", "sequential"), None, "keep networks, or layers, in main memory until they are needed (CUDA)"),
         ("together", ("sum", "switch", "composite"), "sum", "how several LoRAs are worn"),
         ("output_dir", str, "pictures", "folder for the PNG files"), ("device", str, None, "cuda, mps or cpu")])
     p.add_argument("--lora", action="append", default=[],
-                   help="a LoRA to wear: FILE, FILE:0.8 or FILE:SCHEDULE, such as FILE:ramp:0:1; may be repeated")
+                   help="a LoRA to wear: FILE, FILE:0.8 or FILE:SCHEDULE, such as FILE:ramp:0:1, or FILE:0.8@B03-07.text=0 "
+                        "for blocks and streams; may be repeated")
     a = p.parse_args(argv)
     from lora_nb.scheduling import parse_lora, scheduled
     named = dict(map(parse_lora, a.lora))
@@ -595,11 +627,33 @@ def lora_generate(argv):
     plan = together(named, a.together)
     out, base = _writable(a.output_dir), _base(a)
     seeds = [a.seed + i for i in range(a.num_images)]
+    how = drawing(a, base, plan)
     with scheduled(base, plan) if plan else contextlib.nullcontext():
-        images = base.generate(a.prompt, a.negative_prompt, seeds, a.num_inference_steps, a.guidance_scale)
+        images = base.generate(a.prompt, a.negative_prompt, seeds, **how)
     for seed, im in zip(seeds, images):
         with atomic_path(out / f"{seed:06d}.png") as tmp: im.save(tmp, format="PNG")
     print(f"{len(images)} pictures in {out}, seeds {seeds[0]} to {seeds[-1]}.")
+
+# %% ../nbs/19_cli.ipynb #e03159d7
+@command
+def lora_memory(argv):
+    "What a training or a drawing will need of a card's memory."
+    p = Parser("lora_memory", "What a base will need of a card's memory, before it is downloaded.")
+    p.add_argument("base", help="sd1.5, sdxl, sd3.5-medium, sd3.5-large, an embedded base, or a folder")
+    add_flags(p, "task", [
+        ("task", ("train", "generate"), "train", "what is to be done"), ("rank", int, 16, "of the LoRA"),
+        ("targets", str, "attention", "which layers wear it"), ("batch_size", int, 1, "pictures at once"),
+        ("resolution", int, None, "pixels (default: the base's)"),
+        ("gradient_checkpointing", None, None, "compute the blocks' insides twice in place of keeping them"),
+        ("t5", ("keep", "drop", "8bit"), "keep", "SD3: what to do with the third text encoder"),
+        ("offload", ("model", "sequential"), None, "keep networks, or layers, in main memory until they are needed")])
+    a = vars(p.parse_args(argv))
+    from lora_nb.memory import estimate_memory
+    _quiet()
+    t5 = dict(keep=True, drop=False).get(a.pop("t5"), "8bit")
+    need = estimate_memory(**a | dict(t5=t5, offload=a["offload"] or False,
+                                      gradient_checkpointing=bool(a["gradient_checkpointing"])))
+    print(need._repr_markdown_().replace("**", ""))
 
 # %% ../nbs/19_cli.ipynb #5564037d
 def evaluate_parser():
@@ -783,8 +837,8 @@ def demo(argv):
 def demo_recipe(base, a):
     "The recipe of the demo: the base's own, with previews on the way."
     from lora_nb.training import recipe_for
-    return recipe_for(base, seed=a.seed, steps=a.steps, learning_rate=1.5e-3, lr_schedule="cosine",
-                      preview_every=math.ceil(a.steps / 4))
+    own = {} if base.family == "sd3" else dict(learning_rate=1.5e-3)          # the card of tiny-sd3 has its own
+    return recipe_for(base, seed=a.seed, steps=a.steps, lr_schedule="cosine", preview_every=math.ceil(a.steps / 4), **own)
 
 def demo_metrics(run, lora, out, measured, name, began):
     "What goes into metrics.json."

@@ -18,7 +18,7 @@ import torch
 
 from .core import DataError, FormatError, LoraError, ShapeError, TargetError, atomic_path, closest, patch_to
 from .lora import Factors, Lora, add_factors, some
-from .injection import apply_lora, branches, remove_lora
+from .injection import _longest_key, _on_path, apply_lora, branches, remove_lora
 from .formats import FORMATS, read_file, recognise
 from .extraction import recompress_layers
 
@@ -61,8 +61,8 @@ def weight_of(
     "One LoRA's weight in one layer"
     if callable(weight): return float(weight(name))
     if not isinstance(weight, dict): return float(weight)
-    hits = [k for k in weight if f".{k}." in f".{name}."]
-    return float(weight[max(hits, key=len)]) if hits else 1.
+    key = _longest_key(weight, name)
+    return 1. if key is None else float(weight[key])
 
 def as_weights(
     weights,  # None (all 1), or one weight for each LoRA
@@ -80,7 +80,7 @@ def check_paths(
     weight,  # of it, as `weight_of` takes it
 ):
     "Raise if a path in a table of weights lies on no layer"
-    lost = [k for k in weight if not any(f".{k}." in f".{n}." for n in lora.layers)] if isinstance(weight, dict) else []
+    lost = [k for k in weight if not any(_on_path(k, n) for n in lora.layers)] if isinstance(weight, dict) else []
     if lost:
         words = sorted({w for n in lora.layers for w in n.split(".") if not w.isdigit()})
         raise TargetError(f"weights for {some(lost)} fit no layer of the LoRA.{closest(lost[0], words)} Words of its "

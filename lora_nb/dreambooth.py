@@ -19,7 +19,7 @@ from PIL import Image
 from .core import DataError, LoraError, atomic_path, progress
 from .injection import inject_lora
 from .dataset import ConceptDataset, encode, find_pictures
-from .training import Stream, Trainer, recipe_for
+from .training import Stream, Trainer, learning_encoders, recipe_for
 
 # %% ../nbs/14_dreambooth.ipynb #153aef63
 def trigger_of(
@@ -245,7 +245,7 @@ def _wear(self):
     "Put trainable LoRAs into the networks that learn"
     r = self.recipe
     targets = {self.base.denoiser_name: r.targets}
-    if r.train_text_encoder: targets |= {n: "attention" for n in self.base.text_encoders}
+    if r.train_text_encoder: targets |= {n: "attention" for n in learning_encoders(self.base, r.encoders)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
         self.worn = inject_lora(self.base.pipe, targets, rank=r.rank, alpha=r.alpha, dropout=r.dropout)

@@ -17,7 +17,7 @@ import torch
 from .core import LoraError, patch_to
 from .injection import inject_lora
 from .lora import Lora
-from .training import Recipe, TrainingLog, Trainer, Turn, recipe_for, setting
+from .training import Recipe, TrainingLog, Trainer, Turn, learning_encoders, recipe_for, setting
 from .dreambooth import _check_prior, prior_stream
 from .textual_inversion import (InversionRecipe, NewWords, concepts_of, inversion_recipe_for, pulled,
                                        word_streams)
@@ -70,7 +70,7 @@ class PivotalTuning:
                  output_dir=None,                 # folder of checkpoints and previews
                  prompt="a photo of a {trigger}", # for pictures without captions
                  class_noun="",                   # said after the word in captions: "a <bear> toy"
-                 components=None,                 # text encoders that learn the words; None: the CLIPs
+                 components=None,                 # text encoders that learn the words; None: the recipe's `encoders`
                  num_class_images=24, sampling=None, previews=None, callback=None, resolution=None, buckets=None,
                  start=None,                      # a `Lora` whose words the run begins with
                  **overrides):                    # settings of the recipe
@@ -96,9 +96,9 @@ def _prior(self, source, class_data, kw):
 def _wear(self, inits, components, start):
     "Put words and branches in; all or nothing"
     r, targets = self.recipe, {self.base.denoiser_name: self.recipe.targets}
-    if r.train_text_encoder: targets |= {n: "attention" for n in self.base.text_encoders}
+    if r.train_text_encoder: targets |= {n: "attention" for n in learning_encoders(self.base, r.encoders)}
     if start is not None: inits = {**inits, **{w: e for w, e in start.embeddings.items() if w in inits}}
-    self.words = NewWords(self.base, inits, r.vectors, components, r.seed)
+    self.words = NewWords(self.base, inits, r.vectors, components or learning_encoders(self.base, r.encoders), r.seed)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(r.seed)
@@ -177,6 +177,9 @@ def joined(
             past = out.parts.setdefault(name, [])
             past += [float("nan")] * (at - len(past)) + log.parts.get(name, [float("nan")] * log.steps)
         for name, points in log.val.items(): out.val.setdefault(name, []).extend((s + at, v) for s, v in points)
+        for name, curves in log.val_at.items():
+            mine = out.val_at.setdefault(name, {})
+            for level, points in curves.items(): mine.setdefault(level, []).extend((s + at, v) for s, v in points)
         out.previews += [(s + at, ims) for s, ims in log.previews]
         out.losses += log.losses; out.lrs += log.lrs; out.norms += log.norms
         out.seconds += log.seconds; out.total_seconds += log.total_seconds

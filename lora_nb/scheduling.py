@@ -272,7 +272,7 @@ def _part(text):
         return dict(course=tuple((_number(p, "a keyframe's progress"), _number(w, "its weight")) for p, w in pairs))
     raise LoraError(f"{text!r} is no part of a schedule: expected a strength (0.8), keyframes (0:0,0.3:1,1:0.5), "
                     "ramp:0:1, cosine:1:0, start-stop (0.2-0.8 of the run, or steps 5-20), block weights "
-                    "(IN01=0,OUT=0.5), te:0.5 (text encoders) or rank:4 (T-LoRA), joined with @")
+                    "(IN01=0,OUT=0.5; B03-07=0,text=0.5), te:0.5 (text encoders) or rank:4 (T-LoRA), joined with @")
 
 # %% ../nbs/10_scheduling.ipynb #4f089ac8
 def parse_schedule(

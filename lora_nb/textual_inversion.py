@@ -20,7 +20,7 @@ from .core import DataError, LoraError, TargetError, generator, patch_to
 from .lora import Lora
 from .injection import apply_lora, remove_lora, vector_tokens
 from .dataset import ConceptDataset, encode
-from .training import Recipe, Stream, Trainer, setting
+from .training import Recipe, Stream, Trainer, learning_encoders, setting
 
 # %% ../nbs/15_textual_inversion.ipynb #b6b19b72
 class WordTable(nn.Module):
@@ -54,6 +54,7 @@ def first_vectors(
         sigma = float(init[6:-1]) if init.startswith("<rand-") else table.std()
         return torch.randn(n, table.shape[1], generator=generator(seed)).to(table.device) * sigma
     ids = tokenizer(init, add_special_tokens=False)["input_ids"]
+    ids = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "▁"]           # T5's blank says nothing
     if not ids: raise DataError(f"The initialiser {init!r} has no tokens: expected a word such as 'toy', or one of "
                                 "'<rand>', '<rand-0.02>', '<zero>', '<mean>'.")
     return table[[ids[i % len(ids)] for i in range(n)]]
@@ -85,13 +86,10 @@ class NewWords:
 # %% ../nbs/15_textual_inversion.ipynb #d56ddfb6
 def _encoders(base, components):
     "component -> (text encoder, tokenizer)"
-    have = {c: (m, getattr(base.pipe, c.replace("text_encoder", "tokenizer"))) for c, m in base.text_encoders.items()}
-    components = components or [c for c, (m, _) in have.items() if "CLIP" in type(m).__name__]
-    unknown = [c for c in components if c not in have]
-    if unknown or not components:
-        raise TargetError(f"No text encoder {', '.join(unknown) or 'that is a CLIP'} in {base.name}: expected some of "
-                          f"{', '.join(have)}.")
-    return {c: have[c] for c in components}
+    names = learning_encoders(base, components or "clips")
+    have = ", ".join(base.text_encoders) or "none"
+    if not names: raise TargetError(f"No text encoder that is a CLIP in {base.name}: it has {have}. Name one of them.")
+    return {c: (base.text_encoders[c], getattr(base.pipe, c.replace("text_encoder", "tokenizer"))) for c in names}
 
 @patch_to(NewWords)
 def _learn(self, component, words):
@@ -136,7 +134,8 @@ def fingerprint(
         return hashlib.sha256(t.flatten().view(torch.uint8).numpy().data).hexdigest()[:16]
     named = {f"{c}.{n}": p for c, m in base.parts().items() for n, p in m.named_parameters()}
     named = {n.replace(".table.weight", ".weight"): p for n, p in named.items() if not n.endswith(".words")}
-    return {n: digest(p[:rows] if rows and "token_embedding" in n else p) for n, p in named.items()}
+    table = lambda n: any(w in n.split(".") for w in ("token_embedding", "shared", "embed_tokens"))
+    return {n: digest(p[:rows] if rows and table(n) else p) for n, p in named.items()}
 
 # %% ../nbs/15_textual_inversion.ipynb #128987a1
 @patch_to(NewWords)
@@ -214,7 +213,8 @@ def inversion_recipe_for(base,              # a `Base`
                  template=intent.replace("subject", "object"))
     small = dict(words_learning_rate=3e-2, lr_schedule="cosine", steps=100)
     own = small if base.resolution <= 128 else large
-    shared = {k: getattr(common, k) for k in ("batch_size", "accumulate", "snr_gamma", "max_grad_norm", "flip")}
+    shared = {k: getattr(common, k) for k in ("batch_size", "accumulate", "snr_gamma", "weighting", "encoders",
+                                               "max_grad_norm", "flip")}
     return InversionRecipe().replace(**{**shared, **own, **changes})
 
 # %% ../nbs/15_textual_inversion.ipynb #6bbfd885
@@ -264,13 +264,14 @@ class TextualInversion:
                  output_dir=None,                 # folder of checkpoints and previews
                  prompt="a photo of a {trigger}", # for pictures without captions
                  class_noun="",                   # said after the word in captions: "a <bear> toy"
-                 components=None,                 # text encoders; None: the CLIPs
+                 components=None,                 # text encoders; None: the recipe's `encoders`
                  previews=None, callback=None, resolution=None, buckets=None,
                  **overrides):                    # settings of the recipe
         self.base, self.recipe = base, (recipe or inversion_recipe_for(base)).replace(**overrides)
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger = ", ".join(f"{t} {class_noun}".strip() for t in data)
-        self.words = NewWords(base, inits, self.recipe.vectors, components, self.recipe.seed)
+        encoders = components or learning_encoders(base, self.recipe.encoders)
+        self.words = NewWords(base, inits, self.recipe.vectors, encoders, self.recipe.seed)
         try:
             streams, r = word_streams(base, data, self.recipe, prompt, resolution, class_noun, buckets), self.recipe
             rates = dict.fromkeys(self.words.params(), r.words_learning_rate)
@@ -333,5 +334,6 @@ def neighbours(
     table = nn.functional.normalize(encoder.get_input_embeddings().weight.detach().float().cpu(), dim=1)
     cos = nn.functional.normalize(vectors.float().cpu(), dim=-1) @ table.T
     best = cos.topk(k, dim=1)
-    words = [[tokenizer.convert_ids_to_tokens(i).replace("</w>", "") for i in row] for row in best.indices.tolist()]
+    plain = lambda i: (tokenizer.convert_ids_to_tokens(i) or "?").replace("</w>", "").replace("▁", "")
+    words = [[plain(i) for i in row] for row in best.indices.tolist()]
     return [list(zip(w, (round(c, 3) for c in row))) for w, row in zip(words, best.values.tolist())]
