@@ -1,5 +1,6 @@
 # make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures, BASE=tiny-sd3)
-# make test                     everything that is checked
+# make test                     everything that is checked; the browser's part only where Chromium is installed
+# make test-browser             the studio in a real browser: JupyterLab, Voila, old and new widgets (ONLY="lab voila voila7")
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make picture                  run the demo and put its picture and numbers on the index
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
@@ -12,13 +13,16 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq 
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench bench-gpu results quality base base3 readme picture export clean
+.PHONY: demo test test-browser bench bench-gpu results quality base base3 readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
 
 test: .venv/.dev
 	$(BIN)/python tools/test.py $(ONLY)
+
+test-browser: .venv/.dev
+	$(BIN)/python tools/browser.py $(ONLY)
 
 bench: .venv/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
