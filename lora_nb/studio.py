@@ -12,7 +12,8 @@ __all__ = ['SCALES', 'PRESETS', 'LIVE', 'MIXES', 'STYLE', 'Wear', 'Settings', 's
            'Training', 'studio_notebook', 'studio_parser', 'lora_studio']
 
 # %% ../nbs/18_studio.ipynb #7b0b713a
-import argparse, contextlib, contextvars, html, io, json, os, random, re, sys, tempfile, threading, time, traceback
+import argparse, contextlib, contextvars, html, io, json, os, random, re, shutil, sys
+import tempfile, threading, time, traceback
 from base64 import b64encode
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
@@ -135,9 +136,10 @@ class Easel:
 
 # %% ../nbs/18_studio.ipynb #9f192c28
 LIVE = ("sum", "switch", "composite")
-MIXES = {"Sum": "sum", "Switch: by turns": "switch", "Composite: mean answer": "composite", "Blend: weighted mean": "lerp",
-         "TIES: elected signs": "ties", "DARE: drop and rescale": "dare", "NP: null-space projection": "np",
-         "Orthogonal: one after another": "orthogonal", "K-LoRA: subject or style": "klora"}
+MIXES = {"Sum": "sum", "Switch: by turns": "switch", "Composite: mean answer": "composite",
+         "Blend: weighted mean": "lerp", "TIES: elected signs": "ties", "DARE: drop and rescale": "dare",
+         "NP: null-space projection": "np", "Orthogonal: one after another": "orthogonal",
+         "K-LoRA: subject or style": "klora"}
 
 @patch_to(Easel)
 def plan(self,
@@ -301,8 +303,10 @@ def python_of(
 ):             # a program
     "The Python that makes the same picture"
     worn = [x for x in s.loras if x.on or (s.compare == "scale" and x.name == s.over)]
-    how = dict(negative_prompt=s.negative_prompt, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale, size=s.size)
-    lines = [f"base = load_base({s.base!r})", *([f"loras = {{{', '.join(f'{x.name!r}: {_load_code(x)}' for x in worn)}}}"] if worn else ()),
+    how = dict(negative_prompt=s.negative_prompt, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale,
+               size=s.size)
+    files = ",\n         ".join(f"{x.name!r}: {_load_code(x)}" for x in worn)
+    lines = [f"base = load_base({s.base!r})", *([f"loras = {{{files}}}"] if worn else []),
              "how = dict(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")"]
     if s.compare == "without": lines += [*_draw_code(replace(s, loras=())), "without = image"]
     if turbo: lines += [f"base.pipe.scheduler = turbo_scheduler(base.pipe, loras[{turbo!r}])",
@@ -331,8 +335,9 @@ def parameters_of(
     s,  # `Settings`
 ):      # text
     "The settings as A1111 and its relatives write them"
+    worn = " + ".join(f"{x.name} {x.scale:g}" for x in s.loras if x.on)
     numbers = {"Steps": s.steps, "CFG scale": f"{s.guidance_scale:g}", "Seed": s.seed, "Size": "{}x{}".format(*s.size),
-               "Model": s.base, **({"Lora": " + ".join(f"{x.name} {x.scale:g}" for x in s.loras if x.on)} if s.loras else {})}
+               "Model": s.base, **({"Lora": worn} if worn else {})}
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     return "\n".join([s.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in numbers.items())])
 
@@ -416,64 +421,84 @@ def wait(self, seconds=600):
 
 # %% ../nbs/18_studio.ipynb #f83b43c7
 STYLE = """<style>
-.ls{--ls-ink:var(--jp-ui-font-color1,#24292f);--ls-dim:var(--jp-ui-font-color2,#6a737d);--ls-line:var(--jp-border-color2,#dfe2e6);
- --ls-soft:var(--jp-layout-color2,#f5f6f8);--ls-paper:var(--jp-layout-color1,#fff);--ls-hue:#0072b2;color:var(--ls-ink);
- font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;max-width:1200px;box-sizing:border-box}
-.ls *{box-sizing:border-box}
-.ls .widget-box,.ls .jupyter-widgets.widget-box{overflow:visible;margin:0}
-.ls .widget-html,.ls .widget-html-content,.ls .widget-button,.ls .widget-checkbox,.ls .widget-image,.ls .widget-progress{margin:0}
-.ls .widget-html>.widget-html-content{line-height:1.45;width:100%;font-size:13px}
-.ls textarea,.ls input[type=text],.ls input[type=number],.ls select{border:1px solid var(--ls-line)!important;border-radius:6px!important;
- background:var(--ls-paper);color:var(--ls-ink);font:inherit!important;padding:4px 8px!important;height:auto;min-height:32px}
-.ls textarea{line-height:1.45!important;padding:7px 8px!important}
-.ls select{background-position:right 4px center}
-.ls textarea:focus,.ls input:focus,.ls select:focus{border-color:var(--ls-hue)!important;outline:2px solid #0072b233}
-.ls-page{padding:14px 2px 6px}
-.ls-columns{display:flex;flex-flow:row wrap;gap:24px;align-items:flex-start}
-.ls-left{flex:1 1 360px;min-width:320px;max-width:560px;gap:12px}
-.ls-right{flex:1 1 380px;min-width:320px;gap:10px}
-.ls-row{display:flex;flex-flow:row wrap;gap:10px;align-items:flex-end;width:100%}
-.ls-tight{flex-wrap:nowrap;align-items:center;gap:8px}
-.ls-field{flex:1 1 84px;min-width:0;gap:3px}
-.ls-field>.jupyter-widgets,.ls-fill,.ls-fill.jupyter-widgets{width:100%!important;margin:0!important;min-width:0}
-.ls-label,.ls-label *{color:var(--ls-dim);font-size:12px!important;line-height:1.3!important;min-height:0}
-.ls .widget-button,.ls .jupyter-button{border:1px solid var(--ls-line);border-radius:6px;background:var(--ls-paper);color:var(--ls-ink);
- height:32px;line-height:30px;font:inherit;line-height:30px;padding:0 12px;width:auto;box-shadow:none;flex:none}
-.ls .jupyter-button:hover:enabled{background:var(--ls-soft);box-shadow:none;border-color:#9aa4ae}
-.ls .jupyter-button:disabled{opacity:.45}
-.ls .ls-go.jupyter-button{background:var(--ls-hue);border-color:var(--ls-hue);color:#fff;font-weight:600;padding:0 22px}
-.ls .ls-go.jupyter-button:hover:enabled{background:#005d92}
-.ls .ls-chip.jupyter-button{height:22px;line-height:20px;border-radius:11px;padding:0 9px;font-size:12px;color:var(--ls-hue);border-color:#0072b255}
-.ls .ls-bare.jupyter-button{border-color:transparent;background:transparent;padding:0 6px;color:var(--ls-dim);font-size:16px}
-.ls-strip{border:1px solid var(--ls-line);border-radius:8px;padding:8px 12px 10px;gap:6px;background:var(--ls-paper)}
-.ls-strip .widget-checkbox{width:auto;flex:none} .ls-strip .widget-checkbox label{font-weight:600}
-.ls-grow{flex:1 1 0!important;min-width:0;width:auto!important}
-.ls-strip .widget-hslider{width:auto;margin:0;flex:1 1 auto;min-width:0}
-.ls-strip .widget-readout{min-width:46px;text-align:right}
+.ls {--ls-ink: var(--jp-ui-font-color1, #24292f); --ls-dim: var(--jp-ui-font-color2, #6a737d);
+     --ls-line: var(--jp-border-color2, #dfe2e6); --ls-soft: var(--jp-layout-color2, #f5f6f8);
+     --ls-paper: var(--jp-layout-color1, #fff); --ls-hue: #0072b2; color: var(--ls-ink); max-width: 1200px;
+     font: 13px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif}
+.ls * {box-sizing: border-box}
+.ls .widget-box {overflow: visible; margin: 0}
+.ls .widget-html, .ls .widget-html-content, .ls .widget-button, .ls .widget-image, .ls .widget-checkbox,
+.ls .widget-progress {margin: 0}
+.ls .widget-html > .widget-html-content {line-height: 1.45; width: 100%; font-size: 13px}
+.ls textarea, .ls input[type=text], .ls input[type=number], .ls select {font: inherit !important; height: auto;
+     border: 1px solid var(--ls-line) !important; border-radius: 6px !important; background-color: var(--ls-paper);
+     color: var(--ls-ink); padding: 4px 8px !important; min-height: 32px}
+.ls textarea {line-height: 1.45 !important; padding: 7px 8px !important; resize: vertical}
+.ls textarea:focus, .ls input:focus, .ls select:focus {border-color: var(--ls-hue) !important;
+     outline: 2px solid #0072b233}
+.ls-page {padding: 14px 2px 6px}
+.ls-columns {display: flex; flex-flow: row wrap; gap: 24px; align-items: flex-start}
+.ls-left {flex: 1 1 360px; min-width: 320px; max-width: 560px; gap: 12px}
+.ls-right {flex: 1 1 380px; min-width: 320px; gap: 10px}
+.ls-row {display: flex; flex-flow: row wrap; gap: 10px; align-items: flex-end; width: 100%}
+.ls-tight {flex-wrap: nowrap; align-items: center; gap: 8px}
+.ls-field {flex: 1 1 84px; min-width: 0; gap: 3px}
+.ls-field > .jupyter-widgets, .ls-fill.jupyter-widgets {width: 100% !important; margin: 0 !important; min-width: 0}
+.ls-grow.jupyter-widgets {flex: 1 1 0 !important; min-width: 0; width: auto !important; margin: 0}
+.ls-label, .ls-label * {color: var(--ls-dim); font-size: 12px !important; line-height: 1.3 !important; min-height: 0}
+.ls-head {font-weight: 600; padding-top: 2px}
 </style>"""
 
 # %% ../nbs/18_studio.ipynb #501efb66
 STYLE += """<style>
-.ls details>summary{cursor:pointer;color:var(--ls-dim);font-size:12px}
-.ls table.ls-table{border-collapse:collapse;font-size:12px;width:100%;margin-top:6px}
-.ls table.ls-table td,.ls table.ls-table th{padding:3px 10px 3px 0;text-align:left;border-bottom:1px solid var(--ls-line);vertical-align:top}
-.ls table.ls-table tr{background:none!important}
-.ls-bar{height:6px;background:var(--ls-soft);border-radius:3px;min-width:90px;margin-top:6px}
-.ls-bar i{display:block;height:6px;border-radius:3px;background:var(--ls-hue)}
-.ls-frame{background:var(--ls-soft);border-radius:10px;min-height:384px;width:100%;align-items:center;justify-content:center;padding:12px}
-.ls-frame img{max-width:100%;max-height:560px;width:auto;height:auto;border-radius:4px;object-fit:contain}
-.ls-caption{color:var(--ls-dim)} .ls-caption b{color:var(--ls-ink)}
-.ls-say{min-height:22px} .ls-say span{color:var(--ls-dim)}
-.ls-error{border-left:3px solid #d55e00;background:#d55e0014;padding:7px 12px;border-radius:0 6px 6px 0;white-space:pre-wrap;overflow-wrap:anywhere}
-.ls-links a{color:var(--ls-hue);text-decoration:none;margin-right:14px} .ls-links a:hover{text-decoration:underline}
-.ls-code pre{background:var(--ls-soft);border-radius:8px;padding:10px 12px;font-size:12px;line-height:1.5;overflow-x:auto;margin:6px 0 0}
-.ls-thumbs{display:flex;flex-flow:row wrap;gap:8px;width:100%}
-.ls .ls-thumb.jupyter-button{width:76px;height:76px;padding:0;border-radius:8px;background-size:cover;background-position:center}
-.ls .ls-thumb.ls-now.jupyter-button{outline:2px solid var(--ls-hue);outline-offset:1px}
-.ls .widget-hprogress,.ls .widget-progress{width:100%;height:6px;min-height:6px} .ls .progress{height:6px!important;border-radius:3px}
-.ls-head{font-weight:600;font-size:13px;padding-top:2px}
-.ls-chart svg{width:100%;height:auto;max-width:620px;background:#fff;border-radius:8px}
-.ls-pics{display:flex;flex-wrap:wrap;gap:6px} .ls-pics img{width:64px;height:64px;object-fit:cover;border-radius:6px}
+.ls .jupyter-button {border: 1px solid var(--ls-line); border-radius: 6px; background: var(--ls-paper); font: inherit;
+     color: var(--ls-ink); height: 32px; line-height: 30px; padding: 0 12px; width: auto; box-shadow: none; flex: none}
+.ls .jupyter-button:hover:enabled {background: var(--ls-soft); box-shadow: none; border-color: #9aa4ae}
+.ls .jupyter-button:disabled {opacity: .45}
+.ls .ls-go.jupyter-button {background: var(--ls-hue); border-color: var(--ls-hue); color: #fff; font-weight: 600;
+     padding: 0 22px}
+.ls .ls-go.jupyter-button:hover:enabled {background: #005d92}
+.ls .ls-chip.jupyter-button {height: 22px; line-height: 20px; border-radius: 11px; padding: 0 9px; font-size: 12px;
+     color: var(--ls-hue); border-color: #0072b255}
+.ls .ls-bare.jupyter-button {border-color: transparent; background: transparent; padding: 0 6px; font-size: 16px;
+     color: var(--ls-dim)}
+.ls-strip {border: 1px solid var(--ls-line); border-radius: 8px; padding: 8px 12px 10px; gap: 6px}
+.ls .widget-checkbox {width: auto; flex: none}
+.ls-strip .widget-checkbox label {font-weight: 600}
+.ls-strip .widget-hslider {width: auto; margin: 0; flex: 1 1 auto; min-width: 0}
+.ls-strip .widget-readout {min-width: 46px; text-align: right}
+.ls-thumbs {display: flex; flex-flow: row wrap; gap: 8px; width: 100%}
+.ls .ls-thumb.jupyter-button {width: 76px; height: 76px; padding: 0; border-radius: 8px; background-size: cover;
+     background-position: center}
+.ls .ls-thumb.ls-now.jupyter-button {outline: 2px solid var(--ls-hue); outline-offset: 1px}
+</style>"""
+
+# %% ../nbs/18_studio.ipynb #c4a54b4e
+STYLE += """<style>
+.ls details > summary {cursor: pointer; color: var(--ls-dim); font-size: 12px}
+.ls table.ls-table {border-collapse: collapse; font-size: 12px; width: 100%; margin-top: 6px}
+.ls table.ls-table td, .ls table.ls-table th {padding: 3px 10px 3px 0; text-align: left; vertical-align: top;
+     border-bottom: 1px solid var(--ls-line); white-space: normal}
+.ls table.ls-table tr {background: none !important}
+.ls-bar {height: 6px; background: var(--ls-soft); border-radius: 3px; min-width: 90px; margin-top: 6px}
+.ls-bar i {display: block; height: 6px; border-radius: 3px; background: var(--ls-hue)}
+.ls-frame {background: var(--ls-soft); border-radius: 10px; min-height: 408px; width: 100%; padding: 12px;
+     align-items: center; justify-content: center}
+.ls-frame img {max-width: 100%; max-height: 560px; width: auto; height: auto; border-radius: 4px; object-fit: contain}
+.ls-caption {color: var(--ls-dim)}
+.ls-caption b {color: var(--ls-ink)}
+.ls-say {min-height: 22px; color: var(--ls-dim)}
+.ls-error {border-left: 3px solid #d55e00; background: #d55e0014; padding: 7px 12px; border-radius: 0 6px 6px 0;
+     color: var(--ls-ink); white-space: pre-wrap; overflow-wrap: anywhere}
+.ls-links a {color: var(--ls-hue); text-decoration: none; margin-right: 14px}
+.ls-links a:hover {text-decoration: underline}
+.ls-code pre {background: var(--ls-soft); color: var(--ls-ink); border-radius: 8px; padding: 10px 12px; margin: 6px 0 0;
+     font-size: 12px; line-height: 1.5; overflow-x: auto}
+.ls .widget-hprogress, .ls .widget-progress {width: 100%; height: 6px; min-height: 6px}
+.ls .progress {height: 6px !important; border-radius: 3px; margin: 0 !important}
+.ls-chart svg {width: 100%; height: auto; max-width: 620px; background: #fff; border-radius: 8px}
+.ls-pics {display: flex; flex-wrap: wrap; gap: 6px}
+.ls-pics img {width: 64px; height: 64px; object-fit: cover; border-radius: 6px}
 </style>"""
 
 # %% ../nbs/18_studio.ipynb #95bc8455
@@ -513,11 +538,12 @@ def report_html(
              if lora.metadata.get("base") else "its file names no base"]
     change = {b.partition(".")[2] if "." in b else b: d / (w or 1) for b, (d, w) in report.norms.items()}
     most = max(change.values(), default=0) or 1
-    rows = "".join(f'<tr><td>{html.escape(b)}</td><td><div class="ls-bar"><i style="width:{v / most:.0%}"></i></div></td>'
-                   f"<td>{v:.1%}</td></tr>" for b, v in change.items())
+    rows = "".join(f'<tr><td>{html.escape(b)}</td><td><div class="ls-bar"><i style="width:{v / most:.0%}"></i></div>'
+                   f"</td><td>{v:.1%}</td></tr>" for b, v in change.items())
     words = "".join(f"<div>{html.escape(a)}</div>" for a in report.advice if "apply_lora" not in a)
-    return (f"<details><summary>{html.escape(' · '.join(f for f in facts if f))}</summary>{words}<table class='ls-table'>"
-            f"<tr><th>block</th><th>change of its weights</th><th></th></tr>{rows}</table></details>")
+    return (f"<details><summary>{html.escape(' · '.join(f for f in facts if f))}</summary>{words}"
+            f"<table class='ls-table'><tr><th>block</th><th>change of its weights</th><th></th></tr>{rows}</table>"
+            "</details>")
 
 # %% ../nbs/18_studio.ipynb #8941f037
 class Strip:
@@ -624,7 +650,8 @@ def _numbers(self):
     "The widgets that settings are read from"
     own, n = self.base.sampling, self.base.resolution
     area = lambda rows, hint: widgets.Textarea("", rows=rows, placeholder=hint, continuous_update=False)
-    self.prompt, self.negative = area(3, "what to draw, such as: a cat on a blue background"), area(1, "what not to draw")
+    self.prompt = area(3, "what to draw, such as: a cat on a blue background")
+    self.negative = area(1, "what not to draw")
     whole = lambda v, lo, hi, step=1: widgets.BoundedIntText(v, min=lo, max=hi, step=step)
     self.seed, self.steps = whole(0, 0, 2**31 - 1), whole(own["steps"], 1, 500)
     self.guidance = widgets.BoundedFloatText(own["guidance_scale"], min=0, max=50, step=.5)
@@ -681,8 +708,8 @@ def _draw_page(self):
                   row(labelled("Together", self.method), labelled("Compare", self.compare), self.beside),
                   boxed([self.go, self.halt, self.live], "ls-row", "ls-tight", row=True)], "ls-left")
     tools = boxed([self.keep, self.links], "ls-row", "ls-tight", row=True)
-    right = boxed([boxed([self.picture], "ls-frame"), self.bar, self.words, self.caption, tools, self.code, self.thumbs],
-                  "ls-right")
+    right = boxed([boxed([self.picture], "ls-frame"), self.bar, self.words, self.caption, tools, self.code,
+                   self.thumbs], "ls-right")
     return boxed([boxed([left, right], "ls-columns", row=True)], "ls-page")
 
 # %% ../nbs/18_studio.ipynb #71b6f3e2
@@ -905,8 +932,8 @@ def _thumb(self, entry):
     "A button that looks like the picture"
     small, buffer = entry.image.copy(), io.BytesIO()
     small.thumbnail((152, 152)); small.convert("RGB").save(buffer, "JPEG", quality=85)
-    name = f"ls-t{id(entry)}"
-    style = f".ls .{name}.jupyter-button{{background-image:url(data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()})}}"
+    name, data = f"ls-t{id(entry)}", b64encode(buffer.getvalue()).decode()
+    style = f".ls .{name}.jupyter-button {{background-image: url(data:image/jpeg;base64,{data})}}"
     b = button("", lambda: self.attempt(lambda: self.recall(entry)), "ls-thumb", name, tip=entry.settings.prompt)
     return boxed([widgets.HTML(f"<style>{style}</style>"), b])
 
@@ -922,7 +949,8 @@ def _present(self, entry):
     self.links.value = "".join([data_link(f"{stem}.png", "image/png", png_bytes(entry.image, s), "PNG"),
                                 data_link(f"{stem}.json", "application/json", s.to_json().encode(), "JSON"),
                                 data_link(f"{stem}.py", "text/x-python", code.encode(), "Python")])
-    self.code.value = f"<details><summary>The Python that makes this picture</summary><pre>{html.escape(code)}</pre></details>"
+    self.code.value = ("<details><summary>The Python that makes this picture</summary>"
+                       f"<pre>{html.escape(code)}</pre></details>")
     self.thumbs.children = tuple(e.thumb for e in reversed(self.gallery))
     for e in self.gallery: getattr(e.thumb.children[1], "add_class" if e is entry else "remove_class")("ls-now")
 
@@ -953,8 +981,8 @@ def save(self,
     self.folder.mkdir(parents=True, exist_ok=True)
     for x in entry.settings.loras:
         if x.on and not x.source: self._write_lora(x.name)
-    sources = {n: x.source for n, x in self.strips.items()}
-    s = replace(entry.settings, loras=tuple(replace(x, source=x.source or sources.get(x.name, "")) for x in entry.settings.loras))
+    source = lambda x: x.source or getattr(self.strips.get(x.name), "source", "")
+    s = replace(entry.settings, loras=tuple(replace(x, source=source(x)) for x in entry.settings.loras))
     entry.settings, stem = s, f"{time.strftime('%Y%m%d-%H%M%S')}-{s.seed}"
     files = {"png": png_bytes(entry.image, s), "json": s.to_json().encode(), "py": self.python(s).encode()}
     paths = [self.folder / f"{stem}.{end}" for end in files]
@@ -1020,13 +1048,14 @@ def start(self,
           callback=None,   # f(trainer), after each step; True stops
           on_step=None):   # f(pipe, step, t, latents) while class pictures are drawn; raising stops
     "A run that waits for `fit`"
+    from lora_nb.zoo.world import an
     folder, *_ = find_concept(self.pictures)
     small, style = base.resolution <= 128, self.intent == "style"
     how = dict(steps=10) if small else {}
     draw = dict(how, batch_size=4, **(dict(callback_on_step_end=on_step) if on_step else {}))
     views = dict(prompts=[self.preview] * 4, seeds=self.seed, **how) if self.preview else None
-    prior = dict(class_prompt=None if style or not self.noun else f"a {self.noun}", class_data=Path(out, "class"),
-                 num_class_images=12, sampling=draw)
+    prior = dict(class_prompt=None if style or not self.noun else an(f"a {self.noun}"), num_class_images=12,
+                 class_data=Path(out, f"class {self.noun}"), sampling=draw)
     shared = dict(prior, recipe=self.recipe(base), output_dir=out, callback=callback, previews=views)
     if self.method == "pti": return PivotalTuning(base, folder, self.trigger, self.noun or "<rand>", **shared)
     prompt = f"a picture in {self.words} style" if style else f"a {self.words}"
@@ -1059,15 +1088,16 @@ class Training:
     "The tab that trains"
     def __init__(self,
                  studio):  # a `Studio`
-        self.studio, self.run, self.result, self.halted, self.running, self.quiet = studio, None, None, False, False, False
+        self.studio, self.run, self.result, self.halted, self.running = studio, None, None, False, False
         names = [p.name for kind in ("subjects", "styles") for p in sorted(data_path(kind).iterdir()) if p.is_dir()]
         self.pictures = widgets.Combobox(options=names, placeholder="a bundled subject, or a folder of yours")
         self.method = widgets.Dropdown(options=[("DreamBooth", "dreambooth"), ("pivotal tuning", "pti")])
         self.intent = widgets.Dropdown(options=["subject", "style", "face"])
         self.trigger, self.noun, self.preview = (widgets.Text(t, continuous_update=False) for t in ("sks", "", ""))
         own = recipe_for(studio.base)
-        self.steps, self.rank = (widgets.BoundedIntText(v, min=1, max=m) for v, m in ((own.steps, 10**5), (own.rank, 512)))
-        self.rate, self.seed = widgets.FloatText(own.learning_rate), widgets.BoundedIntText(0, min=0, max=2**31 - 1)
+        whole = lambda v, lo, hi: widgets.BoundedIntText(v, min=lo, max=hi)
+        self.steps, self.rank, self.seed = whole(own.steps, 1, 10**5), whole(own.rank, 1, 512), whole(0, 0, 2**31 - 1)
+        self.rate = widgets.FloatText(own.learning_rate)
         self.go = button("Train", self.train, "ls-go", tip="Start from the beginning")
         self.halt = button("Stop", self.stop, tip="Stop after this step, keep what was learned")
         self.more = button("Resume", lambda: self.train(resume=True), tip="Go on from the last checkpoint")
@@ -1138,9 +1168,9 @@ def suggest(self):
 @patch_to(Training, as_prop=True)
 def lesson(self):
     "What the fields say"
-    return Lesson(self.pictures.value.strip(), self.method.value, self.intent.value, self.trigger.value.strip(),
-                  self.noun.value.strip(), self.steps.value, self.rank.value, self.rate.value, self.preview.value.strip(),
-                  self.seed.value)
+    say = lambda w: w.value.strip()
+    return Lesson(say(self.pictures), self.method.value, self.intent.value, say(self.trigger), say(self.noun),
+                  self.steps.value, self.rank.value, self.rate.value, say(self.preview), self.seed.value)
 
 # %% ../nbs/18_studio.ipynb #e3201673
 @patch_to(Training)
@@ -1195,6 +1225,7 @@ def _learn(self, job, lesson, resume):
     if not lesson.trigger: raise LoraError("the subject needs a trigger word, such as 'sks' or '<mine>'.")
     out, self.shown, self.cost, self.run = self.out(lesson), time.perf_counter(), .1, None
     def on_step(pipe, i, t, now): job.check(); return now
+    if not resume: self._forget(out)
     self.say("Encoding the pictures, and drawing some of their class ...")
     self.run = lesson.start(self.studio.base, out, lambda trainer: self._after_step(job, trainer), on_step)
     r = self.run.recipe
@@ -1202,16 +1233,24 @@ def _learn(self, job, lesson, resume):
     lora = self.run.fit(resume)
     self._look()
     self.halted, done = self.log().steps < self.total, self.log().steps
-    path = lora.save(out / f"{out.name}.safetensors")
-    self.result = self.studio.load(out / f"{out.name}.safetensors", out.name)
-    self.say(f"Stopped at step {done} of {self.total}. Resume goes on; what it knows so far can be tried." if self.halted
-             else f"Learned {lesson.words} in {self.run.log.total_seconds:.0f} s: {out / (out.name + '.safetensors')}.")
+    path = out / f"{out.name}.safetensors"
+    lora.save(path)
+    own = getattr(self.studio.strips.get(out.name), "source", str(path)) == str(path)
+    self.result = self.studio.load(path, out.name if own else f"my {out.name}")
+    if self.halted: self.say(f"Stopped at step {done} of {self.total}. Resume goes on; what it knows can be tried.")
+    else: self.say(f"Learned {lesson.words} in {self.run.log.total_seconds:.0f} s: {path}.")
 
 # %% ../nbs/18_studio.ipynb #8f2a8e63
 @patch_to(Training)
 def out(self, lesson):
     "The folder of a lesson"
     return self.studio.folder / "training" / re.sub(r"\W+", "-", Path(lesson.pictures or "mine").name).strip("-")
+
+@patch_to(Training)
+def _forget(self, out):
+    "A fresh start: an older run's checkpoints would be taken for this one's"
+    for phase in ("", "inversion", "tuning", "joint"):
+        for what in ("checkpoints", "previews"): shutil.rmtree(out / phase / what, ignore_errors=True)
 
 @patch_to(Training)
 def stop(self):
@@ -1238,13 +1277,14 @@ def studio_notebook(
 
 def studio_parser():
     "The parser of `lora_studio`"
-    p = argparse.ArgumentParser("lora_studio", description="Draw, mix and train LoRAs in a browser.", allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--pretrained_model_name_or_path", default="tiny-sd", help="the base: embedded, a folder, a file, a hub id")
-    p.add_argument("--lora", action="append", default=[], help="a LoRA to load: a bundled name or a file; may be repeated")
-    p.add_argument("--folder", default="pictures", help="where pictures and trainings are saved")
-    p.add_argument("--port", type=int, default=8866, help="of the page, on this machine only")
-    p.add_argument("--no_browser", action="store_true", help="only say the address")
+    p = argparse.ArgumentParser("lora_studio", description="Draw, mix and train LoRAs in a browser.",
+                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = p.add_argument
+    flag("--pretrained_model_name_or_path", default="tiny-sd", help="the base: embedded, a folder, a file, a hub id")
+    flag("--lora", action="append", default=[], help="a LoRA to load: a bundled name or a file; may be repeated")
+    flag("--folder", default="pictures", help="where pictures and trainings are saved")
+    flag("--port", type=int, default=8866, help="of the page, on this machine only")
+    flag("--no_browser", action="store_true", help="only say the address")
     return p
 
 # %% ../nbs/18_studio.ipynb #fe9bf71a

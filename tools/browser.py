@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "out" / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OLD_WIDGETS = ("ipywidgets==7.7.1", "jupyterlab_widgets==1.1.1", "ipython_genutils==0.2.0")    # Colab's
-PATIENCE = 150                                        # seconds for a kernel to load a base on a busy machine
+SLOW = float(os.environ.get("SLOW", 1))               # SLOW=5: have patience on a busy machine
+PATIENCE = 150 * SLOW                                 # seconds for a kernel to load a base
 SIZE = dict(width=1280, height=900)
 ENV = {"OMP_NUM_THREADS": "1", **os.environ, "LORA_NB_QUIET": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
@@ -87,7 +88,7 @@ class Hand:
 
     def hear(self, pattern, seconds=60):
         "Wait until the panel says something"
-        end = time.time() + seconds
+        end = time.time() + seconds * SLOW
         while not re.search(pattern, text := self.said()):
             if time.time() > end: self.shot("failed"); raise AssertionError(f"expected {pattern!r}, the panel says {text!r}")
             self.page.wait_for_timeout(50)
@@ -95,7 +96,7 @@ class Hand:
 
     def another(self, was, seconds=60):
         "Wait until the picture has changed and is finished"
-        end = time.time() + seconds
+        end = time.time() + seconds * SLOW
         while (now := self.pixels()) == was or not re.search(r"^\d+\.\d\d s$", self.said()):
             if time.time() > end: self.shot("failed"); raise AssertionError(f"the picture is the same; the panel says {self.said()!r}")
             self.page.wait_for_timeout(50)
@@ -174,6 +175,13 @@ def compares(hand):
 
 
 # ------------------------------------------------------------------------------------------ the three places
+def new_page(browser):
+    "A window with patience"
+    page = browser.new_page(viewport=SIZE)
+    page.set_default_timeout(30_000 * SLOW)
+    return page
+
+
 def ready(page, name, times, began):
     "Wait for the panel"
     page.locator(".ls .ls-go").first.wait_for(timeout=PATIENCE * 1000)
@@ -195,9 +203,9 @@ def lab(browser, folder, times):
                "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
     with serving(command, url, folder, JUPYTERLAB_SETTINGS_DIR=str(Path(folder, "settings")),
                  JUPYTER_CONFIG_DIR=str(Path(folder, "config"))):
-        began = time.time(); page = browser.new_page(viewport=SIZE); page.goto(url)
+        began = time.time(); page = new_page(browser); page.goto(url)
         page.locator(".jp-Notebook .cm-content").first.click(timeout=PATIENCE * 1000)
-        page.locator(".jp-NotebookPanel-toolbar .jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=60_000)
+        page.locator(".jp-NotebookPanel-toolbar .jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=60_000 * SLOW)
         page.keyboard.press("Shift+Enter")
         hand = ready(page, "lab", times, began)
         page.locator(".ls").first.scroll_into_view_if_needed()
@@ -211,7 +219,7 @@ def voila_of(python, name, browser, folder, times, train=False):
     paths = os.pathsep.join([str(Path(sys.prefix, "share/jupyter")), ENV.get("JUPYTER_PATH", "")]).rstrip(os.pathsep)
     start = f"from lora_nb.studio import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder=pictures'])"
     with serving([python, "-c", start], url, folder, JUPYTER_PATH=paths, JUPYTER_CONFIG_DIR=str(Path(folder, "config"))):
-        began = time.time(); page = browser.new_page(viewport=SIZE); page.goto(url, timeout=PATIENCE * 1000)
+        began = time.time(); page = new_page(browser); page.goto(url, timeout=PATIENCE * 1000)
         hand = ready(page, name, times, began)
         draws(hand, times); looks(hand)
         page.close()
