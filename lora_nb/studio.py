@@ -1300,4 +1300,5 @@ def lora_studio(argv=None):
     with tempfile.TemporaryDirectory() as d:
         nb = Path(d, "Studio.ipynb")
         nb.write_text(json.dumps(studio_notebook(a.pretrained_model_name_or_path, a.lora, a.folder)), "utf-8")
-        main([str(nb), f"--port={a.port}", "--Voila.ip=127.0.0.1", *(["--no-browser"] if a.no_browser else [])])
+        patient = "--VoilaExecutor.iopub_timeout=120"             # loading a base keeps a slow machine busy
+        main([str(nb), f"--port={a.port}", "--Voila.ip=127.0.0.1", patient, *["--no-browser"] * a.no_browser])

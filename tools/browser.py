@@ -81,7 +81,9 @@ class Hand:
     def __init__(self, page, name): self.page, self.name, self.shots = page, name, 0
 
     def find(self, css, **kw): return self.page.locator(css, **kw).locator("visible=true")
-    def field(self, label): return self.find(".ls-field", has=self.page.locator(f".ls-label:text-is('{label}')"))
+    def field(self, label):
+        head = self.page.locator(".ls-label", has_text=re.compile(rf"^\s*{re.escape(label)}\s*$"))
+        return self.find(".ls-field", has=head)
     def click(self, text): self.find(".jupyter-button", has_text=re.compile(f"^{re.escape(text)}$")).first.click()
     def said(self): return self.find(".ls-say").first.inner_text()
     def pixels(self): return self.page.evaluate(PIXELS)
@@ -184,9 +186,11 @@ def new_page(browser):
 
 def ready(page, name, times, began):
     "Wait for the panel"
-    page.locator(".ls .ls-go").first.wait_for(timeout=PATIENCE * 1000)
+    hand = Hand(page, name)
+    try: page.locator(".ls .ls-go").first.wait_for(timeout=PATIENCE * 1000)
+    except Exception: hand.shot("failed"); raise
     times["panel"] = round(time.time() - began, 1)
-    return Hand(page, name)
+    return hand
 
 
 def lab(browser, folder, times):
