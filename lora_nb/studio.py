@@ -433,6 +433,8 @@ STYLE = """<style>
 .ls textarea, .ls input[type=text], .ls input[type=number], .ls select {font: inherit !important; height: auto;
      border: 1px solid var(--ls-line) !important; border-radius: 6px !important; background-color: var(--ls-paper);
      color: var(--ls-ink); padding: 4px 8px !important; min-height: 32px}
+.ls select {height: 32px !important; padding: 4px 26px 4px 8px !important}
+.ls .widget-dropdown, .ls .widget-textarea {height: auto}
 .ls textarea {line-height: 1.45 !important; padding: 7px 8px !important; resize: vertical}
 .ls textarea:focus, .ls input:focus, .ls select:focus {border-color: var(--ls-hue) !important;
      outline: 2px solid #0072b233}
@@ -442,7 +444,9 @@ STYLE = """<style>
 .ls-right {flex: 1 1 380px; min-width: 320px; gap: 10px}
 .ls-row {display: flex; flex-flow: row wrap; gap: 10px; align-items: flex-end; width: 100%}
 .ls-tight {flex-wrap: nowrap; align-items: center; gap: 8px}
-.ls-field {flex: 1 1 84px; min-width: 0; gap: 3px}
+.ls-field {flex: 1 1 64px; min-width: 0; gap: 3px}
+.ls-wide {flex: 2 1 124px}
+.ls input[type=number] {padding: 4px 2px 4px 7px !important; min-width: 0}
 .ls-field > .jupyter-widgets, .ls-fill.jupyter-widgets {width: 100% !important; margin: 0 !important; min-width: 0}
 .ls-grow.jupyter-widgets {flex: 1 1 0 !important; min-width: 0; width: auto !important; margin: 0}
 .ls-label, .ls-label * {color: var(--ls-dim); font-size: 12px !important; line-height: 1.3 !important; min-height: 0}
@@ -464,6 +468,8 @@ STYLE += """<style>
      color: var(--ls-dim)}
 .ls-strip {border: 1px solid var(--ls-line); border-radius: 8px; padding: 8px 12px 10px; gap: 6px}
 .ls .widget-checkbox {width: auto; flex: none}
+.ls .widget-checkbox label {display: flex; align-items: center; gap: 7px}
+.ls .widget-checkbox input {margin: 0}
 .ls-strip .widget-checkbox label {font-weight: 600}
 .ls-strip .widget-hslider {width: auto; margin: 0; flex: 1 1 auto; min-width: 0}
 .ls-strip .widget-readout {min-width: 46px; text-align: right}
@@ -494,7 +500,7 @@ STYLE += """<style>
 .ls-links a:hover {text-decoration: underline}
 .ls-code pre {background: var(--ls-soft); color: var(--ls-ink); border-radius: 8px; padding: 10px 12px; margin: 6px 0 0;
      font-size: 12px; line-height: 1.5; overflow-x: auto}
-.ls .widget-hprogress, .ls .widget-progress {width: 100%; height: 6px; min-height: 6px}
+.ls .widget-hprogress, .ls .widget-progress {width: 100%; height: 6px; min-height: 6px; margin: 0 !important}
 .ls .progress {height: 6px !important; border-radius: 3px; margin: 0 !important}
 .ls-chart svg {width: 100%; height: auto; max-width: 620px; background: #fff; border-radius: 8px}
 .ls-pics {display: flex; flex-wrap: wrap; gap: 6px}
@@ -651,7 +657,7 @@ def _numbers(self):
     own, n = self.base.sampling, self.base.resolution
     area = lambda rows, hint: widgets.Textarea("", rows=rows, placeholder=hint, continuous_update=False)
     self.prompt = area(3, "what to draw, such as: a cat on a blue background")
-    self.negative = area(1, "what not to draw")
+    self.negative = widgets.Text("", placeholder="what not to draw", continuous_update=False)
     whole = lambda v, lo, hi, step=1: widgets.BoundedIntText(v, min=lo, max=hi, step=step)
     self.seed, self.steps = whole(0, 0, 2**31 - 1), whole(own["steps"], 1, 500)
     self.guidance = widgets.BoundedFloatText(own["guidance_scale"], min=0, max=50, step=.5)
@@ -697,13 +703,14 @@ def _draw_page(self):
     self.seed.add_class("ls-grow")
     size = boxed([self.width, widgets.HTML("×"), self.height], "ls-row", "ls-tight", row=True)
     for w in (self.width, self.height): w.add_class("ls-grow")
+    wide = labelled("Size", size); wide.add_class("ls-wide")
     for w in (self.file, self.method, self.compare, self.over): w.add_class("ls-fill")
     load = boxed([boxed([self.file], "ls-grow"), self.add], "ls-row", "ls-tight", row=True)
     self.beside = labelled("of", self.over); self.beside.layout.display = "none"
     head = widgets.HTML("LoRAs"); head.add_class("ls-head")
     left = boxed([labelled("Prompt", self.prompt), labelled("Negative prompt", self.negative),
                   row(labelled("Seed", seed), labelled("Steps", self.steps), labelled("Guidance", self.guidance),
-                      labelled("Size", size)),
+                      wide),
                   head, self.rack, load,
                   row(labelled("Together", self.method), labelled("Compare", self.compare), self.beside),
                   boxed([self.go, self.halt, self.live], "ls-row", "ls-tight", row=True)], "ls-left")

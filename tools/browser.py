@@ -65,7 +65,11 @@ def old_widgets(folder):
 
 # ------------------------------------------------------------------------------------------ a hand and an eye
 PIXELS = """async () => {
-  const img = document.querySelector('.ls-frame img'); await img.decode();
+  let img = document.querySelector('.ls-frame img');
+  for (let i = 0; i < 40; i++) {                        // a picture may be replaced while it is read
+    try { await img.decode(); break; } catch (e) { await new Promise(r => setTimeout(r, 50)); }
+    img = document.querySelector('.ls-frame img');
+  }
   const c = document.createElement('canvas'); c.width = c.height = 32;
   const g = c.getContext('2d'); g.drawImage(img, 0, 0, 32, 32);
   return Array.from(g.getImageData(0, 0, 32, 32).data).join();
@@ -220,7 +224,8 @@ def lab(browser, folder, times):
 def voila_of(python, name, browser, folder, times, train=False):
     "The command `lora_studio`, as a person starts it"
     port = free_port(); url = f"http://127.0.0.1:{port}/"
-    paths = os.pathsep.join([str(Path(sys.prefix, "share/jupyter")), ENV.get("JUPYTER_PATH", "")]).rstrip(os.pathsep)
+    homes = dict.fromkeys([Path(python).parent.parent, Path(sys.prefix)])       # the first one's widgets count
+    paths = os.pathsep.join([*(str(h / "share/jupyter") for h in homes), ENV.get("JUPYTER_PATH", "")]).rstrip(os.pathsep)
     start = f"from lora_nb.studio import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder=pictures'])"
     with serving([python, "-c", start], url, folder, JUPYTER_PATH=paths, JUPYTER_CONFIG_DIR=str(Path(folder, "config"))):
         began = time.time(); page = new_page(browser); page.goto(url, timeout=PATIENCE * 1000)
@@ -261,7 +266,7 @@ def test(name):
     times = {}
     with tempfile.TemporaryDirectory(prefix="lora_nb-browser-") as folder, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        try: PLACES[name](browser, folder, times)
+        try: PLACES[name](browser, Path(folder).resolve(), times)
         finally: browser.close()
     return times
 
