@@ -6,10 +6,10 @@ Docs: https://lora-nb.github.io/lora_nb/studio.html.md"""
 
 # %% auto #0
 __all__ = ['SCALES', 'PRESETS', 'LIVE', 'MIXES', 'STYLE', 'Wear', 'Settings', 'settings_from', 'sparkline', 'Easel', 'weights_id',
-           'sampler_of', 'Glimpse', 'bundled_loras', 'find_lora', 'python_of', 'parameters_of', 'png_bytes',
-           'read_settings', 'Stopped', 'Job', 'Worker', 'labelled', 'boxed', 'button', 'report_html', 'Strip',
-           'with_trigger', 'Studio', 'Entry', 'data_link', 'find_concept', 'Lesson', 'card_html', 'pictures_html',
-           'Training', 'studio_notebook', 'studio_parser', 'lora_studio']
+           'sampler_of', 'Glimpse', 'bundled_files', 'bundled_loras', 'find_lora', 'python_of', 'parameters_of',
+           'png_bytes', 'read_settings', 'Stopped', 'Job', 'Worker', 'labelled', 'boxed', 'button', 'report_html',
+           'Strip', 'with_trigger', 'Studio', 'Entry', 'data_link', 'find_concept', 'Lesson', 'card_html',
+           'pictures_html', 'Training', 'studio_notebook', 'studio_parser', 'lora_studio']
 
 # %% ../nbs/18_studio.ipynb #7b0b713a
 import argparse, contextlib, contextvars, html, io, json, os, random, re, shutil, sys
@@ -248,13 +248,18 @@ def render(self, s, on_step=None):
     return images[0] if len(frames) == 1 else grid(images, titles=[t for t, _ in frames], cols=min(4, len(frames)))
 
 # %% ../nbs/18_studio.ipynb #54254e52
+def bundled_files(
+    base,  # the name of a base
+):         # name -> path
+    "Bundled LoRAs; those in the folder of this base go before those of others"
+    root = data_path("loras")
+    return {f.stem: f for d in (root, root / Path(base).name) for f in sorted(d.glob("*.safetensors"))}
+
 def bundled_loras(
-    base,  # a `Base`, or its name
+    base,  # the name of a base
 ):         # list of names
     "Bundled LoRAs that were made on this base"
-    name = base if isinstance(base, str) else base.name
-    files = sorted(data_path("loras").glob("*.safetensors"))
-    return [f.stem for f in files if Lora.load(f).metadata.get("base") == name]
+    return [n for n, f in bundled_files(base).items() if Lora.load(f).metadata.get("base") == Path(base).name]
 
 def find_lora(
     source,  # a `Lora`, a bundled name, or a file
@@ -262,8 +267,7 @@ def find_lora(
 ):           # (Lora, source as text)
     "A LoRA from wherever it is"
     if isinstance(source, Lora): return source, ""
-    text = str(source).strip()
-    bundled = {f.stem: f for f in data_path("loras").glob("*.safetensors")}
+    text, bundled = str(source).strip(), bundled_files(base.name)
     if (name := text.replace(" ", "_")) in bundled: return Lora.load(bundled[name]), name
     path = Path(text).expanduser()
     if not text or not path.exists():
@@ -271,10 +275,10 @@ def find_lora(
     return Lora.load(path, base=base), text
 
 # %% ../nbs/18_studio.ipynb #0c9e4e13
-def _load_code(x):
+def _load_code(x, base):
     "The expression that loads one LoRA"
-    if x.source in {f.stem for f in data_path("loras").glob("*.safetensors")}:
-        return f'Lora.load(data_path("loras", "{x.source}.safetensors"))'
+    if file := bundled_files(base).get(x.source):
+        return f"Lora.load(data_path{file.relative_to(data_path()).parts})"
     return f"Lora.load({x.source or x.name + '.safetensors'!r}, base=base)"
 
 def _plan_code(s, vary=""):
@@ -305,7 +309,7 @@ def python_of(
     worn = [x for x in s.loras if x.on or (s.compare == "scale" and x.name == s.over)]
     how = dict(negative_prompt=s.negative_prompt, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale,
                size=s.size)
-    files = ",\n         ".join(f"{x.name!r}: {_load_code(x)}" for x in worn)
+    files = ",\n         ".join(f"{x.name!r}: {_load_code(x, s.base)}" for x in worn)
     lines = [f"base = load_base({s.base!r})", *([f"loras = {{{files}}}"] if worn else []),
              "how = dict(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")"]
     if s.compare == "without": lines += [*_draw_code(replace(s, loras=())), "without = image"]
@@ -446,6 +450,7 @@ STYLE = """<style>
 .ls-tight {flex-wrap: nowrap; align-items: center; gap: 8px}
 .ls-field {flex: 1 1 64px; min-width: 0; gap: 3px}
 .ls-wide {flex: 2 1 124px}
+.ls-left > .ls-field {flex: none}
 .ls input[type=number] {padding: 4px 2px 4px 7px !important; min-width: 0}
 .ls-field > .jupyter-widgets, .ls-fill.jupyter-widgets {width: 100% !important; margin: 0 !important; min-width: 0}
 .ls-grow.jupyter-widgets {flex: 1 1 0 !important; min-width: 0; width: auto !important; margin: 0}
@@ -490,7 +495,7 @@ STYLE += """<style>
 .ls-bar i {display: block; height: 6px; border-radius: 3px; background: var(--ls-hue)}
 .ls-frame {background: var(--ls-soft); border-radius: 10px; min-height: 408px; width: 100%; padding: 12px;
      align-items: center; justify-content: center}
-.ls-frame img {max-width: 100%; max-height: 560px; width: auto; height: auto; border-radius: 4px; object-fit: contain}
+.ls-frame img {width: 100%; max-width: 520px; max-height: 520px; height: auto; border-radius: 4px; object-fit: contain}
 .ls-caption {color: var(--ls-dim)}
 .ls-caption b {color: var(--ls-ink)}
 .ls-say {min-height: 22px; color: var(--ls-dim)}
@@ -678,7 +683,8 @@ def _buttons(self):
     self.dice = button("⚄", self.roll, "ls-bare", tip="Another seed")
     self.go = button("Draw", self.draw, "ls-go", tip="Draw with these settings")
     self.halt = button("Stop", self.stop, tip="Stop at the next step"); self.halt.disabled = True
-    self.file = widgets.Combobox(options=bundled_loras(self.base), placeholder="a bundled LoRA, or the path of a file")
+    self.file = widgets.Combobox(options=bundled_loras(self.base.name), continuous_update=False,
+                                 placeholder="a bundled LoRA, or the path of a file")
     self.add = button("Load", lambda: self.attempt(lambda: self.load(self.file.value)), tip="Load this LoRA")
     self.bar = widgets.IntProgress(0, min=0, max=1)
     self.words, self.rack = widgets.HTML(), boxed([])
@@ -1298,7 +1304,7 @@ def studio_parser():
 def lora_studio(argv=None):
     "Open the studio in a browser."
     p = studio_parser(); a = p.parse_args(argv)
-    known = {f.stem for f in data_path("loras").glob("*.safetensors")}
+    known = bundled_files(a.pretrained_model_name_or_path)
     for x in a.lora:
         if x.replace(" ", "_") not in known and not Path(x).exists():
             p.error(f"no LoRA {x!r}: expected a file, or one of {', '.join(sorted(known))}.{closest(x, known)}")

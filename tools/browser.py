@@ -175,7 +175,8 @@ def compares(hand):
     load.fill("teapot"); load.press("Tab"); hand.click("Load"); hand.hear("Loaded teapot")
     hand.fill("Prompt", "a <teapot> on a blue background, in <neon> style")
     hand.field("Compare").locator("select").select_option("with and without")
-    hand.find(".ls-strip select").first.select_option("fade in")
+    hand.find(".ls-strip input[type=checkbox]").first.check(); hand.slide(.667)
+    hand.find(".ls-strip select").first.select_option("fade in"); hand.hear(r"^\d+\.\d\d s$")
     was = hand.pixels(); hand.click("Draw"); hand.hear(r"^\d+\.\d\d s$")
     hand.page.wait_for_timeout(300); hand.page.mouse.wheel(0, -2000); hand.shot("compared")
 
