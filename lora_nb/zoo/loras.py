@@ -1,4 +1,4 @@
-"""Two subjects and two styles that the embedded base never saw, trained once and shipped: what the next lessons take apart.
+"""Two subjects and two styles that the embedded bases never saw, trained once and shipped: what the next lessons take apart.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/loras.html.md"""
 
