@@ -263,7 +263,7 @@ def _plan(i, batch, rng):
     "Of step `i`: size of the pictures, lengths of the texts, batch."
     hw = SIZES[i // 24 % len(SIZES)] if i % 24 == 23 else (64, 64)
     lengths = rng.choice(((77, 32), (77, 77), (77, 256))) if i % 10 == 9 else (None, None)
-    return hw, lengths, batch // 2 if hw != (64, 64) or lengths[1] > 200 else batch
+    return hw, lengths, batch // 2 if hw != (64, 64) or (lengths[1] or 0) > 200 else batch
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #ee9d566d
 def train_mmdit(
