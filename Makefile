@@ -1,6 +1,7 @@
 # make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures, BASE=tiny-sd3)
 # make test                     everything that is checked
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
+# make docs                     the site, without Quarto: _docs/index.html (with Quarto: nbdev-docs)
 # make picture                  run the demo and put its picture and numbers on the index
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
 # make bench / bench-gpu        the measured comparisons / the same for transformers of SD3.5's shapes, where there is a GPU
@@ -12,7 +13,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq 
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench bench-gpu results quality base base3 readme picture export clean
+.PHONY: demo test bench bench-gpu results quality base base3 docs readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
@@ -40,12 +41,16 @@ base: .venv/.run
 base3: .venv/.run
 	$(BIN)/python -m lora_nb.zoo.mmdit $(or $(OUT),out/base)
 
+docs: .venv/.dev
+	$(BIN)/python tools/docs.py
+
 readme: .venv/.dev
 	$(QUIET) $(BIN)/nbdev-test nbs/index.ipynb --save && $(BIN)/nbdev-clean --fname nbs/index.ipynb
 	$(BIN)/python tools/readme.py README.md
 
 picture: demo
 	cp out/demo/before_after.jpg out/demo/metrics.json nbs/images/
+	$(BIN)/python tools/card.py
 
 export: .venv/.dev
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
@@ -63,4 +68,4 @@ INDEX ?=
 	$(PIP) -e '.[dev]' && touch $@ .venv/.run
 
 clean:
-	rm -rf build dist out *.egg-info
+	rm -rf build dist out _docs _proc *.egg-info
