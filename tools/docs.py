@@ -154,7 +154,7 @@ def stage():
         move = moved(p, pages, faults)
         for c in nb.cells:
             said = [(c, "source")] if c.cell_type == "markdown" else []
-            said += [(out["data"], k) for out in c.get("outputs", []) for k in out.get("data", {}) if k == "text/markdown"]
+            said += [(o["data"], k) for o in c.get("outputs", []) for k in o.get("data", {}) if k == "text/markdown"]
             for place, k in said:
                 place[k] = links.linkify(move(BADGE.sub(r"[Open in Colab](\1){.colab}", "".join(place[k]))))
         if p == pages[0]: nb.cells.append(mk_cell(tree(), "markdown"))
@@ -170,12 +170,20 @@ def tree():
     def line(title, p): return f"{title} <{docname(p)}>" if title else docname(p)
     trees = ["\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "",
                         *(line(*e) for e in part), "```"]) for caption, part in sections()]
-    return "\n\n".join(trees).replace(line(*sections()[0][1][0]) + "\n", "self\n", 1)
+    trees.append("```{toctree}\n:hidden:\n\nAll names <genindex>\n```")
+    title, first = sections()[0][1][0]
+    return "\n\n".join(trees).replace(line(title, first), f"{title or SITE['title']} <self>", 1)
+
+
+def build(target):
+    "The site in a folder; anything that Sphinx has to warn of is an error."
+    from sphinx.cmd.build import main
+    stage()
+    strict = ["-n", "-W", "--keep-going", "-q"]
+    places = ["-c", ROOT / "tools/site", "-d", STAGE.parent / "doctrees", STAGE, target]
+    return main(["-b", "html", *strict, *map(str, places)])
 
 
 if __name__ == "__main__":
-    from sphinx.cmd.build import main
-    stage()
-    target = sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs"
-    strict = ["-n", "-W", "--keep-going", "-q"]
-    sys.exit(main(["-b", "html", *strict, "-c", str(ROOT / "tools/site"), str(STAGE), str(target)]))
+    if len(sys.argv) < 2: shutil.rmtree(ROOT / "_docs", ignore_errors=True)                  # pages that are no more
+    sys.exit(build(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs"))

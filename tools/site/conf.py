@@ -4,7 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from docutils import nodes
 from latex2mathml.converter import convert
-from nbdev.doclinks import NbdevLookup
+from nbdev.doclinks import NbdevLookup, _lineno
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -48,7 +48,9 @@ html_theme_options = {"footer_icons": [], "source_repository": SITE["repo-url"],
 
 def linkcode_resolve(domain, info):
     "The line on GitHub where a symbol is defined."
-    return NbdevLookup().code(f"{info['module']}.{info['fullname']}")
+    found = NbdevLookup()[f"{info['module']}.{info['fullname']}"]
+    line = found and _lineno(info["fullname"], found[1])
+    return found and found[2] + (f"#L{line}" if line else "")
 
 
 def source_links(app, pagename, templatename, context, doctree):
