@@ -1,10 +1,6 @@
 """Low-rank adaptation of text-to-image diffusion models, as a book of notebooks and as the package that they write. Importing
 `lora_nb` loads nothing else; each public name is fetched at its first use.
 
-Two small, truly trained models ship in `data/`: `tiny-sd`, made of the parts of Stable Diffusion 1.x, and `tiny-sd3`, made of
-those of Stable Diffusion 3.5, which also writes on signs. Nothing is downloaded, no GPU is needed, and every claim of the
-book is an assertion that runs. The same code takes a real Stable Diffusion by its name.
-
 ```python
 from lora_nb import apply_lora, before_after, data_path, load_base, save_jpeg, train_dreambooth
 
