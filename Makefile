@@ -5,6 +5,7 @@
 # make picture                  run the demo and put its picture and numbers on the index
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
 # make bench / bench-gpu        the measured comparisons / the same for transformers of SD3.5's shapes, where there is a GPU
+# make turbo                    distil the few-step LoRAs again and measure them (half an hour)
 # make quality                  the measured quality of the embedded bases (minutes)
 # make base / base3             train tiny-sd / tiny-sd3 again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
@@ -14,7 +15,7 @@ META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 COLAB ?= $(CURDIR)/.venv-colab
 
-.PHONY: demo test test-colab bench bench-gpu results quality base base3 readme picture export clean
+X
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
@@ -34,6 +35,9 @@ bench-gpu: .venv/.dev
 
 results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py
+
+turbo: .venv/.dev
+	OMP_NUM_THREADS=2 $(BIN)/python tools/turbo.py train table
 
 quality: .venv/.dev
 	$(BIN)/python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json

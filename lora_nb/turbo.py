@@ -242,7 +242,7 @@ def turbo_recipe(
                targets="all-linear")
     if base.family != "sd3": own |= dict(batch_size=8, rank=8, learning_rate=5e-4, targets="extended")
     if base.resolution > 128: own = dict(rank=64)
-    return recipe_for(base, "style", **{**own, "flip": False, **changes})
+    return recipe_for(base, "style", **{**own, "flip": False, "train_text_encoder": False, **changes})
 
 # %% ../nbs/17b_turbo.ipynb #9d0c4482
 def world_prompts(

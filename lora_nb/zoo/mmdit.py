@@ -6,8 +6,8 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/mmdit.html.md"""
 
 # %% auto #0
 __all__ = ['SIZES', 'widen_vae', 'train_codec', 't5_words', 't5_tokenizer', 'clip_l', 'clip_g', 't5_encoder', 'make_mmdit',
-           'Texts', 'make_pipe', 'flow_loss', 'Scenery', 'draw', 'sheet', 'train_mmdit', 'export_base', 'train_base',
-           'main']
+           'Texts', 'make_pipe', 'flow_loss', 'letter_weight', 'Scenery', 'draw', 'sheet', 'train_mmdit', 'export_base',
+           'train_base', 'main']
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #e0da0756
 import copy, json, random, re
@@ -181,13 +181,25 @@ def flow_loss(
     z,       # `(B, 16, h, w)` latents of unit variance
     h,       # `(B, n, d)` text states
     pooled,  # `(B, p)`
+    weight=None,  # `(B, 1, h, w)` of each place; None: all count alike
 ):           # scalar
     "Squared error of the velocity at logit-normal times (2403.03206)."
     s, noise = torch.randn(len(z), device=z.device).sigmoid().view(-1, 1, 1, 1), torch.randn_like(z)
     with autocast(z.device):
         out = net(hidden_states=(1 - s) * z + s * noise, timestep=s.flatten() * 1000, encoder_hidden_states=h,
                   pooled_projections=pooled).sample
-    return F.mse_loss(out.float(), noise - z)
+    err = (out.float() - noise + z) ** 2
+    return (err if weight is None else err * weight).mean()
+
+def letter_weight(
+    kind,  # `(B,)` index into `scenes.KINDS`
+    hw,    # height, width of the latents
+    by,    # how much more the letters of a sign count
+):         # `(B, 1, h, w)`, or None where there is nothing to weigh
+    "Weight of each place: on signs of the usual size the two rows of latents that hold the letters."
+    if by == 1 or hw != (8, 8): return None
+    rows = (torch.arange(8, device=kind.device) // 2 == 1).float().view(1, 1, 8, 1).expand(len(kind), 1, 8, 8)
+    return 1 + (by - 1) * rows * (kind == sc.KINDS.index("sign")).view(-1, 1, 1, 1)
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #03c1019d
 SIZES = ((48, 48), (80, 80), (96, 96), (64, 96), (96, 64))             # height, width of the other pictures
@@ -205,11 +217,11 @@ class Scenery:
         if hw in self.pools: z, lab = (torch.cat([a, b])[-self.size:] for a, b in zip(self.pools[hw], (z, lab)))
         self.pools[hw] = z, lab
     def batch(self, n, hw=(64, 64), drop=.1):
-        "`n` latents and their captions, a tenth of them empty."
+        "`n` latents, their captions, a tenth of them empty, and their kinds."
         z, lab = self.pools[hw]
         i = torch.randint(0, len(z), (n,), device=z.device)
         caps = ["" if self.rng.random() < drop else c for c in self.scenes.captions(lab[i], self.rng)]
-        return z[i].float(), caps
+        return z[i].float(), caps, lab[i, 0]
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #a035a7a8
 def draw(
@@ -261,6 +273,8 @@ def train_mmdit(
     batch=64,
     device=None,      # default: GPU if there is one
     seed=0,
+    shares=(.52, .22, .26),  # of objects, signs and pairs
+    letters=1,        # how much more the letters of a sign count
     pool=49152,       # latents kept; a quarter of them is encoded at the start
     preview_every=6,  # minutes between preview sheets, saved as `out/mmdit-run/NNNNNN.jpg`
 ):                    # `StableDiffusion3Pipeline`
@@ -269,7 +283,7 @@ def train_mmdit(
     model, texts, pipe = _parts(vae.to(device).eval().requires_grad_(False), device)
     opts = optimizers(model, muon_lr=.014, skip=("embed", "shared", "norm", "proj_out", "relative"))
     run = Run(model, out / "mmdit-run", minutes, opts, every=60 * preview_every, decay=.4)
-    data = Scenery(sc.Scenes(device, (.52, .22, .26), seed + run.n), vae, pool, seed)
+    data = Scenery(sc.Scenes(device, shares, seed + run.n), vae, pool, seed)
     for hw in ((64, 64),) * (pool // 2048) + SIZES: data.renew(512, hw)
     def measure():
         _save_sheet(draw(pipe, sheet()), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=10)
@@ -278,9 +292,9 @@ def train_mmdit(
         if i % 12 == 0: data.renew(256)
         if i % 240 == 0: data.renew(128, SIZES[i // 240 % len(SIZES)])
         hw, lengths, n = _plan(i, batch, rng)
-        z, captions = data.batch(n, hw)
+        z, captions, kind = data.batch(n, hw)
         with autocast(device): told = texts(captions, *lengths, .12, rng)
-        run.learn(flow_loss(model["transformer"], z, *told))
+        run.learn(flow_loss(model["transformer"], z, *told, letter_weight(kind, z.shape[-2:], letters)))
     model.load_state_dict(run.average.state); pipe.save_pretrained(out / "tiny-sd3")
     return pipe
 
@@ -299,20 +313,22 @@ def export_base(
 
 def train_base(
     out,         # working folder
-    minutes=69,  # in all: 13 % for the codec, the rest for the transformer
+    minutes=150,  # in all: 6 % for the codec, the rest for the transformer, of which the last quarter is for letters
     **kw,        # to `train_codec` and `train_mmdit`: device, seed
 ):               # the folder `out/data/tiny-sd3`
     "Train the whole base on top of `tiny-sd`'s codec and CLIP."
-    vae = train_codec(out, minutes * .13, **kw)
-    return export_base(train_mmdit(out, vae, minutes * .87, **kw), Path(out) / "data" / "tiny-sd3")
+    vae = train_codec(out, minutes * .06, **kw)
+    train_mmdit(out, vae, minutes * .7, **kw)
+    pipe = train_mmdit(out, vae, minutes * .94, shares=(.2, .6, .2), letters=4, **kw)       # goes on where that stopped
+    return export_base(pipe, Path(out) / "data" / "tiny-sd3")
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #0f6fb028
 def main():
-    "Command line of the zoo: `python -m lora_nb.zoo.mmdit OUT --minutes 69`."
+    "Command line of the zoo: `python -m lora_nb.zoo.mmdit OUT --minutes 150`."
     import argparse
     p = argparse.ArgumentParser(description="Train the embedded base tiny-sd3: codec, text encoders, MMDiT. Resumable.")
     p.add_argument("out", help="working folder")
-    p.add_argument("--minutes", type=float, default=69, help="training time in all (default: %(default)s)")
+    p.add_argument("--minutes", type=float, default=150, help="training time in all (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     p.add_argument("--seed", type=int, default=0)
     print(train_base(**vars(p.parse_args())))
