@@ -15,7 +15,7 @@ META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 COLAB ?= $(CURDIR)/.venv-colab
 
-X
+.PHONY: demo test test-colab bench bench-gpu results turbo quality base base3 readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
