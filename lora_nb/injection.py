@@ -597,12 +597,18 @@ def _plan_tokens(pipe_or_model, parts, lora):
     for token, vectors in lora.embeddings.items():
         for c, e in vectors.items():
             if isinstance(pipe_or_model, (nn.Module, dict)): continue     # bare models have no vocabulary
+            if _left_out(pipe_or_model, c) and any(o in parts for o in vectors): continue
             if c not in parts or c not in tokenizers:
                 raise TargetError(f"the word {token!r} was learned for {c}, which is missing here: expected a "
                                   f"pipeline with {c} and its tokenizer, found {', '.join([*parts, *tokenizers])}")
             plans.setdefault(c, (tokenizers[c], {}))[1][token] = _rows(e)
     for c, (tokenizer, words) in plans.items(): _check_words(c, parts[c], tokenizer, words)
     return plans
+
+def _left_out(pipe, c):
+    "Is this the T5 of a pipeline that does without? Zeros stand for all it would say, a word's vectors too."
+    pipe = getattr(pipe, "pipe", pipe)
+    return c == "text_encoder_3" and hasattr(pipe, c) and getattr(pipe, c) is None
 
 def _rows(e): return e.detach().reshape(-1, e.shape[-1])
 

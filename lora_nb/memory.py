@@ -27,6 +27,7 @@ from .bases import HUB, Base, _quiet, as_base, embedded_bases
 from .core import LoraError, closest, data_path
 from .injection import find_targets, inject_lora
 from .lora import table as as_table
+from .show import INK, PALETTE, Plot
 
 # %% ../nbs/08b_memory.ipynb #8ec02ae7
 _clip = lambda width, layers, heads, kind: (kind, dict(
@@ -297,7 +298,7 @@ def estimate_memory(base,                          # short name, hub id of one, 
                     optimizer="adamw",             # see `OPTIMIZERS`
                     gradient_checkpointing=False,  # recompute each block
                     t5=True, offload=False,        # see `load_base`
-                    cached=True,                   # latents and embeddings made once, before the steps
+                    cached=True,                   # latents and embeddings made once
                     guidance=True,                 # drawing: a second, unconditional answer
                     t5_length=256,                 # tokens of T5
                     allowance=True):               # add what a GPU's driver and allocator take; a guess
@@ -308,8 +309,7 @@ def estimate_memory(base,                          # short name, hub id of one, 
     main = "transformer" if "transformer" in nets else "unet"
     factor = 2 ** (len(nets["vae"].config.block_out_channels) - 1)
     size = resolution or nets[main].config.sample_size * factor
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    run = _Run(nets, main, factor, size, dtype, t5, offload, t5_length)
+    run = _Run(nets, main, factor, (size, size) if isinstance(size, int) else tuple(size), dtype, t5, offload, t5_length)
     if task == "train":
         phases = run.training(batch_size, rank, targets, optimizer, gradient_checkpointing, cached)
     else: phases = run.drawing(batch_size * (2 if guidance else 1), batch_size)
@@ -359,18 +359,19 @@ class _Run:
 # %% ../nbs/08b_memory.ipynb #be3ac0d1
 def memory_bars(memories,        # name -> `Memory`
                 cards=(16, 24)): # GiB, drawn as lines
-    "A stacked bar for each answer, in its largest phase; gives the figure"
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, .6 + .45 * len(memories)))
+    "A stacked bar for each answer, in its largest phase; a `Plot`"
+    from matplotlib.figure import Figure
+    fig = Figure((8, .9 + .4 * len(memories)), layout="constrained"); ax = fig.subplots()
     kinds = list(dict.fromkeys(n for m in memories.values() for n in m.phases[m.peak]))
-    colors = dict(zip(kinds, plt.get_cmap("tab20").colors))
+    colors = {n: PALETTE[i % len(PALETTE)] for i, n in enumerate(kinds)}
+    shade = {n: .45 if i >= len(PALETTE) else 1 for i, n in enumerate(kinds)}
     for y, m in enumerate(reversed(memories.values())):
         x = 0
         for n, v in m.phases[m.peak].items():
-            ax.barh(y, v / 2**30, left=x, color=colors[n], label=n); x += v / 2**30
-    ax.set_yticks(range(len(memories)), list(memories)[::-1]); ax.set_xlabel("GiB in the largest phase")
-    for g in cards:
-        ax.axvline(g, c="k", lw=.8, ls=":"); ax.text(g, len(memories) - .5, f" {g}", va="bottom", fontsize=8)
+            ax.barh(y, v / 2**30, left=x, color=colors[n], alpha=shade[n], label=n); x += v / 2**30
+    ax.set_yticks(range(len(memories)), list(memories)[::-1])
+    ax.set(xlabel="GiB in the largest phase (dotted: cards of " + ", ".join(map(str, cards)) + " GiB)", ylim=(-.6, len(memories) - .4))
+    for g in cards: ax.axvline(g, c=INK, lw=.8, ls=":")
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
-    ax.legend(handles.values(), handles, fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
-    return fig
+    fig.legend(handles.values(), handles, fontsize=7, loc="outside right center", frameon=False)
+    return Plot(fig, "Memory by part")

@@ -263,7 +263,7 @@ def _plan(i, batch, rng):
     "Of step `i`: size of the pictures, lengths of the texts, batch."
     hw = SIZES[i // 24 % len(SIZES)] if i % 24 == 23 else (64, 64)
     lengths = rng.choice(((77, 32), (77, 77), (77, 256))) if i % 10 == 9 else (None, None)
-    return hw, lengths, batch // 2 if hw != (64, 64) or lengths[1] > 200 else batch
+    return hw, lengths, batch // 2 if hw != (64, 64) or (lengths[1] or 0) > 200 else batch
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #ee9d566d
 def train_mmdit(
@@ -277,6 +277,7 @@ def train_mmdit(
     letters=1,        # how much more the letters of a sign count
     pool=49152,       # latents kept; a quarter of them is encoded at the start
     preview_every=6,  # minutes between preview sheets, saved as `out/mmdit-run/NNNNNN.jpg`
+    previews=10,      # pictures of each kind on a sheet
 ):                    # `StableDiffusion3Pipeline`
     "Train MMDiT, second CLIP and T5 together; resumable, with previews."
     device, out, rng = default_device(device), Path(out), random.Random(seed); set_seed(seed)
@@ -284,9 +285,9 @@ def train_mmdit(
     opts = optimizers(model, muon_lr=.014, skip=("embed", "shared", "norm", "proj_out", "relative"))
     run = Run(model, out / "mmdit-run", minutes, opts, every=60 * preview_every, decay=.4)
     data = Scenery(sc.Scenes(device, shares, seed + run.n), vae, pool, seed)
-    for hw in ((64, 64),) * (pool // 2048) + SIZES: data.renew(512, hw)
+    for hw in ((64, 64),) * max(1, pool // 2048) + SIZES: data.renew(min(512, pool // 4), hw)
     def measure():
-        _save_sheet(draw(pipe, sheet()), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=10)
+        _save_sheet(draw(pipe, sheet(previews)), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=previews)
         pipe.save_pretrained(out / "tiny-sd3"); return {}
     for i in run.steps(measure):
         if i % 12 == 0: data.renew(256)
