@@ -7,16 +7,16 @@ Docs: https://lora-nb.github.io/lora_nb/lessons.html.md"""
 # %% auto #0
 __all__ = ['hub_answers', 'lesson_base', 'lesson_places', 'at_once', 'lesson_pictures', 'lesson_cost', 'take_away']
 
-# %% ../nbs/18b_lessons.ipynb #761cec37
-import time
+# %% ../nbs/18b_lessons.ipynb #dea5b28d
+import os, time
 from pathlib import Path
 import torch
-from .core import DataError, LoraError, data_path, default_device, peak_rss_mb
+from .core import DataError, LoraError, data_path, default_device, fast_bf16, peak_rss_mb
 from .bases import HUB, load_base
 from .lora import human
 from .preprocessing import find_pictures
 
-# %% ../nbs/18b_lessons.ipynb #5d5ed8c4
+# %% ../nbs/18b_lessons.ipynb #a8d7160e
 def hub_answers():
     "Does the model hub answer within five seconds?"
     from huggingface_hub import constants, get_session
@@ -25,15 +25,24 @@ def hub_answers():
     except Exception: return False                       # whatever is wrong on the way, there is no answer
     return True
 
+def _hush():
+    "LORA_NB_QUIET=1 is meant for the libraries below us, too"
+    import diffusers, transformers
+    for lib in (diffusers, transformers):
+        if os.environ.get("LORA_NB_QUIET", "0") not in ("", "0"): lib.utils.logging.disable_progress_bar()
+
 def lesson_base(
     name,                # as `load_base` takes it
     embedded="tiny-sd",  # what to take where there is no GPU or no hub
     **options,           # of `load_base`: t5, offload
 ):                       # a `Base`
     "The base that a lesson asks for; the embedded one, and a line that says why, where it can not be had"
+    _hush()
     if Path(name).exists() or not (name in HUB or "/" in name): return load_base(name, **options)
-    why = "No GPU here" if default_device().type == "cpu" else None
+    device = default_device()
+    why = "No GPU here" if device.type == "cpu" else None
     if not why:
+        if device.type == "cuda" and not fast_bf16() and "xl" not in name: options = {"dtype": torch.float16, **options}
         try: base = load_base(name, **options)
         except LoraError:
             if hub_answers(): raise
@@ -44,7 +53,7 @@ def lesson_base(
     base.vae.enable_slicing()                            # large pictures are decoded one by one
     return base
 
-# %% ../nbs/18b_lessons.ipynb #e95e1e80
+# %% ../nbs/18b_lessons.ipynb #d3ffddf9
 def lesson_places(
     base,  # a `Base`
     n=4,   # how many
@@ -60,7 +69,7 @@ def at_once(base): # a `Base`
     "How many pictures to draw together"
     return max(1, min(24, 2**19 // base.resolution**2))
 
-# %% ../nbs/18b_lessons.ipynb #1bc304d0
+# %% ../nbs/18b_lessons.ipynb #853d30ab
 def _colab():
     "Colab's file functions, or None"
     try: from google.colab import files
@@ -82,17 +91,16 @@ def lesson_pictures(
     find_pictures(folder)                                # an error that says what is missing
     return folder
 
-# %% ../nbs/18b_lessons.ipynb #78d39a70
+# %% ../nbs/18b_lessons.ipynb #d3480bff
 def lesson_cost(began): # `time.time()` at the start
     "What it took since then: time, and the most memory that was held"
     seconds, device = time.time() - began, default_device()
     took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     if device.type == "cuda":
         return f"{took}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}"
-    n = torch.get_num_threads()
-    return f"{took}, {peak_rss_mb() / 1000:.1f} GB of main memory, {n} thread{'s' * (n > 1)} of the processor"
+    return f"{took}, of them {time.process_time():.0f} on the processor, and {peak_rss_mb() / 1000:.1f} GB of main memory"
 
-# %% ../nbs/18b_lessons.ipynb #1a875992
+# %% ../nbs/18b_lessons.ipynb #0a85eef1
 def take_away(*paths): # files
     "Files and their sizes; on Colab the browser downloads them"
     gone = [str(p) for p in paths if not Path(p).is_file()]
