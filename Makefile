@@ -1,5 +1,6 @@
 # make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures, BASE=tiny-sd3)
 # make test                     everything that is checked
+# make test-colab               run the lessons (nbs/tutorials) in an environment of Colab's versions, constraints-colab.txt
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make docs                     the site, without Quarto: _docs/index.html (with Quarto: nbdev-docs)
 # make picture                  run the demo and put its picture and numbers on the index
@@ -13,14 +14,18 @@ BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt $(INDEX)
 META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
+COLAB ?= $(CURDIR)/.venv-colab
 
-.PHONY: demo test bench bench-gpu results turbo quality base base3 docs readme picture export clean
+.PHONY: demo test test-colab bench bench-gpu results turbo quality base base3 docs readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
 
 test: .venv/.dev
 	$(BIN)/python tools/test.py $(ONLY)
+
+test-colab: $(COLAB)/.lessons
+	cd nbs/tutorials && for nb in *.ipynb; do echo $$nb; $(QUIET) $(COLAB)/bin/jupyter-execute $$nb || exit 1; done
 
 bench: .venv/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
@@ -70,6 +75,12 @@ INDEX ?=
 
 .venv/.dev: .venv/bin/python $(META)
 	$(PIP) -e '.[dev]' && touch $@ .venv/.run
+
+$(COLAB)/.lessons: constraints-colab.txt settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv $(COLAB)
+	$(COLAB)/bin/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints-colab.txt $(INDEX) -e . \
+	    ipykernel nbclient peft
+	touch $@
 
 clean:
 	rm -rf build dist out _docs _proc *.egg-info

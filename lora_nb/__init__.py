@@ -29,7 +29,7 @@ from importlib import import_module
 
 _MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction", "checkpoints",
             "composition", "mixing", "bases", "memory", "evaluation", "scheduling", "preprocessing", "dataset", "training",
-            "dreambooth", "textual_inversion", "pti", "sd3", "turbo", "studio", "cli")
+            "dreambooth", "textual_inversion", "pti", "sd3", "turbo", "studio", "lessons", "cli")
 
 
 @lru_cache

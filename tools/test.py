@@ -106,6 +106,30 @@ def stored_outputs():
     assert not faults, "\n".join(faults)
 
 
+def code_cells(path):
+    "Sources of a notebook's code cells"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+def colab_badges():
+    "Each badge opens its own notebook; each lesson installs the version that settings.ini names."
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    faults, lessons, badge = [], 0, r"https://colab\.research\.google\.com/github/lora-nb/lora_nb/blob/main/([^)\s\"]+)"
+    for p in notebooks():
+        name, text = p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")
+        wrong = [b for b in re.findall(badge, text) if b != name or not (ROOT / b).is_file()]
+        faults += [f"{name}: its badge opens {b}" for b in wrong]
+        if p.parent.name != "tutorials": continue
+        lessons += 1
+        if not re.search(badge, text): faults.append(f"{name}: no badge")
+        pinned = re.search(r'^VERSION = "(.+)"$', code_cells(p)[0], re.M)
+        if not pinned or pinned[1] != ini["DEFAULT"]["version"]:
+            faults.append(f"{name}: installs {pinned and pinned[1]}, settings.ini says {ini['DEFAULT']['version']}")
+    assert lessons and not faults, "\n".join(faults) or "no lessons found"
+
+
 def test_notebook(path):
     "Run all cells of one notebook, as nbdev does."
     run("nbdev-test", path, "--n-workers", "0")
@@ -210,7 +234,7 @@ def main(words):
     # late chapters train and take longest, so they start first
     tests = [(str(p.relative_to(ROOT)), test_notebook, p) for p in reversed(notebooks()) if "benchmarks" not in p.parts]
     others = (wheel_works, editable_works, requirements_agree, notebooks_clean, modules_in_sync, stored_outputs,
-              readme_in_sync, readme_links, readme_code, site_builds)
+              colab_badges, readme_in_sync, readme_links, readme_code, site_builds)
     tests += [(f.__name__.replace("_", " "), f) for f in others]
     tests = [t for t in tests if not words or any(w in t[0] for w in words)]
     try:
