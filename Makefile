@@ -1,5 +1,6 @@
 # make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures, BASE=tiny-sd3)
-# make test                     everything that is checked
+# make test                     everything that is checked; the browser's part only where Chromium is installed
+# make test-browser             the studio in a real browser: JupyterLab, Voila, old and new widgets (ONLY="lab voila voila7")
 # make test-colab               run the lessons (nbs/tutorials) in an environment of Colab's versions, constraints-colab.txt
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make docs                     the site, without Quarto: _docs/index.html (with Quarto: nbdev-docs)
@@ -16,7 +17,7 @@ META := constraints.txt settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 COLAB ?= $(CURDIR)/.venv-colab
 
-.PHONY: demo test test-colab bench bench-gpu results turbo quality base base3 docs readme picture export clean
+.PHONY: demo test test-browser test-colab bench bench-gpu results turbo quality base base3 docs readme picture export clean
 
 demo: .venv/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
@@ -26,6 +27,9 @@ test: .venv/.dev
 
 test-colab: $(COLAB)/.lessons
 	cd nbs/tutorials && for nb in *.ipynb; do echo $$nb; $(QUIET) $(COLAB)/bin/jupyter-execute $$nb || exit 1; done
+
+test-browser: .venv/.dev
+	$(BIN)/python tools/browser.py $(ONLY)
 
 bench: .venv/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb

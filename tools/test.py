@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
+import browser                                         # beside this file
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS, TIMEOUT, THREADS = int(os.environ.get("WORKERS", 2)), 1200, "1"
 ENV = {**os.environ, "LORA_NB_QUIET": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0",
@@ -220,6 +222,13 @@ def site_builds():
     assert 'id="lora_nb.injection.apply_lora"' in (site / "injection.html").read_text(encoding="utf-8")
 
 
+# ------------------------------------------------------------------------------------------ browser
+def in_browser(place):
+    "The studio, clicked through in Chromium."
+    try: browser.test(place)
+    except browser.Missing as e: print(f"left out          browser {place}: {e}", flush=True)
+
+
 # ------------------------------------------------------------------------------------------ main
 def measured(name, test, *args):
     "(name, seconds, error or None) of one test."
@@ -236,6 +245,7 @@ def main(words):
     others = (wheel_works, editable_works, requirements_agree, notebooks_clean, modules_in_sync, stored_outputs,
               colab_badges, readme_in_sync, readme_links, readme_code, site_builds)
     tests += [(f.__name__.replace("_", " "), f) for f in others]
+    tests += [(f"browser {place}", in_browser, place) for place in browser.PLACES]
     tests = [t for t in tests if not words or any(w in t[0] for w in words)]
     try:
         with ThreadPoolExecutor(WORKERS) as pool: results = list(pool.map(lambda t: measured(*t), tests))
