@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/lessons.html.md"""
 __all__ = ['hub_answers', 'lesson_base', 'lesson_places', 'at_once', 'lesson_pictures', 'lesson_cost', 'for_diffusers',
            'take_away']
 
-# %% ../nbs/18b_lessons.ipynb #3a629b76
+# %% ../nbs/18b_lessons.ipynb #10271bf1
 import os, time
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ from .bases import HUB, load_base
 from .lora import human
 from .preprocessing import find_pictures
 
-# %% ../nbs/18b_lessons.ipynb #b08aa8bb
+# %% ../nbs/18b_lessons.ipynb #920539b1
 def hub_answers():
     "Does the model hub answer within five seconds?"
     from huggingface_hub import constants, get_session
@@ -55,7 +55,7 @@ def lesson_base(
     base.vae.enable_slicing()                            # large pictures are decoded one by one
     return base
 
-# %% ../nbs/18b_lessons.ipynb #722f5be2
+# %% ../nbs/18b_lessons.ipynb #3ff50127
 def lesson_places(
     base,  # a `Base`
     n=4,   # how many
@@ -71,7 +71,7 @@ def at_once(base): # a `Base`
     "How many pictures to draw together"
     return max(1, min(24, 2**19 // base.resolution**2))
 
-# %% ../nbs/18b_lessons.ipynb #54426e90
+# %% ../nbs/18b_lessons.ipynb #db350c80
 def _colab():
     "Colab's file functions, or None"
     try: from google.colab import files
@@ -93,7 +93,7 @@ def lesson_pictures(
     find_pictures(folder)                                # an error that says what is missing
     return folder
 
-# %% ../nbs/18b_lessons.ipynb #cd3f2457
+# %% ../nbs/18b_lessons.ipynb #061411cf
 def lesson_cost(began): # `time.time()` at the start
     "What it took since then: time, and the most memory that was held"
     seconds, device = time.time() - began, default_device()
@@ -102,7 +102,7 @@ def lesson_cost(began): # `time.time()` at the start
         return f"{took}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}"
     return f"{took}, of them {time.process_time():.0f} on the processor, and {peak_rss_mb() / 1000:.1f} GB of main memory"
 
-# %% ../nbs/18b_lessons.ipynb #71041bf9
+# %% ../nbs/18b_lessons.ipynb #afb6453f
 def for_diffusers(
     path,  # a LoRA file in peft's form
     pipe,  # a diffusers pipeline
@@ -111,7 +111,7 @@ def for_diffusers(
     old = hasattr(pipe.text_encoder, "text_model")
     return {k if old else k.replace(".text_model.", "."): t for k, t in load_file(path).items()}
 
-# %% ../nbs/18b_lessons.ipynb #dfd8fffd
+# %% ../nbs/18b_lessons.ipynb #96b30a4b
 def take_away(*paths): # files
     "Files and their sizes; on Colab the browser downloads them"
     gone = [str(p) for p in paths if not Path(p).is_file()]
