@@ -1,8 +1,29 @@
-"""Low-rank adaptation of text-to-image diffusion models: the book that you can run.
+"""Low-rank adaptation of text-to-image diffusion models, as a book of notebooks and as the package that they write. Importing
+`lora_nb` loads nothing else; each public name is fetched at its first use.
 
-Importing the package loads nothing else. Every public function and class of every module is offered here too, and its
-module is imported at the first use (PEP 562): `from lora_nb import Lora, apply_lora, load_base`.
-"""
+```python
+from lora_nb import apply_lora, before_after, data_path, load_base, save_jpeg, train_dreambooth
+
+base = load_base("tiny-sd")                                             # or "tiny-sd3", "sd3.5-medium", a folder, a hub id
+prompts = ["a sks face on a striped blue background", "a sks face on a dotted yellow background"]
+before = base.generate(prompts, seeds=[0, 1])
+lora = train_dreambooth(base, data_path("subjects", "jack-o-lantern"), "a sks face", class_prompt="a face", steps=150)
+lora.save("lantern.safetensors")                                        # plain diffusers loads this file too
+apply_lora(base.pipe, lora)
+after = base.generate(prompts, seeds=[0, 1])
+save_jpeg(before_after(dict(zip(prompts, zip(before, after))), ["base", "with the LoRA"]), "lantern.jpg")
+```
+
+Modules:
+
+- `lora_nb.composition`: LoRAs are values, so they can be added, subtracted and blended: exactly, of any ranks, without a model in memory.
+- `lora_nb.conversion`: Look at a LoRA without a pipeline, and convert it, told plainly what the other format could not carry.
+- `lora_nb.evaluation`: Did it learn the subject, does it still listen, and what did it forget? Four questions, each with a number.
+- `lora_nb.extraction`: A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
+- `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
+- `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
+- `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it."""
+
 from functools import lru_cache
 from importlib import import_module
 
