@@ -108,7 +108,7 @@ def moved(notebook, pages, faults):
         path, _, anchor = m[2].partition("#")
         file = (notebook.parent / path).resolve()
         if file in pages: new = os.path.relpath(docname(file), here) + ".ipynb" + ("#" + anchor if anchor else "")
-        elif file.suffix in IMAGES and file.is_file():
+        elif file.suffix in IMAGES and file.is_file() and file.is_relative_to(NBS):
             new = os.path.relpath(file.relative_to(NBS), here)
             (STAGE / file.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, STAGE / file.relative_to(NBS))
@@ -149,9 +149,9 @@ def stage():
     if faults: raise SystemExit("\n".join(faults))
     known = {}
     books = {p: page(p, known) for p in pages}
-    links = Links(known)
     for p, nb in books.items():
-        move = moved(p, pages, faults)
+        move = moved(p, pages, faults)                        # names of the zoo are short: linked within the zoo only
+        links = Links({k: v for k, v in known.items() if "zoo" in p.parts or ".zoo." not in v})
         for c in nb.cells:
             said = [(c, "source")] if c.cell_type == "markdown" else []
             said += [(o["data"], k) for o in c.get("outputs", []) for k in o.get("data", {}) if k == "text/markdown"]
@@ -169,7 +169,7 @@ def tree():
     "The order of the pages, for Sphinx."
     def line(title, p): return f"{title} <{docname(p)}>" if title else docname(p)
     trees = ["\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "",
-                        *(line(*e) for e in part), "```"]) for caption, part in sections()]
+                        *(line(*e) for e in part), "```"]) for caption, part in sections() if part]
     trees.append("```{toctree}\n:hidden:\n\nAll names <genindex>\n```")
     title, first = sections()[0][1][0]
     return "\n\n".join(trees).replace(line(title, first), f"{title or SITE['title']} <self>", 1)
