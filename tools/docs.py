@@ -179,11 +179,14 @@ def build(target):
     "The site in a folder; anything that Sphinx has to warn of is an error."
     from sphinx.cmd.build import main
     stage()
-    strict = ["-n", "-W", "--keep-going", "-q"]
-    places = ["-c", ROOT / "tools/site", "-d", STAGE.parent / "doctrees", STAGE, target]
-    return main(["-b", "html", *strict, *map(str, places)])
+    strict, made = ["-n", "-W", "--keep-going", "-q"], STAGE.parent / "site"         # MyST-NB writes beside it, too
+    shutil.rmtree(made, ignore_errors=True)                                          # pages that are no more
+    places = ["-c", ROOT / "tools/site", "-d", STAGE.parent / "doctrees", STAGE, made]
+    failed = main(["-b", "html", *strict, *map(str, places)])
+    if not failed: shutil.copytree(made, target, dirs_exist_ok=True)
+    return failed
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2: shutil.rmtree(ROOT / "_docs", ignore_errors=True)                  # pages that are no more
+    if len(sys.argv) < 2: shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     sys.exit(build(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs"))
