@@ -267,6 +267,7 @@ def _reading(nets, batch, tokens, item):
     wide = [width(n.config) for c, n in nets.items() if c.startswith("text")]
     return 4 * batch * tokens * max(wide, default=0) * item
 
+# %% ../nbs/08b_memory.ipynb #5b0c7e11
 _passes = {}
 def _once(f, net, *args):
     "`f(net, *args)`, counted once for networks of equal shape"
@@ -309,7 +310,8 @@ def estimate_memory(base,                          # short name, hub id of one, 
     main = "transformer" if "transformer" in nets else "unet"
     factor = 2 ** (len(nets["vae"].config.block_out_channels) - 1)
     size = resolution or nets[main].config.sample_size * factor
-    run = _Run(nets, main, factor, (size, size) if isinstance(size, int) else tuple(size), dtype, t5, offload, t5_length)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    run = _Run(nets, main, factor, size, dtype, t5, offload, t5_length)
     if task == "train":
         phases = run.training(batch_size, rank, targets, optimizer, gradient_checkpointing, cached)
     else: phases = run.drawing(batch_size * (2 if guidance else 1), batch_size)
@@ -370,7 +372,8 @@ def memory_bars(memories,        # name -> `Memory`
         for n, v in m.phases[m.peak].items():
             ax.barh(y, v / 2**30, left=x, color=colors[n], alpha=shade[n], label=n); x += v / 2**30
     ax.set_yticks(range(len(memories)), list(memories)[::-1])
-    ax.set(xlabel="GiB in the largest phase (dotted: cards of " + ", ".join(map(str, cards)) + " GiB)", ylim=(-.6, len(memories) - .4))
+    lines = ", ".join(map(str, cards))
+    ax.set(xlabel=f"GiB in the largest phase (dotted: cards of {lines} GiB)", ylim=(-.6, len(memories) - .4))
     for g in cards: ax.axvline(g, c=INK, lw=.8, ls=":")
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
     fig.legend(handles.values(), handles, fontsize=7, loc="outside right center", frameon=False)

@@ -27,13 +27,6 @@ STEPS = {"tiny-sd": (1, 2, 4, 8, 25), "tiny-sd3": (1, 2, 4, 8, 28)}
 GUIDANCE, PICTURES = 4., 48
 
 
-def opened(name):
-    "A base as the lesson opens it"
-    base = load_base(name)
-    if base.family == "sd3": base.t5_length = 32
-    return base
-
-
 def file_of(name):
     "The turbo LoRA of a base"
     own = OUT / f"turbo-{name}.safetensors"
@@ -42,7 +35,7 @@ def file_of(name):
 
 def train(name):
     "Distil, and keep the course of the training beside the LoRA"
-    base, t0 = opened(name), time.time()
+    base, t0 = load_base(name), time.time()
     say = lambda t: print(name, t.done, t.log, flush=True) if t.done % 20 == 0 else None
     run = TurboRun(base, validate_every=40, validation_samples=12, callback=say)
     paths = time.time() - t0
@@ -96,7 +89,7 @@ def marked(images, paper, judge):
 
 def table(name):
     "Judge every cell, and compare it with what the base itself draws in many guided steps"
-    base, lora, judge, dino = opened(name), Lora.load(file_of(name)), load_judge(), Dino()
+    base, lora, judge, dino = load_base(name), Lora.load(file_of(name)), load_judge(), Dino()
     paper = asked(base)
     prompts, seeds, drawn, own = [p[2] for p in paper], list(range(len(paper))), {}, None
     facts = OUT / f"turbo-{name}.json"
