@@ -67,6 +67,7 @@ picture: demo
 
 export: .venv/.dev
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+	$(BIN)/python tools/stubs.py
 
 # INDEX="--extra-index-url ..." adds a package index, e.g. one with CPU builds of torch
 INDEX ?=

@@ -24,39 +24,29 @@ Modules:
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
 - `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it."""
 
-from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 
-_MODULES = ("core", "show", "layers", "lora", "injection", "formats", "kohya", "conversion", "extraction", "checkpoints",
-            "composition", "mixing", "bases", "memory", "evaluation", "scheduling", "preprocessing", "dataset", "training",
-            "dreambooth", "textual_inversion", "pti", "sd3", "turbo", "studio", "lessons", "cli")
+from .reference import FRONT, described, owners
 
-
-@lru_cache
-def _public():
-    "name -> module, read from each module's `__all__` without importing it; earlier chapters win."
-    import ast, pathlib, re
-    names = {}
-    for m in _MODULES:
-        file = pathlib.Path(__file__).with_name(f"{m}.py")
-        if not file.exists(): continue
-        listed = re.search(r"^__all__ = (\[.*?\])", file.read_text(encoding="utf-8"), re.S | re.M)
-        for name in ast.literal_eval(listed[1]) if listed else (): names.setdefault(name, m)
-    return names
+__all__ = [name for names in FRONT.values() for name in names.split()]   # the one list of them stands in the chapter `reference`
+_DROP_IN = "lora_diffusion"    # its names are importable from the top, too, but not listed: code written for that package runs
 
 
 def __getattr__(name):
+    "A public name, from the module that defines it, imported now."
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
         try: return version("lora_nb")
         except PackageNotFoundError: return "unknown (not installed)"
-    if name.startswith("_"): raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
-    if name in _MODULES:                                                # a module's name is always the module
-        try: return import_module(f"lora_nb.{name}")
-        except ModuleNotFoundError as e:
-            if e.name != f"lora_nb.{name}": raise
-    if module := _public().get(name): return getattr(import_module(f"lora_nb.{module}"), name)
-    raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
+    missing = f"module 'lora_nb' has no attribute {name!r}"
+    if name.startswith("_"): raise AttributeError(missing)
+    if find_spec(f"lora_nb.{name}"): return import_module(f"lora_nb.{name}")      # a module's name is always the module
+    module = owners().get(name)
+    if name in __all__ or module == _DROP_IN:
+        found = globals()[name] = described(getattr(import_module(f"lora_nb.{module}"), name))
+        return found
+    raise AttributeError(missing + (f"; it is in lora_nb.{module}: from lora_nb.{module} import {name}" if module else ""))
 
 
-def __dir__(): return sorted({*globals(), *_public(), "__version__"})
+def __dir__(): return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"])
