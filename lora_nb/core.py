@@ -7,10 +7,11 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 # %% auto #0
 __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest', 'default_device',
            'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path',
-           'patch_to', 'progress', 'peak_rss_mb']
+           'patch_to', 'progress', 'peak_rss_mb', 'some', 'human', 'table', 'free_name', 'finite', 'finite_number',
+           'row_norms', 'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
-import contextlib, difflib, importlib.util, os, random, shutil, sys, tempfile
+import contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -173,3 +174,94 @@ def peak_rss_mb():
     import resource                                                     # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+# %% ../nbs/00_core.ipynb #619db6ac
+def some(
+    names,  # any iterable
+    n=4,    # how many to show
+):          # "a, b, c, d and 3 more"
+    "The first few names, for a message."
+    names = [str(x) for x in names]
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+# %% ../nbs/00_core.ipynb #1bdcd8d2
+def human(
+    n,  # bytes
+):      # text
+    "A number of bytes for people."
+    return f"{n / 2**20:.1f} MB" if n >= 2**20 else f"{n / 2**10:.1f} KB" if n >= 2**10 else f"{n} bytes"
+
+def table(
+    head,  # column titles
+    rows,  # lists of cells
+):         # text
+    "A Markdown table."
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in lines)
+
+# %% ../nbs/00_core.ipynb #78b82dd6
+def free_name(
+    name,     # the name wanted
+    taken,    # names in use, or f(name) -> bool
+    sep="-",  # between name and number
+    first=1,  # the first number tried
+):            # `name`, or `name-1`, `name-2` ...; `<cat>` becomes `<cat-1>`
+    "A name that is not taken."
+    used = taken if callable(taken) else taken.__contains__
+    stem, end = (name[:-1], ">") if name.endswith(">") else (name, "")
+    while used(name): name, first = f"{stem}{sep}{first}{end}", first + 1
+    return name
+
+# %% ../nbs/00_core.ipynb #1a1e7b25
+def finite(
+    t,  # tensor
+):      # bool
+    "Is every number of a tensor finite? True for tensors without numbers (device `meta`)."
+    if t.is_meta: return True
+    return math.isfinite(t.detach().sum(dtype=torch.float32).item()) or bool(torch.isfinite(t).all())
+
+def finite_number(
+    x,     # a number, or text
+    what,  # its name, for the error
+):         # float
+    "`x` as a finite float, or a `LoraError`."
+    try: value = float(x)
+    except (TypeError, ValueError): value = math.nan
+    if math.isfinite(value): return value
+    raise LoraError(f"{what} is {x!r}: expected a finite number")
+
+# %% ../nbs/00_core.ipynb #f9169f51
+def row_norms(
+    weight,  # (out, ...)
+):           # (out,), float32
+    "Norm of each output's weights, in single precision."
+    return weight.detach().float().flatten(1).norm(dim=1)
+
+# %% ../nbs/00_core.ipynb #80edfddb
+@contextlib.contextmanager
+def quick():
+    "Hold back the garbage collector while thousands of small objects are made: each of its rounds would look at all."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
+# %% ../nbs/00_core.ipynb #5cab3db9
+@contextlib.contextmanager
+def quiet(
+    on=True,  # False: change nothing
+):
+    "No progress bars and no advice of diffusers and transformers while small things load."
+    import diffusers, transformers
+    libs = [diffusers.utils.logging, transformers.utils.logging] if on else []
+    was = [(l, l.get_verbosity(), l.is_progress_bar_enabled()) for l in libs]
+    try:
+        for l in libs: l.set_verbosity_error(); l.disable_progress_bar()
+        with warnings.catch_warnings():   # diffusers renames torch_dtype to dtype; older versions know only the first
+            warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
+            yield
+    finally:
+        for l, level, bar in was:
+            l.set_verbosity(level)
+            if bar: l.enable_progress_bar()

@@ -21,7 +21,10 @@ import torch
 from .core import LoraError, ShapeError, TargetError, default_device, patch_to
 from .injection import find_targets
 from .layers import LoraLayer
-from .lora import Factors, Lora, canonical, human, places, resolve_components, some
+from .lora import Factors, Lora
+from .names import canonical
+from .core import human, some
+from .worn import places, resolve_components
 
 # %% ../nbs/06_extraction.ipynb #476648c7
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from .core import DataError, LoraError, data_path, default_device, fast_bf16, peak_rss_mb
 from .bases import HUB, load_base
-from .lora import human
+from .core import human
 from .preprocessing import find_pictures
 
 # %% ../nbs/18b_lessons.ipynb #920539b1

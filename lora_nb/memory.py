@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from .bases import HUB, Base, _quiet, as_base, embedded_bases
 from .core import LoraError, closest, data_path
 from .injection import find_targets, inject_lora
-from .lora import table as as_table
+from .core import table as as_table
 from .show import INK, PALETTE, Plot
 
 # %% ../nbs/08b_memory.ipynb #8ec02ae7

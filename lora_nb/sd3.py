@@ -18,7 +18,7 @@ import torch
 
 # %% ../nbs/17_sd3.ipynb #d15c21d2
 from .core import LoraError, TargetError
-from .lora import places
+from .worn import places
 from .show import FAINT, INK, PALETTE, Plot
 
 # %% ../nbs/17_sd3.ipynb #515faad7
