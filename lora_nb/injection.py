@@ -1,9 +1,9 @@
 """Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
 
 `apply_lora(pipe, lora, scale=1., mode="merge")` makes a pipeline, base or model wear a LoRA; `set_scale` changes its
-strength live; `remove_lora` restores every weight bit for bit; `extract_lora` gives what is worn as a value.
+strength live; `remove_lora` restores every weight bit for bit; `extract_lora` returns what is worn as a value.
 `inject_lora(model, targets="attention", rank=4)` opens a model for training: `.params()` go to the optimiser, `.lora()` is
-the result. On an error nothing has changed.
+the result. If a call fails, nothing has changed.
 
 Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 
@@ -13,7 +13,7 @@ Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 __all__ = ['TARGETS', 'MMDIT_TARGETS', 'UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTENDED_TARGET_REPLACE',
            'TEXT_ENCODER_DEFAULT_TARGET_REPLACE', 'TEXT_ENCODER_EXTENDED_TARGET_REPLACE', 'DEFAULT_TARGET_REPLACE',
            'EMBED_FLAG', 'find_targets', 'Injected', 'inject_lora', 'freeze_base', 'disabled', 'remove_lora',
-           'remove_from_model', 'apply_lora', 'place_lora', 'vector_tokens', 'word_rows', 'add_words', 'set_scale',
+           'remove_from_model', 'vector_tokens', 'add_words', 'apply_lora', 'place_lora', 'word_rows', 'set_scale',
            'extract_lora', 'find_in_classes', 'inject_trainable_lora', 'inject_trainable_lora_extended',
            'extract_lora_ups_down', 'extract_lora_as_tensor', 'monkeypatch_or_replace_lora',
            'monkeypatch_or_replace_lora_extended', 'monkeypatch_replace_lora', 'monkeypatch_lora',
@@ -24,7 +24,10 @@ __all__ = ['TARGETS', 'MMDIT_TARGETS', 'UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTE
 # %% ../nbs/04_injection.ipynb #23dac86c
 import copy
 import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,9 +36,8 @@ from .core import DataError, LoraError, ShapeError, TargetError, closest, free_n
 from .core import table as as_table
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank, set_scales
 from .lora import Factors, Lora, add_factors
-from .names import (BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name,
-                           stream_of)
-from .worn import (Place, adapted_class, adapters, branch_index, branch_parameters, branches, component_of,
+from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
+from .worn import (Place, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, component_of,
                           detach_branches, layer_factors, original_weight, places, remerge, resolve_components,
                           root_module, stack_of, summed_weight, wears, worn_names, worn_state)
 
@@ -55,7 +57,7 @@ TARGETS = {"attention": _attention,
 
 # %% ../nbs/04_injection.ipynb #b9c7fe5b
 _block = r"transformer_blocks\.(\d+)\."
-MMDIT_TARGETS = {   # a weight's norm before attention (adaLN) is in none of them: the guide leaves it alone
+MMDIT_TARGETS = {   # none includes the modulated norms (adaLN), following Stability's guide
     "joint-attention": re.compile(_block + r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"),
     "picture": re.compile(_block + r"(attn2?\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"),
     "text": re.compile(_block + r"(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))")}
@@ -63,7 +65,7 @@ _PRESETS = ", ".join([*TARGETS, *MMDIT_TARGETS, *BLOCKS])
 
 # %% ../nbs/04_injection.ipynb #5abcf821
 def _in_blocks(model, targets, blocks, component):
-    "As `_matcher`, within some blocks of an MMDiT"
+    "Like `_matcher`, within some blocks of an MMDiT"
     depth = 1 + max((i for n in places(model) if (i := block_number(n)) is not None), default=-1)
     if not depth: raise TargetError(f"@{blocks} names blocks of an MMDiT, and {type(model).__name__} has none. "
                                     "Name its blocks by their paths, as in ['up_blocks.1'].")
@@ -72,7 +74,7 @@ def _in_blocks(model, targets, blocks, component):
 
 # %% ../nbs/04_injection.ipynb #5d74949b
 def _ancestors(model):
-    "Class names of the modules around each linear and convolution, itself included"
+    "Class names of a layer and of the modules around it"
     kinds = {canonical(n): type(m).__name__ for n, m in model.named_modules()}
     def around(name, module):
         parts = name.split(".")
@@ -80,9 +82,9 @@ def _ancestors(model):
         return above | {type(model).__name__, type(root_module(module)).__name__}
     return around
 
-# %% ../nbs/04_injection.ipynb #16dc0c12
+# %% ../nbs/04_injection.ipynb #b9fc0fd9
 def _matcher(model, targets, component):
-    "`f(name, module) -> the targets that it fits`"
+    "Targets as `f(name, module) -> hit`; for a list, the hit is the set of its items that fit"
     if callable(targets): return lambda n, m: targets(n, m)
     if isinstance(targets, str):
         if "@" in targets: return _in_blocks(model, *targets.split("@", 1), component)
@@ -98,13 +100,13 @@ def _matcher(model, targets, component):
     items, around = list(targets), _ancestors(model)
     return lambda n, m: {t for t in items if on_path(t, n) or on_path(t, f"{component}.{n}") or t in around(n, m)}
 
-# %% ../nbs/04_injection.ipynb #ef1f270a
+# %% ../nbs/04_injection.ipynb #9670decd
 def find_targets(
-    model,                # a UNet, transformer, text encoder, or any nn.Module
-    targets="attention",  # preset ("picture@0-5": some blocks), list of names or classes, regex, f(name, module) -> bool
-    component=None,       # the model's name in a pipeline; None: judged by its class
-):
-    "The linears and convolutions that `targets` names: name -> module"
+    model: nn.Module,     # a UNet, transformer, text encoder, or any nn.Module
+    targets: str | list[str] | Callable = "attention",  # preset ("picture@0-5": some blocks), list of names or classes, regex, f(name, module) -> bool
+    component: str | None = None,  # the model's name in a pipeline; None: judged by its class
+) -> dict[str, nn.Module]:          # path -> module
+    "The linears and convolutions that `targets` names. Raises `TargetError` if a target names nothing"
     component = component or component_of(model)
     fits, found, used = _matcher(model, targets, component), {}, set()
     for name, place in places(model).items():
@@ -120,7 +122,8 @@ def find_targets(
 def _unknown_target(model, targets, component):
     "The error for targets that name nothing"
     names = list(places(model))
-    known = {*TARGETS, *MMDIT_TARGETS, *BLOCKS, *names, *(n.rsplit(".", 1)[-1] for n in names), *(type(m).__name__ for m in model.modules())}
+    known = {*TARGETS, *MMDIT_TARGETS, *BLOCKS, *names, *(n.rsplit(".", 1)[-1] for n in names),
+             *(type(m).__name__ for m in model.modules())}
     first = targets if isinstance(targets, str) else next(iter(targets), "") if not callable(targets) else ""
     near = closest(first, sorted(known)) if first else ""
     shown = targets.__name__ if callable(targets) else targets
@@ -129,55 +132,69 @@ def _unknown_target(model, targets, component):
                        f"({type(model).__name__}).{near} Presets: {_PRESETS}; "
                        f"layers here: {some(leaves, 12)}")
 
-# %% ../nbs/04_injection.ipynb #41138bdd
+# %% ../nbs/04_injection.ipynb #6c5bf233
 class Injected:
     "A LoRA in training: its layers inside a model"
-    def __init__(self, parts, layers, adapter):
+    def __init__(self,
+        parts: dict[str, nn.Module],   # component -> model
+        layers: dict[str, LoraLayer],  # full name -> branch
+        adapter: str,                  # the adapter's name
+    ):
         self.parts, self.layers, self.adapter = parts, layers, adapter
 
-    def params(self, component=None):
+    def params(self,
+        component: str | None = None,  # None: all
+    ) -> list[nn.Parameter]:
         "Trainable parameters, of all components or of one"
-        layers = [m for n, m in self.layers.items() if component in (None, n.split(".")[0])]
+        layers = [m for n, m in self.layers.items() if component in (None, split_name(n)[0])]
         return [p for m in layers for p in branch_parameters(m)]
 
     @property
-    def num_parameters(self): return sum(p.numel() for p in self.params())
+    def num_parameters(self) -> int:
+        "How many numbers learn"
+        return sum(p.numel() for p in self.params())
 
     def __repr__(self):
         return f"{len(self.layers)} layers of {', '.join(self.parts)}: {self.num_parameters:,} parameters"
 
-    def set_scale(self, scale):
-        "Strength of all branches, live"
-        for m in self.layers.values(): m.scale = scale
+# %% ../nbs/04_injection.ipynb #a6e7fe92
+@patch_to(Injected)
+def set_scale(self, scale: float) -> None:
+    "Set the strength of all branches, live"
+    for m in self.layers.values(): m.scale = scale
 
-    def lora(self, metadata=None):
-        "What has been learned so far, as a value"
-        return Lora({n: layer_factors(m) for n, m in self.layers.items()}, metadata=metadata)
+@patch_to(Injected)
+def lora(self,
+    metadata: dict | None = None,  # base, trigger, recipe ...
+) -> Lora:
+    "What has been learned so far, as a value"
+    return Lora({n: layer_factors(m) for n, m in self.layers.items()}, metadata=metadata)
 
-    def remove(self):
-        "Take the branches out; the model is as before, bit for bit"
-        for model in self.parts.values(): remove_from_model(model, self.adapter)
-        self.layers = {}
+@patch_to(Injected)
+def remove(self) -> None:
+    "Take the branches out: the model is as before, bit for bit"
+    for model in self.parts.values(): remove_from_model(model, self.adapter)
+    self.layers = {}
 
-# %% ../nbs/04_injection.ipynb #689401d9
+# %% ../nbs/04_injection.ipynb #0e976fa1
 def inject_lora(
-    pipe_or_model,        # pipeline, loaded base, or bare model
-    targets="attention",  # what to adapt: see `find_targets`; or a dict component -> targets
-    rank=4,               # rank r, or a dict component -> rank
-    alpha=None,           # numerator of alpha/r; None: r
-    dropout=0.,           # of the branches' input, in training
-    init="gaussian",      # or "kaiming", "pissa"
-    dora=False,           # learn magnitudes too
-    rslora=False,         # alpha/sqrt(r)
-    component=None,       # name or list of names; None: the denoiser, or the keys of `targets`
-    dtype=None,           # of the branches; None: float32 beside a half-precision base, else the base's
-    name="default",       # the adapter's name
-):
+    pipe_or_model: "Wearer",  # pipeline, loaded base, or bare model
+    targets: str | list[str] | Callable | dict = "attention",  # what to adapt: see `find_targets`; or component -> targets
+    rank: int | dict[str, int] = 4,  # rank r, or component -> rank
+    alpha: float | None = None,      # numerator of alpha/r; None: r
+    dropout: float = 0.,             # of the branches' input, in training
+    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian",  # of the down factors
+    dora: bool = False,              # learn magnitudes too
+    rslora: bool = False,            # alpha/sqrt(r)
+    component: str | list[str] | None = None,  # name or names; None: the denoiser, or the keys of `targets`
+    dtype: torch.dtype | None = None,  # of the branches; None: float32 beside a half-precision base, else the base's
+    name: str = "default",             # the adapter's name
+) -> Injected:
     "Freeze a model and put trainable branches into it"
-    parts, layers = _chosen(pipe_or_model, targets, component), {}
-    names = adapters(parts)
-    if name in names: raise TargetError(f"the model wears a LoRA named {name!r} already: remove it first, or choose "
-                                        "another name")
+    parts = _chosen(pipe_or_model, targets, component)
+    if name in adapters(parts):
+        raise TargetError(f"the model wears a LoRA named {name!r} already: remove it first, or choose another name")
+    layers = {}
     for c, model in parts.items():
         wanted, r = (x[c] if isinstance(x, dict) else x for x in (targets, rank))
         layers |= {f"{c}.{n}": (m, r) for n, m in find_targets(model, wanted, c).items()}
@@ -190,7 +207,7 @@ def inject_lora(
         raise
     return handle
 
-# %% ../nbs/04_injection.ipynb #6d065f89
+# %% ../nbs/04_injection.ipynb #41138bdd
 def _chosen(pipe_or_model, targets, component):
     "The components to adapt: name -> model"
     parts = resolve_components(pipe_or_model)
@@ -210,8 +227,9 @@ def _check_ranks(layers, init):
         if init == "pissa" and (isinstance(module, LoraLayer) or hasattr(module, "_kept_weight")):
             raise LoraError(f"{n} wears a LoRA already, and PiSSA splits the base's own weight: remove that first")
 
+# %% ../nbs/04_injection.ipynb #689401d9
 def _build(handle, layers, alpha, dropout, init, dora, rslora, dtype):
-    "Make the branches and hang them into the models"
+    "Build the branches and put them into the models"
     where = {f"{c}.{n}": p for c, model in handle.parts.items() for n, p in places(model).items()}
     with quick():
         for n, (module, r) in layers.items():
@@ -220,19 +238,21 @@ def _build(handle, layers, alpha, dropout, init, dora, rslora, dtype):
             layer.adapter = handle.adapter
             where[n].parent._modules[where[n].attr] = handle.layers[n] = layer
 
-# %% ../nbs/04_injection.ipynb #b3a04694
-def freeze_base(model):
-    "Stop the base's parameters from learning, and remember which did; branches worn already are left alone"
+# %% ../nbs/04_injection.ipynb #6d065f89
+def freeze_base(
+    model: nn.Module,
+) -> None:
+    "Stop the base's parameters from learning, and remember which did; leave branches worn already alone"
     worn = wears(model)
     own = {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in branch_parameters(m)}
     base = [p for p in model.parameters() if id(p) not in own]
     if worn.flags is None: worn.flags = {p: p.requires_grad for p in base}
     for p in base: p.requires_grad_(False)
 
-# %% ../nbs/04_injection.ipynb #5c5388e0
+# %% ../nbs/04_injection.ipynb #b3a04694
 @patch_to(Injected)
-def table(self):
-    "What was adapted, and the share of the parameters that learn: markdown"
+def table(self) -> str:
+    "What was adapted, and which share of the parameters learns, as a Markdown table"
     rows = []
     for c, model in self.parts.items():
         own = {n: m for n, m in self.layers.items() if n.split(".")[0] == c}
@@ -251,9 +271,9 @@ def _repr_markdown_(self): return self.table()
 # %% ../nbs/04_injection.ipynb #48c9ec0e
 @contextmanager
 def disabled(
-    handle_or_model,  # `Injected`, pipeline or model
-):
-    "Within this context the branches are off: the base alone answers"
+    handle_or_model: "Injected | Wearer",  # handle, pipeline or model
+) -> Iterator[None]:
+    "Turn the branches off within this context: the base alone answers"
     if isinstance(handle_or_model, Injected): layers = list(handle_or_model.layers.values())
     else: layers = [m for model in resolve_components(handle_or_model).values() for m in model.modules()
                     if isinstance(m, LoraLayer)]
@@ -265,9 +285,9 @@ def disabled(
 
 # %% ../nbs/04_injection.ipynb #85897029
 def remove_lora(
-    pipe_or_model,  # what wears it
-    name=None,      # which; None: all
-):
+    pipe_or_model: "Wearer",  # what wears it
+    name: str | None = None,  # which; None: all
+) -> None:
     "Take LoRAs off: weights, modules and vocabulary are as they were, bit for bit"
     parts = resolve_components(pipe_or_model)
     if name is not None and name not in (worn := adapters(parts)):
@@ -275,7 +295,11 @@ def remove_lora(
     for model in parts.values(): remove_from_model(model, name)
 
 # %% ../nbs/04_injection.ipynb #c6bc74b0
-def remove_from_model(model, name, words=True):
+def remove_from_model(
+    model: nn.Module,
+    name: str | None,     # which LoRA; None: all
+    words: bool = True,   # its learned words too
+) -> None:
     "Remove one LoRA, or all, from one model"
     for place in places(model).values(): detach_branches(place, name)
     worn = worn_state(model)
@@ -290,46 +314,125 @@ def remove_from_model(model, name, words=True):
 
 # %% ../nbs/04_injection.ipynb #f7efab71
 @patch_to(Injected)
-def load(self, lora):
-    "Start from the factors of `lora`: the same layers and ranks"
-    ours, theirs = set(self.layers), set(lora.layers)
-    if ours != theirs:
-        raise TargetError(f"the LoRA and the branches differ in {len(ours ^ theirs)} layers, such as "
-                          f"{some(sorted(ours ^ theirs), 2)}: inject with the targets it was trained with")
+@torch.no_grad()
+def load(self,
+    lora: Lora,  # of the same layers and ranks
+) -> None:
+    "Start from the factors of a LoRA"
+    other = set(self.layers) ^ set(lora.layers)
+    if other:
+        raise TargetError(f"the LoRA and the branches differ in {len(other)} layers, such as {some(sorted(other), 2)}: "
+                          "inject with the targets it was trained with")
+    for n, m in self.layers.items():
+        f = lora.layers[n]
+        if f.rank != m.r: raise ShapeError(f"{n} has rank {m.r} here and {f.rank} in the LoRA: inject with the LoRA's rank")
+        if f.shape != tuple(m.weight.shape):
+            raise ShapeError(f"{n} has a weight of {tuple(m.weight.shape)} here and {f.shape} in the LoRA: it was trained on "
+                             "another base")
     for n, m in self.layers.items():
         f = lora.layers[n].plain()
-        if f.down.shape != m.lora_down.weight.shape or f.up.shape != m.lora_up.weight.shape:
-            raise ShapeError(f"{n} has rank {m.r} here and {f.rank} in the LoRA: inject with the LoRA's rank")
-    for n, m in self.layers.items():
-        f = lora.layers[n].plain()
-        m.lora_up.weight.data.copy_(f.up * (f.scaling / m.scaling))
-        m.lora_down.weight.data.copy_(f.down)
-        if m.magnitude is not None and f.magnitude is not None: m.magnitude.data.copy_(f.magnitude.flatten())
+        m.lora_up.weight.copy_((f.up * (f.scaling / m.scaling)).view_as(m.lora_up.weight))
+        m.lora_down.weight.copy_(f.down)
+        if m.magnitude is not None and f.magnitude is not None: m.magnitude.copy_(f.magnitude.flatten())
 
 # %% ../nbs/04_injection.ipynb #4cdc53ca
+def vector_tokens(
+    token: str,  # the word as a prompt spells it
+    n: int,      # how many vectors it has
+) -> list[str]:
+    "The vocabulary's names for the vectors of a word: `<cat>`, `<cat>_1` ..., as diffusers expands them"
+    return [token] + [f"{token}_{i}" for i in range(1, n)]
+
+# %% ../nbs/04_injection.ipynb #e89189e6
+def _keep_vocabulary(model, tokenizer):
+    "Remember vocabulary and token table as they are before the first word"
+    worn = wears(model)
+    if worn.kept is None:
+        worn.kept = (tokenizer, copy.deepcopy(tokenizer).__dict__, model.get_input_embeddings().weight.detach())
+
+# %% ../nbs/04_injection.ipynb #9b7b8b21
+def _set_table(model, rows):
+    "Replace the numbers of the token table, wherever it is used"
+    table = model.get_input_embeddings().weight
+    table.data = rows
+    for m in model.modules():
+        if isinstance(m, nn.Embedding) and m.weight is table: m.num_embeddings = len(rows)
+    if getattr(getattr(model, "config", None), "vocab_size", None): model.config.vocab_size = len(rows)
+
+def _set_token(model, tokenizer, token, vectors):
+    "Give a word its rows of the token table, and new ones where needed"
+    names = vector_tokens(token, len(vectors))
+    tokenizer.add_tokens(names)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    table = model.get_input_embeddings().weight
+    new = table.detach().new_zeros(max(len(table), max(ids) + 1), table.shape[1])
+    new[:len(table)] = table.detach()
+    new[ids] = vectors.to(new)
+    _set_table(model, new)
+
+# %% ../nbs/04_injection.ipynb #584184df
+def _name_end_token(model, tokenizer):
+    "Tell an old CLIP where a prompt ends: it pools at the highest token number, which a new word would have"
+    for m in model.modules():
+        if getattr(m, "eos_token_id", None) == 2: m.eos_token_id, m._old_eos = tokenizer.eos_token_id, 2
+
+# %% ../nbs/04_injection.ipynb #1ffcd708
+def add_words(
+    model: nn.Module,                # a text encoder
+    tokenizer,                       # its tokenizer
+    words: dict[str, torch.Tensor],  # token -> (n, d)
+    name: str,                       # of the LoRA that brings them
+) -> None:
+    "Extend a vocabulary and its token table"
+    _keep_vocabulary(model, tokenizer)
+    wears(model).tokens[name] = words
+    for token, e in words.items(): _set_token(model, tokenizer, token, e)
+    _name_end_token(model, tokenizer)
+
+# %% ../nbs/04_injection.ipynb #807171b3
+def _remove_tokens(model, name):
+    "Take back a LoRA's words; those of others stay"
+    worn = worn_state(model)
+    tokenizer, state, rows = worn.kept
+    for n in [n for n in worn.tokens if name in (None, n)]: del worn.tokens[n]
+    # A tokenizer cannot forget a token, so its whole state is put back, in place: pipelines and trainers hold this very
+    # object. With words of other LoRAs left it gets a copy, or adding them again would spoil the state that is kept.
+    tokenizer.__dict__.clear()
+    tokenizer.__dict__.update(copy.deepcopy(state) if worn.tokens else state)
+    _set_table(model, rows.to(model.get_input_embeddings().weight))
+    if not worn.tokens:
+        worn.kept = None
+        for m in model.modules():
+            if "_old_eos" in m.__dict__: m.eos_token_id = m.__dict__.pop("_old_eos")
+    for words in worn.tokens.values():
+        for token, e in words.items(): _set_token(model, tokenizer, token, e)
+
+# %% ../nbs/04_injection.ipynb #8da9e86a
 def apply_lora(
-    pipe_or_model,  # pipeline, loaded base, or bare model
-    lora,           # a Lora, or the path of a file
-    scale=1.,       # strength, or a dict component -> strength
-    mode="merge",   # "merge": into the weights (no cost per step); "inject": as branches (scale costs nothing)
-    name=None,      # for `set_scale` and `remove_lora`; None: "lora", "lora_2" ...
-):
-    "Make a model wear a LoRA; returns its name. On an error nothing has changed"
+    pipe_or_model: "Wearer",   # pipeline, loaded base, or bare model
+    lora: Lora | str | Path,   # a LoRA, or the path of a file
+    scale: float | dict[str, float] = 1.,  # strength, or component -> strength
+    mode: Literal["merge", "inject"] = "merge",  # into the weights (no cost per step), or as branches (scale costs nothing)
+    name: str | None = None,   # for `set_scale` and `remove_lora`; None: "lora", "lora_2" ...
+) -> str:                      # the name
+    "Make a model wear a LoRA. If it fails, nothing has changed"
     if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
     if not isinstance(lora, Lora): lora = Lora.load(lora, base=pipe_or_model)
     parts, name = resolve_components(pipe_or_model), _new_name(pipe_or_model, name)
     placed = place_lora(pipe_or_model, lora)
     words = _plan_tokens(pipe_or_model, parts, lora)
-    wear = _plan_merge if mode == "merge" else _plan_inject
-    commits = [wear(parts[c], layers, _of(scale, c), name) for c, layers in placed.items()]
+    plan = _plan_merge if mode == "merge" else _plan_inject
+    commits = [plan(parts[c], layers, _strength(scale, c), name) for c, layers in placed.items()]
     for commit in commits: commit()
     for c, (tokenizer, _) in words.items(): _keep_vocabulary(parts[c], tokenizer)   # before any word: it may be shared
-    for c, plan in words.items(): add_words(parts[c], *plan, name)
+    for c, (tokenizer, new) in words.items(): add_words(parts[c], tokenizer, new, name)
     for c in {*placed, *words}: wears(parts[c]).about[name] = dict(lora.metadata)
     return name
 
-# %% ../nbs/04_injection.ipynb #e39f1fdd
-def _of(scale, component): return float(scale.get(component, 1.) if isinstance(scale, dict) else scale)
+# %% ../nbs/04_injection.ipynb #2e770ef5
+def _strength(scale, component):
+    "The strength in one component: 1 where a dict does not name it"
+    return float(scale.get(component, 1.) if isinstance(scale, dict) else scale)
 
 def _new_name(pipe_or_model, name):
     "The name asked for, or one that no worn LoRA has"
@@ -339,12 +442,12 @@ def _new_name(pipe_or_model, name):
                           ", or give this one another name")
     return name or free_name("lora", taken, "_", 2)
 
-# %% ../nbs/04_injection.ipynb #e89189e6
+# %% ../nbs/04_injection.ipynb #7b871ce6
 def place_lora(
-    pipe_or_model,  # what shall wear it; a bare model wears its own part only
-    lora,           # a Lora
-):
-    "component -> {path: (place, factors)}, or an error that lists whatever does not fit"
+    pipe_or_model: "Wearer",  # what is to wear it; a bare model wears its own part only
+    lora: Lora,
+) -> dict[str, dict[str, tuple[Place, Factors]]]:  # component -> {path: (place, factors)}
+    "Find the place of every layer of a LoRA. Raises an error that lists what does not fit"
     parts, lora = resolve_components(pipe_or_model), lora.check()
     if isinstance(pipe_or_model, (nn.Module, dict)): lora = lora.only(*parts)
     found, lost, misshaped = {}, [], []
@@ -379,8 +482,57 @@ def _report_lost(parts, lora, lost, misshaped, found):
         raise TargetError(f"the LoRA holds nothing for {', '.join(parts)}: see its table for what it adapts")
 
 # %% ../nbs/04_injection.ipynb #a22b8a66
+def _tokenizers(pipe_or_model):
+    "The tokenizers of a pipeline: text encoder's name -> tokenizer"
+    pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
+    pairs = {c: c.replace("text_encoder", "tokenizer") for c in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+    return {c: t for c, n in pairs.items() if (t := getattr(pipe, n, None)) is not None}
+
+# %% ../nbs/04_injection.ipynb #7174ce5c
+def _plan_tokens(pipe_or_model, parts, lora):
+    "component -> (tokenizer, {token: (n, d)}); raises if a word cannot be added"
+    plans, tokenizers = {}, _tokenizers(pipe_or_model)
+    for token, vectors in lora.embeddings.items():
+        for c, e in vectors.items():
+            if isinstance(pipe_or_model, (nn.Module, dict)): continue     # bare models have no vocabulary
+            if _lacks_t5(pipe_or_model, c) and any(o in parts for o in vectors): continue
+            if c not in parts or c not in tokenizers:
+                raise TargetError(f"the word {token!r} was learned for {c}, which is missing here: expected a "
+                                  f"pipeline with {c} and its tokenizer, found {', '.join([*parts, *tokenizers])}")
+            plans.setdefault(c, (tokenizers[c], {}))[1][token] = word_rows(e)
+    for c, (tokenizer, words) in plans.items(): _check_words(c, parts[c], tokenizer, words)
+    return plans
+
+# %% ../nbs/04_injection.ipynb #4f86dc32
+def _lacks_t5(pipe, c):
+    "Is this the T5 of a pipeline that runs without it? Then zeros replace its output, and a word's vectors too"
+    pipe = getattr(pipe, "pipe", pipe)
+    return c == "text_encoder_3" and hasattr(pipe, c) and getattr(pipe, c) is None
+
+# %% ../nbs/04_injection.ipynb #d5d3474f
+def _check_words(component, model, tokenizer, words):
+    "Raise unless every word is new and has vectors of the encoder's width"
+    width, vocabulary = model.get_input_embeddings().weight.shape[1], tokenizer.get_vocab()
+    for token, e in words.items():
+        if e.shape[1] != width:
+            raise ShapeError(f"the word {token!r} has vectors of {e.shape[1]} numbers, {component} uses {width}: the "
+                             "LoRA was trained on another base")
+        taken = [t for t in vector_tokens(token, len(e)) if t in vocabulary or f"{t}</w>" in vocabulary]
+        if taken:
+            raise DataError(f"{taken[0]!r} is in the vocabulary of {component} already: expected a new word. Rename "
+                            f"the LoRA's with lora.rename_token({token!r}, '<new-name>'), or remove the LoRA that "
+                            "brought it")
+
+# %% ../nbs/04_injection.ipynb #91bd0650
+def word_rows(
+    e: torch.Tensor,  # (d,) or (n, d)
+) -> torch.Tensor:    # (n, d)
+    "A word's vectors as rows"
+    return e.detach().reshape(-1, e.shape[-1])
+
+# %% ../nbs/04_injection.ipynb #466c0c53
 def _plan_inject(model, layers, scale, name):
-    "Build the branches; the function returned hangs them in"
+    "Build the branches; the returned function puts them in place"
     made = []
     with quick():
         for place, f in layers.values():
@@ -389,15 +541,15 @@ def _plan_inject(model, layers, scale, name):
             magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
             layer = adapted_class(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
             for p in branch_parameters(layer): p.requires_grad_(False)
-            layer.__dict__["adapter"] = name
+            layer.__dict__["adapter"] = name              # not by nn.Module's setter, which is slow for hundreds of layers
             made.append((place, layer))
     def commit():
         for place, layer in made: place.parent._modules[place.attr] = layer
     return commit
 
-# %% ../nbs/04_injection.ipynb #4f86dc32
+# %% ../nbs/04_injection.ipynb #a448f8eb
 def _plan_merge(model, layers, scale, name):
-    "Compute the new weights; the function returned puts them in"
+    "Compute the new weights; the returned function puts them in place"
     worn, new = worn_state(model), {}
     for path, (place, f) in layers.items():
         if any(m.start is not None for m in stack_of(place.module)):
@@ -412,115 +564,13 @@ def _plan_merge(model, layers, scale, name):
             root.weight.data = w
     return commit
 
-# %% ../nbs/04_injection.ipynb #466c0c53
-def _tokenizers(pipe_or_model):
-    "text encoder's name -> its tokenizer"
-    pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
-    pairs = {c: c.replace("text_encoder", "tokenizer") for c in ("text_encoder", "text_encoder_2", "text_encoder_3")}
-    return {c: t for c, n in pairs.items() if (t := getattr(pipe, n, None)) is not None}
-
-def vector_tokens(
-    token,  # the word as a prompt spells it
-    n,      # how many vectors it has
-):
-    "The vocabulary's names for the vectors of a word: `<cat>`, `<cat>_1` ... as diffusers expands them"
-    return [token] + [f"{token}_{i}" for i in range(1, n)]
-
-# %% ../nbs/04_injection.ipynb #61a9e913
-def _plan_tokens(pipe_or_model, parts, lora):
-    "component -> (tokenizer, {token: (n, d)}); raises if a word cannot be added"
-    plans, tokenizers = {}, _tokenizers(pipe_or_model)
-    for token, vectors in lora.embeddings.items():
-        for c, e in vectors.items():
-            if isinstance(pipe_or_model, (nn.Module, dict)): continue     # bare models have no vocabulary
-            if _left_out(pipe_or_model, c) and any(o in parts for o in vectors): continue
-            if c not in parts or c not in tokenizers:
-                raise TargetError(f"the word {token!r} was learned for {c}, which is missing here: expected a "
-                                  f"pipeline with {c} and its tokenizer, found {', '.join([*parts, *tokenizers])}")
-            plans.setdefault(c, (tokenizers[c], {}))[1][token] = word_rows(e)
-    for c, (tokenizer, words) in plans.items(): _check_words(c, parts[c], tokenizer, words)
-    return plans
-
-def _left_out(pipe, c):
-    "Is this the T5 of a pipeline that does without? Zeros stand for all it would say, a word's vectors too."
-    pipe = getattr(pipe, "pipe", pipe)
-    return c == "text_encoder_3" and hasattr(pipe, c) and getattr(pipe, c) is None
-
-def word_rows(e): return e.detach().reshape(-1, e.shape[-1])
-
-def _check_words(component, model, tokenizer, words):
-    width, vocabulary = model.get_input_embeddings().weight.shape[1], tokenizer.get_vocab()
-    for token, e in words.items():
-        if e.shape[1] != width:
-            raise ShapeError(f"the word {token!r} has vectors of {e.shape[1]} numbers, {component} uses {width}: the "
-                             "LoRA was trained on another base")
-        taken = [t for t in vector_tokens(token, len(e)) if t in vocabulary or f"{t}</w>" in vocabulary]
-        if taken:
-            raise DataError(f"{taken[0]!r} is in the vocabulary of {component} already: expected a new word. Rename "
-                            f"the LoRA's with lora.rename_token({token!r}, '<new-name>'), or remove the LoRA that "
-                            "brought it")
-
-# %% ../nbs/04_injection.ipynb #86903706
-def _keep_vocabulary(model, tokenizer):
-    "Remember a vocabulary and a token table as they are without any word of ours"
-    worn = wears(model)
-    if worn.kept is None:
-        worn.kept = (tokenizer, copy.deepcopy(tokenizer).__dict__, model.get_input_embeddings().weight.detach())
-
-def add_words(model, tokenizer, words, name):
-    "Extend vocabulary and token table"
-    _keep_vocabulary(model, tokenizer)
-    wears(model).tokens[name] = words
-    for token, e in words.items(): _set_token(model, tokenizer, token, e)
-    _read_at_end(model, tokenizer)
-
-# %% ../nbs/04_injection.ipynb #302f8fbd
-def _read_at_end(model, tokenizer):
-    "Old configurations of CLIP take the pooled vector at the highest token number, which a new word has: name the end"
-    for m in model.modules():
-        if getattr(m, "eos_token_id", None) == 2: m.eos_token_id, m._old_eos = tokenizer.eos_token_id, 2
-
-def _set_token(model, tokenizer, token, vectors):
-    "Give a word its rows of the token table, adding what is not there"
-    names = vector_tokens(token, len(vectors))
-    tokenizer.add_tokens(names)
-    ids = tokenizer.convert_tokens_to_ids(names)
-    table = model.get_input_embeddings().weight
-    new = table.detach().new_zeros(max(len(table), max(ids) + 1), table.shape[1])
-    new[:len(table)] = table.detach()
-    new[ids] = vectors.to(new)
-    _set_table(model, new)
-
-def _set_table(model, rows):
-    "Replace the token table's numbers, wherever it is used"
-    table = model.get_input_embeddings().weight
-    table.data = rows
-    for m in model.modules():
-        if isinstance(m, nn.Embedding) and m.weight is table: m.num_embeddings = len(rows)
-    if getattr(getattr(model, "config", None), "vocab_size", None): model.config.vocab_size = len(rows)
-
-def _remove_tokens(model, name):
-    "Take words back; those of other LoRAs stay"
-    worn = worn_state(model)
-    tokenizer, state, rows = worn.kept
-    for n in [n for n in worn.tokens if name in (None, n)]: del worn.tokens[n]
-    tokenizer.__dict__.clear()
-    tokenizer.__dict__.update(copy.deepcopy(state) if worn.tokens else state)
-    _set_table(model, rows.to(model.get_input_embeddings().weight))
-    if not worn.tokens:
-        worn.kept = None
-        for m in model.modules():
-            if "_old_eos" in m.__dict__: m.eos_token_id = m.__dict__.pop("_old_eos")
-    for words in worn.tokens.values():
-        for token, e in words.items(): _set_token(model, tokenizer, token, e)
-
 # %% ../nbs/04_injection.ipynb #d6bda4d3
 def set_scale(
-    pipe_or_model,  # what wears the LoRA
-    scale,          # strength; or a dict of strengths, by component or block: {"down_blocks.1": .5, "B03-07.text": 0}
-    name=None,      # which; None: all
-):
-    "Change the strength of a worn LoRA, live; what a dict does not name keeps its strength"
+    pipe_or_model: "Wearer",  # what wears the LoRA
+    scale: float | dict[str, float],  # strength, or strengths by component or block: {"down_blocks.1": .5, "B03-07.text": 0}
+    name: str | None = None,  # which; None: all
+) -> None:
+    "Change the strength of a worn LoRA, live. What a dict does not name keeps its strength"
     parts = resolve_components(pipe_or_model)
     if name is not None and name not in (worn := worn_names(parts)):
         raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
@@ -528,13 +578,14 @@ def set_scale(
     if blocks: return _set_block_scales(parts, scale, name)
     for c, model in parts.items():
         if isinstance(scale, dict) and c not in scale: continue
-        strength = _of(scale, c)
+        strength = _strength(scale, c)
         layers = [m for n, own in branch_index(model).items() if name in (None, n) for m in own.values()]
         set_scales(layers, [strength] * len(layers))
         _scale_merged(model, strength, name)
 
+# %% ../nbs/04_injection.ipynb #12414f28
 def _scale_merged(model, strength, name):
-    "Merge anew what is merged, at another strength"
+    "Recompute what is merged, at another strength"
     worn, paths = worn_state(model), set()
     for n, (fs, s) in list(worn.merged.items()):
         if name not in (None, n): continue
@@ -542,9 +593,9 @@ def _scale_merged(model, strength, name):
         paths |= set(fs)
     remerge(model, paths)
 
-# %% ../nbs/04_injection.ipynb #12414f28
+# %% ../nbs/04_injection.ipynb #58a9737d
 def _set_block_scales(parts, scale, name):
-    "Strengths by block: the longest key on a layer's path counts, matched by whole words"
+    "Strengths by block: the longest key on a layer's path counts"
     if any(name in (None, n) for m in parts.values() for n in worn_state(m).merged):
         raise LoraError("strengths by block are set live on branches, and this LoRA is merged: wear it with "
                         "mode='inject', or use scheduled() with block weights")
@@ -562,9 +613,9 @@ def _set_block_scales(parts, scale, name):
 
 # %% ../nbs/04_injection.ipynb #1054bab4
 def extract_lora(
-    pipe_or_model,  # what wears LoRAs
-    name=None,      # which; None: the sum of all
-):
+    pipe_or_model: "Wearer",  # what wears LoRAs
+    name: str | None = None,  # which; None: the sum of all
+) -> Lora:
     "What a model wears, as a value: branches, merged LoRAs and words"
     parts, found = resolve_components(pipe_or_model), {}
     for full, stack in branches(parts, name).items():
