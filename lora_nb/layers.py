@@ -9,6 +9,7 @@ __all__ = ['LoraLayer', 'set_scales', 'init_factors', 'pissa_factors', 'check_ra
 
 # %% ../nbs/02_layers.ipynb #9c798602
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,43 +21,51 @@ from .core import LoraError, ShapeError, patch_to, row_norms
 # %% ../nbs/02_layers.ipynb #a4fe74a5
 class LoraLayer(nn.Module):
     "What every adapted module has: a frozen base, a low-rank branch, and the branch's strength"
-    enabled = True                            # False: the base alone answers
-    merged = False                            # True once the branch has been folded into the base for good
-    adapter = "default"                       # whose branch this is, when a model wears several
-    made = 0                                  # how many there have been: whoever remembers where they are sees new ones
+    base_name: str                            # attribute that holds the base
+    r: int                                    # rank
+    scale: float                              # the user's strength; 0 is the base
+    alpha: float | None                       # numerator of alpha/r; None: r
+    use_rslora: bool                          # alpha/sqrt(r) instead of alpha/r
+    magnitude: nn.Parameter | None            # DoRA's norms, (out,)
+    start: tuple | None                       # PiSSA's starting factors (up, down)
+    enabled: bool = True                      # False: the base alone answers
+    merged: bool = False                      # True once the branch has been folded into the base for good
+    adapter: str = "default"                  # whose branch this is, when a model wears several
+    # How many branches were ever made. An index of a model's branches (`worn.branch_index`) is right as long as this stands
+    # still and each branch it lists is in place. Without the counter, a branch added later would not be seen by set_scale.
+    made: int = 0
 
     def _set_strength(self, r, alpha, rslora, scale):
+        # `__dict__.update` goes past nn.Module's setter, which looks at each value three times: apply_lora makes hundreds
+        # of layers. With plain assignments the layer works the same, and putting a LoRA on takes longer.
         self.__dict__.update(r=r, _alpha=alpha, use_rslora=rslora, _gain_tensor=torch.ones(()))
         self.scale = scale
 
-    @property
-    def scaling(self):
-        alpha = self.r if self._alpha is None else self._alpha
-        return alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+# %% ../nbs/02_layers.ipynb #e955a9c3
+@patch_to(LoraLayer, as_prop=True)
+def scaling(self) -> float:
+    "The equation's constant: alpha/r, or alpha/sqrt(r)"
+    alpha = self.r if self._alpha is None else self._alpha
+    return alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    @property
-    def scale(self): return self._scale
+def _set_scale(self, s):
+    gain = float(s) * self.scaling
+    self.__dict__.update(_scale=float(s), _gain=gain)      # past the slow setter, as above
+    self._gain_tensor.fill_(gain)                          # in place: compiled code holds this very tensor
 
-    @scale.setter
-    def scale(self, s):
-        gain = float(s) * self.scaling
-        self.__dict__.update(_scale=float(s), _gain=gain)
-        self._gain_tensor.fill_(gain)
+def _set_alpha(self, a):
+    self._alpha = a
+    self.scale = self._scale
 
-    @property
-    def alpha(self): return self._alpha
-
-    @alpha.setter
-    def alpha(self, a):
-        self._alpha = a
-        self.scale = self._scale
+LoraLayer.scale = property(lambda self: self._scale, _set_scale, doc="The user's strength; 0 is the base")
+LoraLayer.alpha = property(lambda self: self._alpha, _set_alpha, doc="Numerator of alpha/r; None: r")
 
 # %% ../nbs/02_layers.ipynb #52f662fe
 def set_scales(
-    layers,  # adapted layers
-    scales,  # one strength for each
-):
-    "Give many branches their strengths at once"
+    layers: list[LoraLayer],
+    scales: list[float],  # one strength for each
+) -> None:
+    "Set the strengths of many branches at once"
     tensors, gains = [], []
     for m, s in zip(layers, scales, strict=True):
         own = m.__dict__
@@ -67,12 +76,12 @@ def set_scales(
 
 # %% ../nbs/02_layers.ipynb #b7d43a98
 def init_factors(
-    weight,             # the base's weight, (out, in) or (out, in/groups, kh, kw)
+    weight: torch.Tensor,  # the base's weight, (out, in) or (out, in/groups, kh, kw)
     r: int,             # rank
-    init="gaussian",    # "gaussian": N(0, 1/r^2); "kaiming": uniform; "pissa": leading singular vectors
-    dtype=None,         # of the factors; None: the weight's
-):
-    "`(up, down)` for a branch beside `weight`"
+    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian",  # "gaussian": N(0, 1/r^2); "kaiming": uniform; "pissa": leading singular vectors
+    dtype: torch.dtype | None = None,  # of the factors; None: the weight's
+) -> tuple[torch.Tensor, torch.Tensor]:  # up (out, r, ...), down (r, in, ...)
+    "The starting factors of a branch beside a weight"
     if init == "pissa": return pissa_factors(weight, r, dtype)
     like = dict(device=weight.device, dtype=dtype or weight.dtype)
     down = torch.empty(r, *weight.shape[1:], **like)
@@ -83,11 +92,11 @@ def init_factors(
 
 # %% ../nbs/02_layers.ipynb #2f4e51bc
 def pissa_factors(
-    weight,     # (out, in, ...)
+    weight: torch.Tensor,  # (out, in, ...)
     r: int,     # rank
-    dtype=None, # of the factors; None: the weight's
-):
-    "The leading `r` singular vectors of `weight`, each side carrying the root of the singular value"
+    dtype: torch.dtype | None = None,  # of the factors; None: the weight's
+) -> tuple[torch.Tensor, torch.Tensor]:  # up, down
+    "The leading `r` singular vectors of a weight, each side times the root of the singular value"
     u, s, v = torch.linalg.svd(weight.detach().float().flatten(1), full_matrices=False)
     root = s[:r].sqrt()
     up, down = u[:, :r] * root, root[:, None] * v[:r]
@@ -95,41 +104,49 @@ def pissa_factors(
     return up.reshape(len(weight), r, *[1] * (weight.ndim - 2)).to(dtype), down.reshape(r, *weight.shape[1:]).to(dtype)
 
 # %% ../nbs/02_layers.ipynb #b9cfb316
-def check_rank(r, n_in, n_out):
-    "Raise an error unless `r` is a possible rank for a layer of these sides"
+def check_rank(
+    r: int,      # rank
+    n_in: int,   # inputs of the layer
+    n_out: int,  # outputs
+) -> None:
+    "Raise a `ShapeError` unless a layer of these sides can have rank `r`"
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ShapeError(f"LoRA rank {r!r}: expected a whole number of at least 1")
     if r > min(n_in, n_out):
         raise ShapeError(f"LoRA rank {r} must be less or equal than {min(n_in, n_out)}, the smaller side of this "
                          f"layer ({n_in} in, {n_out} out). Choose a lower rank, or leave the layer out")
 
-# %% ../nbs/02_layers.ipynb #dd9e2cc3
+# %% ../nbs/02_layers.ipynb #dc6184f9
 def _linear(weight):
-    "An nn.Linear around `weight`, without drawing random numbers first"
+    "An nn.Linear around a weight. Its constructor would draw random numbers first, and move the user's random state"
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])    # not by nn.Module's slow setter
+    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])
     layer._parameters.update(weight=nn.Parameter(weight), bias=None)
     return layer
 
 # %% ../nbs/02_layers.ipynb #8b6e0e84
 @patch_to(LoraLayer)
-def _wear(self, base, up, down, alpha=None, dropout_p=0., scale=1., rslora=False, magnitude=None):
+def _attach(self, base, up, down, alpha=None, dropout_p=0., scale=1., rslora=False, magnitude=None):
     "Put a branch of these factors around `base`"
     self._modules[self.base_name] = base
     down_module, up_module = self._factor_modules(up, down)
     dropout, selector = (nn.Dropout(dropout_p), nn.Identity()) if dropout_p is not None else _IDLE
     new = dict(lora_down=down_module, dropout=dropout, lora_up=up_module, selector=selector)
-    self._modules.update(new)                      # straight into the dictionary: a model has hundreds of layers
+    self._modules.update(new)                      # past nn.Module's slow setter: a model has hundreds of layers
     (self.__dict__ if magnitude is None else self._parameters)["magnitude"] = magnitude         # DoRA, below
     self.__dict__["start"] = None                                                               # PiSSA, below
     self._set_strength(len(down), alpha, rslora, scale)
-    for m in (self, *new.values()): m.__dict__["training"] = base.training      # again past the slow setter
+    for m in (self, *new.values()): m.__dict__["training"] = base.training      # the same
     return self
 
+# %% ../nbs/02_layers.ipynb #16eac815
 @patch_to(LoraLayer)
-def set_factors(self, up, down):
-    "Replace the factors, of any rank; alpha becomes that rank, and the selector the identity"
+def set_factors(self,
+    up: torch.Tensor,    # (out, r, ...)
+    down: torch.Tensor,  # (r, in, ...)
+) -> None:
+    "Replace the factors, of any rank. Alpha becomes that rank, and the selector the identity"
     dtype = self.lora_up.weight.dtype
     self.lora_down, self.lora_up = self._factor_modules(up.detach().to(dtype), down.detach().to(dtype))
     self.selector = nn.Identity()
@@ -137,12 +154,12 @@ def set_factors(self, up, down):
 
 # %% ../nbs/02_layers.ipynb #705db99f
 @patch_to(LoraLayer, as_prop=True)
-def base(self):
+def base(self) -> nn.Module:
     "The module inside: plain, or another branch"
     return self._modules[self.base_name]
 
 @patch_to(LoraLayer, as_prop=True)
-def root(self):
+def root(self) -> nn.Module:
     "The plain module at the bottom of a stack of branches"
     base = self.base
     while isinstance(base, LoraLayer): base = base.base
@@ -150,38 +167,48 @@ def root(self):
 
 # %% ../nbs/02_layers.ipynb #edf3d695
 def _from_base(cls,
-    module,            # nn.Linear or nn.Conv2d, or one that wears a branch already
+    module: nn.Module,  # nn.Linear or nn.Conv2d, or one that wears a branch already
     r: int = 4,        # rank
-    alpha=None,        # numerator of alpha/r; None: r
-    dropout_p=0.,      # dropout of the branch's input, in training only
-    scale=1.,          # strength
-    dora=False,        # learn the norm of each output apart from its direction
-    rslora=False,      # alpha/sqrt(r)
-    init="gaussian",   # or "kaiming", "pissa"
-    dtype=None,        # of the branch; None: the base's
-):
-    "`module` with a fresh branch"
+    alpha: float | None = None,  # numerator of alpha/r; None: r
+    dropout_p: float = 0.,       # dropout of the branch's input, in training only
+    scale: float = 1.,   # strength
+    dora: bool = False,    # learn the norm of each output apart from its direction
+    rslora: bool = False,  # alpha/sqrt(r)
+    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian",
+    dtype: torch.dtype | None = None,  # of the branch; None: the base's
+) -> "LoraLayer":
+    "A module with a fresh branch; the module stops learning"
     root = module.root if isinstance(module, LoraLayer) else module
     check_rank(r, *cls._sizes(root))
     up, down = init_factors(root.weight, r, init, dtype)
     magnitude = nn.Parameter(row_norms(root.weight).to(up.dtype)) if dora else None
     root.requires_grad_(False)
-    self = cls._new()._wear(module, up, down, alpha, dropout_p, scale, rslora, magnitude)
+    self = cls._new()._attach(module, up, down, alpha, dropout_p, scale, rslora, magnitude)
     if init == "pissa": self._split_base()
     return self
 
 LoraLayer.from_base = classmethod(_from_base)
 
 # %% ../nbs/02_layers.ipynb #8a9dce79
-_IDLE = nn.Dropout(0.), nn.Identity()      # shared by all layers that only wear a LoRA: they have neither to do
+# Shared by every layer that only wears a LoRA; making two modules for each would take most of apply_lora's time. Nothing may
+# change them in place: `set_selector_from_diag` and `set_factors` replace the selector of one layer instead. Their `training`
+# flag is everyone's, which is harmless with p = 0.
+_IDLE = nn.Dropout(0.), nn.Identity()
 
-def _from_factors(cls, module, up, down, alpha=None, scale=1., magnitude=None):
-    "`module` wearing factors that exist"
+def _from_factors(cls,
+    module: nn.Module,    # linear or convolution, or one that wears a branch already
+    up: torch.Tensor,     # (out, r, ...)
+    down: torch.Tensor,   # (r, in, ...)
+    alpha: float | None = None,  # numerator of alpha/r; None: r
+    scale: float = 1.,           # strength
+    magnitude: torch.Tensor | None = None,  # DoRA's norms, (out,)
+) -> "LoraLayer":
+    "A module wearing given factors"
     magnitude = None if magnitude is None else nn.Parameter(magnitude)
-    return cls._new()._wear(module, up, down, alpha, None, scale, False, magnitude)
+    return cls._new()._attach(module, up, down, alpha, None, scale, False, magnitude)
 
 def _new(cls):
-    "An instance without parts"
+    "An instance without parts, counted in `LoraLayer.made`"
     self = cls.__new__(cls)
     nn.Module.__init__(self)
     LoraLayer.made += 1
@@ -190,15 +217,15 @@ def _new(cls):
 LoraLayer.from_factors, LoraLayer._new = classmethod(_from_factors), classmethod(_new)
 
 # %% ../nbs/02_layers.ipynb #a722f6c9
-def _joined(y, x, down, up, gain, own):
-    "`y + gain * up(down(x))`, into `y` itself if it is our `own`"
+def _add_branch(y, x, down, up, gain, own):
+    "`y + gain * up(down(x))`, written into `y` if we `own` it"
     h = torch.mm(down, x.reshape(-1, x.shape[-1]).t()).t()      # (tokens, r), by the order that suits a few ranks
     if own: return y.view(-1, y.shape[-1]).addmm_(h, up.t(), alpha=gain).view(y.shape)
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=gain).view(y.shape)
 
 @patch_to(LoraLayer)
-def _owns(self, base, y):
-    "Has nobody else seen `y`, what `base` said, so that it may be changed?"
+def _may_overwrite(self, base, y):
+    "May the output `y` of `base` be overwritten? Not if a gradient, a hook or a wrapped forward still needs it"
     return type(base) in _PLAIN and not (torch.is_grad_enabled() or base._forward_hooks or _global_forward_hooks
                                          or "forward" in base.__dict__) and y.is_contiguous()
 
@@ -210,22 +237,23 @@ class LoraInjectedLinear(LoraLayer):
     "`y = W x + scale * alpha/r * up(selector(down(dropout(x))))` with a frozen `W`"
     base_name = "linear"
 
-    def __init__(self, in_features, out_features, bias=False, r=4, dropout_p=0.1, scale=1.0,
-                 alpha=None, dora=False, rslora=False, init="gaussian"):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, r: int = 4, dropout_p: float = 0.1,
+                 scale: float = 1.0, alpha: float | None = None, dora: bool = False, rslora: bool = False,
+                 init: Literal["gaussian", "kaiming", "pissa"] = "gaussian"):
         super().__init__()
         base = nn.Linear(in_features, out_features, bias)
         made = self.from_base(base, r, alpha, dropout_p, scale, dora, rslora, init)
-        self.__dict__.update(made.__dict__)
+        self.__dict__.update(made.__dict__)              # take over all its parts; `made` itself is dropped
 
     def forward(self, x):
         parts = self._modules                            # plain dictionaries: nn.Module's own lookup is slow
         y = (base := parts["linear"])(x)                 # W x
-        if not self.enabled: return self._without(x, y)
+        if not self.enabled: return self._base_output(x, y)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
         if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
             if y.numel() < _SMALL: return torch.add(y, F.linear(F.linear(x, a), b), alpha=self._gain)
-            return _joined(y, x, a, b, self._gain, self._owns(base, y))
+            return _add_branch(y, x, a, b, self._gain, self._may_overwrite(base, y))
         return self._general(x, y)
 
     _sizes = staticmethod(lambda base: (base.in_features, base.out_features))
@@ -240,41 +268,43 @@ def _factor_modules(self, up, down):
 
 # %% ../nbs/02_layers.ipynb #e73acbfa
 @patch_to(LoraLayer, as_prop=True)
-def weight(self):
+def weight(self) -> torch.Tensor:
     "The frozen weight"
     return self.root.weight
 
 @patch_to(LoraLayer, as_prop=True)
-def bias(self):
+def bias(self) -> torch.Tensor | None:
     "The frozen bias"
     return self.root.bias
 
 # %% ../nbs/02_layers.ipynb #7b74b5e4
 @patch_to(LoraLayer, as_prop=True)
 def _simple(self):
-    "Nothing but `up(down(x))` to add?"
+    "Is `up(down(x))` all that is added?"
     return type(self._modules["selector"]) is nn.Identity and self.magnitude is None and self.start is None
 
 # %% ../nbs/02_layers.ipynb #4ae38f1a
 @patch_to(LoraLayer)
 def _general(self, x, y):
-    "The branch's part added to `y`, with every option"
+    "Add the branch's part to `y`, with every option"
     h = self.lora_up(self.selector(self.lora_down(x.to(self.lora_down.weight.dtype))))   # S: between A and B
     if self.magnitude is not None: return self._dora(x, y, h)
     if self.start is not None: return self._pissa(x, y, h)
     return y + (h * self._gain_tensor).to(y.dtype)
 
 @patch_to(LoraLayer)
-def _without(self, x, y):
-    "What the base alone would say"
+def _base_output(self, x, y):
+    "The output of the base alone"
     return y if self.start is None else self._pissa(x, y, None)
 
 # %% ../nbs/02_layers.ipynb #c0d2b5bc
-def _flat(w): return w.flatten(1).to(torch.promote_types(w.dtype, torch.float32))
+def _flat(w):
+    "A weight as a matrix, in single precision or better"
+    return w.flatten(1).to(torch.promote_types(w.dtype, torch.float32))
 
 @patch_to(LoraLayer)
 def _pair(self):
-    "The factors as matrices, selector and PiSSA's starting point included"
+    "The factors as matrices, including the selector and PiSSA's starting point"
     up, down = _flat(self.lora_up.weight.detach()), _flat(self.lora_down.weight.detach())
     if type(self.selector) is not nn.Identity: up = up @ _flat(self.selector.weight.detach())[:self.r]
     if self.start is None: return up, down
@@ -283,25 +313,25 @@ def _pair(self):
 
 # %% ../nbs/02_layers.ipynb #e61b6397
 @patch_to(LoraLayer)
-def delta_weight(self):
-    "What the branch adds to the weight at the present scale, in the weight's shape"
+def delta_weight(self) -> torch.Tensor:
+    "What the branch adds to the weight at the current scale, in the weight's shape"
     up, down = self._pair()
     delta = (up @ down).view(self.weight.shape)
     if self.magnitude is None: return delta * self._gain
     w = self.original_weight.to(delta.dtype)
-    return self._scale * (self._mix(w, delta) - w)
+    return self._scale * (self._dora_weight(w, delta) - w)
 
 # %% ../nbs/02_layers.ipynb #3c0727ca
 @patch_to(LoraLayer, as_prop=True)
-def original_weight(self):
+def original_weight(self) -> torch.Tensor:
     "The root's weight before PiSSA or a merge changed it"
     kept = getattr(self.root, "_kept_weight", None)
     return self.weight.detach() if kept is None else kept.to(self.weight.device)
 
 # %% ../nbs/02_layers.ipynb #be59f975
 @patch_to(LoraLayer)
-def realize_as_lora(self):
-    "`(up, down)` with every strength folded into `up`"
+def realize_as_lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+    "The factors `(up, down)`, with every strength folded into `up`"
     if self.magnitude is not None:
         raise LoraError("a DoRA layer is more than two factors: its magnitude would be lost. Use extract_lora")
     up, down = self._pair()
@@ -310,16 +340,16 @@ def realize_as_lora(self):
 
 @patch_to(LoraLayer)
 def _shaped(self, up, down):
-    "Matrices in the shapes that files hold"
+    "Reshape matrices to the shapes that files hold"
     return up.view(*up.shape, *[1] * (self.weight.ndim - 2)), down.view(-1, *self.weight.shape[1:])
 
 # %% ../nbs/02_layers.ipynb #87331a70
 @patch_to(LoraLayer)
 def set_selector_from_diag(
     self,
-    diag,   # (r,): one weight for each rank
-):
-    "Weigh the ranks: `up @ diag @ down`"
+    diag: torch.Tensor,  # (r,): one weight for each rank
+) -> None:
+    "Weigh the ranks of the branch: `up @ diag @ down`"
     diag = torch.as_tensor(diag)
     if diag.shape != (self.r,):
         raise ShapeError(f"the diagonal has shape {tuple(diag.shape)}, expected ({self.r},): one weight for each rank")
@@ -351,21 +381,22 @@ class LoraInjectedConv2d(LoraLayer):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, dilation=1,
                  groups: int = 1, bias: bool = True, r: int = 4, dropout_p: float = 0.1, scale: float = 1.0,
-                 alpha=None, dora=False, rslora=False, init="gaussian"):
+                 alpha: float | None = None, dora: bool = False, rslora: bool = False,
+                 init: Literal["gaussian", "kaiming", "pissa"] = "gaussian"):
         super().__init__()
         base = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         made = self.from_base(base, r, alpha, dropout_p, scale, dora, rslora, init)
-        self.__dict__.update(made.__dict__)
+        self.__dict__.update(made.__dict__)              # take over all its parts; `made` itself is dropped
 
     def forward(self, x):
         parts = self._modules
         y = (base := parts["conv"])(x)
-        if not self.enabled: return self._without(x, y)
+        if not self.enabled: return self._base_output(x, y)
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
             h = parts["lora_down"].forward(x)
-            if self._owns(base, y) and y.ndim == 4 and base.groups == 1: return _mixed_in(y, h, b, self._gain)
+            if self._may_overwrite(base, y) and y.ndim == 4 and base.groups == 1: return _add_conv_branch(y, h, b, self._gain)
             return torch.add(y, parts["lora_up"].forward(h), alpha=self._gain)
         return self._general(x, y)
 
@@ -374,8 +405,8 @@ class LoraInjectedConv2d(LoraLayer):
     out_channels = property(lambda self: self.root.out_channels)
 
 # %% ../nbs/02_layers.ipynb #2dab6d66
-def _mixed_in(y, h, up, gain):
-    "`y + gain * up(h)` into `y` itself: a 1x1 convolution is a product of matrices"
+def _add_conv_branch(y, h, up, gain):
+    "`y + gain * up(h)`, written into `y`"
     n, m = len(y), up.flatten(1)
     y.view(n, len(m), -1).baddbmm_(m.expand(n, -1, -1), h.reshape(n, len(m[0]), -1), alpha=gain)
     return y
@@ -401,12 +432,13 @@ def _selector(self, matrix):
 
 # %% ../nbs/02_layers.ipynb #487d074c
 @patch_to(LoraLayer)
-def _mix(self, w, delta):
+def _dora_weight(self, w, delta):
     "DoRA's weight from the base `w` and `delta = up @ down` (without alpha/r)"
     w = w + self.scaling * delta
     rows = (-1, *[1] * (w.ndim - 1))
     return w * (self.magnitude.detach().to(w.dtype) / row_norms(w).to(w.dtype)).view(rows)
 
+# %% ../nbs/02_layers.ipynb #b73d24d8
 @patch_to(LoraLayer)
 def _dora(self, x, y, h):
     "`y` plus `scale * (W' - W) x`, where `W' = m (W + s BA) / ||W + s BA||`"
@@ -414,25 +446,25 @@ def _dora(self, x, y, h):
     up, down = self._pair()
     norm = row_norms(self.original_weight.to(up.dtype) + self.scaling * (up @ down).view(self.weight.shape))
     ratio = (self.magnitude / norm).to(h.dtype).view(rows)                    # m / ||W + s BA||
-    wx = self._bare(x, y).to(h.dtype)
+    wx = self._without_bias(x, y).to(h.dtype)
     return y + (((ratio - 1) * wx + ratio * self.scaling * h) * (self._gain_tensor / self.scaling)).to(y.dtype)
 
-# %% ../nbs/02_layers.ipynb #b73d24d8
+# %% ../nbs/02_layers.ipynb #ebb26b04
 @patch_to(LoraInjectedLinear)
-def _bare(self, x, y):
+def _without_bias(self, x, y):
     "`W x` without bias"
     if self.base is not self.root or hasattr(self.root, "_kept_weight"):     # y holds more than W x
         return F.linear(x, self.original_weight.to(x.dtype))
     return y if self.bias is None else y - self.bias
 
 @patch_to(LoraInjectedConv2d)
-def _bare(self, x, y):
+def _without_bias(self, x, y):
     "`W x` without bias"
     if self.base is not self.root or hasattr(self.root, "_kept_weight"):
         return self.root._conv_forward(x, self.original_weight.to(x.dtype), None)
     return y if self.bias is None else y - self.bias.view(-1, 1, 1)
 
-# %% ../nbs/02_layers.ipynb #dd58a63f
+# %% ../nbs/02_layers.ipynb #3b743044
 @patch_to(LoraLayer)
 def _split_base(self):
     "Take the starting factors out of the base's weight"
@@ -446,8 +478,8 @@ def _split_base(self):
     self.start = (up.clone(), down.clone())
 
 @patch_to(LoraLayer)
-def restore_base(self):
-    "Put the original weight back, bit for bit (after PiSSA)"
+def restore_base(self) -> None:
+    "Restore the original weight, bit for bit (after PiSSA)"
     if self.start is None: return
     self.base.weight.data = self.original_weight.to(self.base.weight.dtype)
     del self.base._kept_weight
