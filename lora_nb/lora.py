@@ -1,9 +1,9 @@
 """A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it.
 
 `Lora` holds `.layers` (name -> `Factors`), `.embeddings` (learned words) and `.metadata` (base, trigger, recipe); every
-operation returns a new one. `Lora.load(path)` and `lora.save(path)` read and write files of any format. `lora.scaled(s)`,
-`lora.only("unet")` and `lora.to(dtype=...)` change it, and `lora.report(pipe)` holds it against a model and says why it has
-no effect.
+operation returns a new one. `Lora.load(path)` and `lora.save(path)` read and write files of any format. `a + b`, `.7 * a`,
+`lora.scaled(s)`, `lora.only("unet")` and `lora.to(dtype=...)` make new ones, `==` compares, and `lora.report(pipe)` says
+whether a model can wear it and why it may have no effect.
 
 Docs: https://lora-nb.github.io/lora_nb/lora.html.md"""
 
@@ -14,12 +14,19 @@ __all__ = ['Factors', 'add_factors', 'Lora', 'gather', 'join_words', 'same_word'
 
 # %% ../nbs/03_lora.ipynb #f9de4299
 import hashlib, json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .core import DataError, LoraError, ShapeError, finite, human, patch_to, row_norms, some, table
 from .names import COMPONENTS, block_of
+
+if TYPE_CHECKING:
+    from lora_nb.report import Report
+    from lora_nb.worn import Wearer
 
 # %% ../nbs/03_lora.ipynb #b4b1bcbc
 @dataclass(frozen=True, eq=False)   # `==` compares numbers, below
@@ -39,34 +46,41 @@ class Factors:
                              "(out, r) and (r, in), with the same r. One of them belongs to another layer")
 
     @property
-    def rank(self): return self.down.shape[0]
+    def rank(self) -> int:
+        "The rank r"
+        return self.down.shape[0]
 
     @property
-    def scaling(self): return 1. if self.alpha is None else float(self.alpha) / self.rank
+    def scaling(self) -> float:
+        "alpha/r"
+        return 1. if self.alpha is None else float(self.alpha) / self.rank
 
     @property
-    def tensors(self): return [t for t in (self.up, self.down, self.mid, self.magnitude) if t is not None]
+    def tensors(self) -> list[torch.Tensor]:
+        "Every tensor it holds"
+        return [t for t in (self.up, self.down, self.mid, self.magnitude) if t is not None]
 
 # %% ../nbs/03_lora.ipynb #633ed739
 @patch_to(Factors)
-def matrices(self):
-    "`(up, down)` as matrices in single precision or better, without alpha/r"
+def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+    "`(up, down)` as matrices, in single precision or better, without alpha/r"
     up, down = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (self.up, self.down))
     if self.mid is not None: down = torch.einsum("abhw,bi->aihw", self.mid.to(down.dtype), down.flatten(1))
     return up.flatten(1), down.flatten(1)
 
 @patch_to(Factors, as_prop=True)
-def shape(self):
-    "Shape of the weight it belongs to"
+def shape(self) -> tuple[int, ...]:
+    "Shape of the weight they belong to"
     kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
     return (len(self.up), self.down.shape[1], *kernel)
 
+# %% ../nbs/03_lora.ipynb #038c6e6d
 @patch_to(Factors)
 def delta(
     self,
-    weight=None,  # the base's weight, which DoRA needs
-):
-    "What it adds to the weight, in the weight's shape, in single precision or better"
+    weight: torch.Tensor | None = None,  # the base's weight, which DoRA needs
+) -> torch.Tensor:
+    "What the factors add to the weight: in its shape, in single precision or better"
     up, down = self.matrices()
     delta = (up @ down).mul_(self.scaling).view(self.shape)
     if self.magnitude is None: return delta
@@ -78,7 +92,7 @@ def delta(
 
 # %% ../nbs/03_lora.ipynb #0ed45502
 @patch_to(Factors)
-def norm(self):
+def norm(self) -> float:
     "Frobenius norm of `alpha/r * up @ down`, without forming the product"
     up, down = self.matrices()
     square = ((up.T @ up) * (down @ down.T)).sum()
@@ -86,92 +100,108 @@ def norm(self):
 
 # %% ../nbs/03_lora.ipynb #5331ad9f
 @patch_to(Factors)
-def to(self, device=None, dtype=None):
+def to(self,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> "Factors":
     "A copy on another device, in another precision"
     move = lambda t: None if t is None else t.to(device=device, dtype=dtype)
     return replace(self, up=move(self.up), down=move(self.down), mid=move(self.mid), magnitude=move(self.magnitude))
 
 @patch_to(Factors)
-def scaled(self, s):
+def scaled(self,
+    s: float,
+) -> "Factors":
     "The same difference, `s` times as strong"
     if s == 1: return self
     if self.magnitude is not None: raise LoraError("a DoRA cannot be scaled as a value: wear it with `scale=`")
     return replace(self, alpha=self.scaling * self.rank * s)
 
 @patch_to(Factors)
-def plain(self):
-    "Without a middle kernel: it is folded into `down`"
+def plain(self) -> "Factors":
+    "The same factors without a middle kernel: it is folded into `down`"
     if self.mid is None: return self
     up, down = self.matrices()
     return replace(self, up=up.view(*up.shape, 1, 1), down=down.view(-1, *self.shape[1:]), mid=None)
 
 # %% ../nbs/03_lora.ipynb #2a18cfc4
 def add_factors(
-    factors,    # of the same weight, of any ranks
-):
-    "Their exact sum: factors side by side, ranks add up"
+    factors: list[Factors],  # of the same weight, of any ranks
+) -> Factors:
+    "The exact sum of factors: side by side, so the ranks add up"
     factors = [f.plain() for f in factors]
     if len(factors) == 1: return factors[0]
     if any(f.magnitude is not None for f in factors): raise LoraError("DoRA layers cannot be added up as factors")
     up = torch.cat([f.up.float() * f.scaling for f in factors], 1)
     return Factors(up, torch.cat([f.down.float() for f in factors]), None, groups=factors[0].groups)
 
-# %% ../nbs/03_lora.ipynb #33d90ef9
+# %% ../nbs/03_lora.ipynb #d2777680
 class Lora:
     "Named factors, learned token embeddings, and what a person must know about them"
     def __init__(self,
-        layers=None,      # name -> Factors; names such as "unet.mid_block.attentions.0.proj_in"
-        embeddings=None,  # token -> {component: (n, d)}
-        metadata=None,    # base, trigger, recipe ...: strings
+        layers: dict[str, Factors] | None = None,  # names such as "unet.mid_block.attentions.0.proj_in"
+        embeddings: dict[str, dict[str, torch.Tensor]] | None = None,  # token -> {component: (n, d)}
+        metadata: dict[str, Any] | None = None,    # base, trigger, recipe ...; kept as strings
     ):
         self.layers, self.embeddings = dict(layers or {}), dict(embeddings or {})
         self.metadata = {k: str(v) for k, v in (metadata or {}).items()}
 
     def __len__(self): return len(self.layers)
 
-    def map(self, f):
-        "A new Lora with `f(factors)` for each layer"
-        return Lora({n: f(x) for n, x in self.layers.items()}, self.embeddings, self.metadata)
-
-    def scaled(self, s):
-        "The same LoRA, `s` times as strong"
-        return self.map(lambda f: f.scaled(s))
-
-    def to(self, device=None, dtype=None):
-        "A copy on another device, in another precision"
-        words = {t: {c: e.to(device=device, dtype=dtype) for c, e in d.items()} for t, d in self.embeddings.items()}
-        return Lora({n: f.to(device, dtype) for n, f in self.layers.items()}, words, self.metadata)
-
 # %% ../nbs/03_lora.ipynb #e6ae2c0b
+@patch_to(Lora)
+def map(self,
+    f: Callable[[Factors], Factors],
+) -> "Lora":
+    "A new LoRA with `f(factors)` for each layer"
+    return Lora({n: f(x) for n, x in self.layers.items()}, self.embeddings, self.metadata)
+
+@patch_to(Lora)
+def scaled(self,
+    s: float,
+) -> "Lora":
+    "The same LoRA, `s` times as strong"
+    return self.map(lambda f: f.scaled(s))
+
+@patch_to(Lora)
+def to(self,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> "Lora":
+    "A copy on another device, in another precision, words included"
+    words = {t: {c: e.to(device=device, dtype=dtype) for c, e in d.items()} for t, d in self.embeddings.items()}
+    return Lora({n: f.to(device, dtype) for n, f in self.layers.items()}, words, self.metadata)
+
+# %% ../nbs/03_lora.ipynb #11afaa27
 @patch_to(Lora, as_prop=True)
-def ranks(self):
+def ranks(self) -> dict[str, int]:
     "Rank of each layer"
     return {n: f.rank for n, f in self.layers.items()}
 
 @patch_to(Lora, as_prop=True)
-def rank(self):
+def rank(self) -> int:
     "The highest rank"
     return max(self.ranks.values(), default=0)
 
 @patch_to(Lora, as_prop=True)
-def tensors(self):
+def tensors(self) -> list[torch.Tensor]:
     "Every tensor it holds"
     words = [e for d in self.embeddings.values() for e in d.values()]
     return [t for f in self.layers.values() for t in f.tensors] + words
 
 @patch_to(Lora, as_prop=True)
-def num_parameters(self):
+def num_parameters(self) -> int:
     "How many numbers it holds"
     return sum(t.numel() for t in self.tensors)
 
 @patch_to(Lora, as_prop=True)
-def bytes(self):
+def bytes(self) -> int:
     "How much memory they take"
     return sum(t.numel() * t.element_size() for t in self.tensors)
 
 # %% ../nbs/03_lora.ipynb #c34e5ba7
 @patch_to(Lora, as_prop=True)
-def components(self):
+def components(self) -> list[str]:
     "Parts of a pipeline that it touches, in a fixed order"
     names = {n.split(".")[0] for n in self.layers} | {c for d in self.embeddings.values() for c in d}
     return [c for c in COMPONENTS if c in names] + sorted(names - set(COMPONENTS))
@@ -179,8 +209,8 @@ def components(self):
 @patch_to(Lora)
 def only(
     self,
-    *components,  # "unet", "text_encoder" ...
-):
+    *components: str,  # "unet", "text_encoder" ...
+) -> "Lora":
     "The part that belongs to some components"
     words = {t: {c: e for c, e in d.items() if c in components} for t, d in self.embeddings.items()}
     return Lora({n: f for n, f in self.layers.items() if n.split(".")[0] in components},
@@ -188,8 +218,11 @@ def only(
 
 # %% ../nbs/03_lora.ipynb #0ffc31a6
 @patch_to(Lora)
-def rename_token(self, old, new):
-    "The same LoRA whose learned word has another name"
+def rename_token(self,
+    old: str,
+    new: str,
+) -> "Lora":
+    "The same LoRA with another name for a learned word"
     if old not in self.embeddings:
         raise DataError(f"the LoRA holds no token {old!r}: it has {list(self.embeddings) or 'none'}")
     if new in self.embeddings: raise DataError(f"the LoRA has a token {new!r} already: choose another name")
@@ -199,8 +232,8 @@ def rename_token(self, old, new):
 
 # %% ../nbs/03_lora.ipynb #3434d976
 @patch_to(Lora)
-def check(self):
-    "Raise an error that lists every tensor with a number that is none; return the LoRA"
+def check(self) -> "Lora":
+    "Return the LoRA, or raise a `DataError` that lists the tensors with NaN or infinity"
     words = {f"{t} ({c})": e for t, d in self.embeddings.items() for c, e in d.items()}
     bad = [n for n, f in self.layers.items() if not all(finite(t) for t in f.tensors)]
     bad += [n for n, e in words.items() if not finite(e)]
@@ -209,10 +242,10 @@ def check(self):
                         "its training diverged: take an earlier checkpoint, or train with a lower learning rate")
     return self
 
-# %% ../nbs/03_lora.ipynb #8b412e30
+# %% ../nbs/03_lora.ipynb #163ad73f
 @patch_to(Lora)
-def content_hash(self):
-    "A fingerprint of the numbers (not of names of files, dates or metadata)"
+def content_hash(self) -> str:
+    "A fingerprint of the numbers and the layers' names, but not of metadata"
     h = hashlib.sha256()
     parts = {f"{n}|{f.scaling!r}|{i}": t for n, f in self.layers.items() for i, t in
              enumerate((f.up, f.down, f.mid, f.magnitude)) if t is not None}
@@ -225,8 +258,8 @@ def content_hash(self):
 
 # %% ../nbs/03_lora.ipynb #c420c50f
 @patch_to(Lora)
-def norms(self):
-    "Norm of the difference in each block (without DoRA's magnitudes)"
+def norms(self) -> dict[str, float]:
+    "Norm of the difference in each block, without DoRA's magnitudes"
     squares = {}
     for n, f in self.layers.items(): squares[block_of(n)] = squares.get(block_of(n), 0) + f.norm()**2
     return {b: s**.5 for b, s in squares.items()}
@@ -252,12 +285,12 @@ def _repr_markdown_(self):
     about = "\n".join(f"- {k}: {v[:100]}" for k, v in self.metadata.items())
     return table(head, rows) + ("\n\n" + about if about else "")
 
-# %% ../nbs/03_lora.ipynb #57875500
+# %% ../nbs/03_lora.ipynb #9dd9a5dd
 def _load(cls,
-    path,       # .safetensors or .pt, or a folder that holds one
-    base=None,  # pipeline or model, for formats without names
+    path: str | Path,          # .safetensors or .pt, or a folder that holds one
+    base: Any = None,          # pipeline, loaded base or model, for formats without names
     **kw,
-):
+) -> "Lora":
     "A LoRA from a file of any known format"
     from lora_nb.formats import load_lora
     return load_lora(path, base=base, **kw)
@@ -266,18 +299,18 @@ Lora.load = classmethod(_load)
 
 @patch_to(Lora)
 def save(self,
-    path,           # where to; written whole or not at all
-    format="peft",  # or "lora_diffusion", "pt" ...
+    path: str | Path,       # where to; written whole or not at all
+    format: str = "peft",   # "peft", "kohya", "lora_diffusion" or "pt"
     **kw,
-):
+) -> Path:
     "Write the LoRA to a file"
     from lora_nb.formats import save_lora
     return save_lora(self, path, format=format, **kw)
 
-# %% ../nbs/03_lora.ipynb #d79b3d84
+# %% ../nbs/03_lora.ipynb #57875500
 def gather(
-    loras,  # list of `Lora`
-):          # name -> [Factors or None, one for each LoRA]
+    loras: list[Lora],
+) -> dict[str, list[Factors | None]]:  # name -> one for each LoRA
     "The factors of several LoRAs by layer"
     loras = list(loras)
     odd = [type(l).__name__ for l in loras if not isinstance(l, Lora)]
@@ -308,15 +341,16 @@ def _check_shapes(name, factors):
 
 # %% ../nbs/03_lora.ipynb #7df52a6c
 def join_words(
-    loras,          # list of `Lora`
-    blend=None,     # numbers that add up to 1: words of one name are blended; None: they may not differ
-):                  # token -> {component: (n, d)}
+    loras: list[Lora],
+    blend: list[float] | None = None,  # shares that add up to 1: words of one name are blended; None: they may not differ
+) -> dict[str, dict[str, torch.Tensor]]:  # token -> {component: (n, d)}
     "The learned words of several LoRAs"
     found = {}
     for i, lora in enumerate(_together(list(loras))):
         for token, parts in lora.embeddings.items(): found.setdefault(token, []).append((i, parts))
     return {t: _one_word(t, owners, blend) for t, owners in found.items()}
 
+# %% ../nbs/03_lora.ipynb #dfeff7fd
 def _one_word(token, owners, blend):
     "The vectors of one word that several LoRAs may bring"
     (_, first), *rest = owners
@@ -328,10 +362,11 @@ def _one_word(token, owners, blend):
     raise DataError(f"{len(owners)} LoRAs bring the word {token!r} with different vectors: expected a name for each. "
                     f"Rename one with lora.rename_token({token!r}, '<new-name>'), or pass rename=True")
 
-# %% ../nbs/03_lora.ipynb #dfeff7fd
+# %% ../nbs/03_lora.ipynb #d3b0d570
 def same_word(
-    a, b,  # {component: (n, d)}
-):         # bool
+    a: dict[str, torch.Tensor],  # {component: (n, d)}
+    b: dict[str, torch.Tensor],
+) -> bool:
     "Are the vectors of a word the same, in the precision of the coarser one?"
     low = lambda c: min(a[c], b[c], key=lambda t: t.element_size()).dtype
     return a.keys() == b.keys() and all(a[c].shape == b[c].shape and torch.equal(a[c].to(low(c)), b[c].to(low(c)))
@@ -339,24 +374,27 @@ def same_word(
 
 # %% ../nbs/03_lora.ipynb #4cd3ae1b
 def triggers_of(
-    lora,  # a `Lora`
-):         # list of words
-    "All triggers that a LoRA answers to"
+    lora: Lora,
+) -> list[str]:
+    "All trigger words of a LoRA"
     listed, one = lora.metadata.get("triggers"), lora.metadata.get("trigger")
     try: return list(json.loads(listed)) if listed else [one] if one else []
     except ValueError: return [one] if one else []
 
 def added(
-    loras, weights,  # lists
-):                   # those whose weight is not a negative number
-    "The LoRAs that a sum adds: what it subtracts is not to be asked for"
+    loras: list[Lora],
+    weights: list,      # one for each
+) -> list[Lora]:
+    "The LoRAs that a sum adds, without those of negative weight"
     return [l for l, w in zip(loras, weights) if not (isinstance(w, (int, float)) and w < 0)]
 
+# %% ../nbs/03_lora.ipynb #bc3db134
 def join_metadata(
-    loras, weights,  # lists
-    method,          # how they are composed
-):                   # strings
-    "What a person must know about a composition"
+    loras: list[Lora],
+    weights: list,      # one for each
+    method: str,        # how they are composed
+) -> dict[str, str]:
+    "Metadata of a composition: base, triggers, parts and method"
     triggers = list(dict.fromkeys(t for l in added(loras, weights) for t in triggers_of(l)))
     bases = list(dict.fromkeys(l.metadata["base"] for l in loras if l.metadata.get("base")))
     parts = [{"trigger": ", ".join(triggers_of(l)), "weight": w if isinstance(w, (int, float, dict)) else "by layer"}
@@ -371,23 +409,34 @@ def _exact_sum(loras, weights):
     layers = {n: add_factors([f.scaled(w) for f, w in zip(fs, weights) if f]) for n, fs in gather(loras).items()}
     return Lora(layers, join_words(added(loras, weights)), join_metadata(loras, weights, "cat"))
 
+# %% ../nbs/03_lora.ipynb #f01820a6
 @patch_to(Lora)
-def __add__(self, other): return _exact_sum([self, other], [1., 1.]) if isinstance(other, Lora) else NotImplemented
+def __add__(self, other: Lora) -> Lora:
+    return _exact_sum([self, other], [1., 1.]) if isinstance(other, Lora) else NotImplemented
 
 @patch_to(Lora)
-def __sub__(self, other): return _exact_sum([self, other], [1., -1.]) if isinstance(other, Lora) else NotImplemented
+def __sub__(self, other: Lora) -> Lora:
+    return _exact_sum([self, other], [1., -1.]) if isinstance(other, Lora) else NotImplemented
 
 @patch_to(Lora)
-def __mul__(self, s): return self.scaled(float(s)) if isinstance(s, (int, float)) else NotImplemented
+def __mul__(self, s: float) -> Lora:
+    return self.scaled(float(s)) if isinstance(s, (int, float)) else NotImplemented
 
 @patch_to(Lora)
-def __truediv__(self, s): return self.scaled(1 / s) if isinstance(s, (int, float)) else NotImplemented
+def __truediv__(self, s: float) -> Lora:
+    return self.scaled(1 / s) if isinstance(s, (int, float)) else NotImplemented
 
 @patch_to(Lora)
-def __neg__(self): return self.scaled(-1.)
+def __neg__(self) -> Lora:
+    return self.scaled(-1.)
 
-Lora.__rmul__ = Lora.__mul__
-Lora.__radd__ = lambda self, other: self if isinstance(other, int) and other == 0 else NotImplemented  # for sum()
+@patch_to(Lora)
+def __rmul__(self, s: float) -> Lora:
+    return self * s
+
+@patch_to(Lora)
+def __radd__(self, other: int) -> Lora:                # for sum(), which starts at 0
+    return self if isinstance(other, int) and other == 0 else NotImplemented
 
 # %% ../nbs/03_lora.ipynb #2552a55e
 def _same(a, b):
@@ -396,28 +445,29 @@ def _same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b.to(a.device))
 
 @patch_to(Factors)
-def __eq__(self, other):
+def __eq__(self, other) -> bool:
     "Same numbers, same strength"
     if not isinstance(other, Factors): return NotImplemented
     pairs = ((getattr(self, k), getattr(other, k)) for k in ("up", "down", "mid", "magnitude"))
     return self.scaling == other.scaling and self.groups == other.groups and all(_same(a, b) for a, b in pairs)
 
 @patch_to(Lora)
-def __eq__(self, other):
+def __eq__(self, other) -> bool:
     "Same layers, words and metadata"
     if not isinstance(other, Lora): return NotImplemented
     if self.layers != other.layers or self.metadata != other.metadata: return False
-    if {t: d.keys() for t, d in self.embeddings.items()} != {t: d.keys() for t, d in other.embeddings.items()}: return False
-    return all(_same(e, other.embeddings[t][c]) for t, d in self.embeddings.items() for c, e in d.items())
+    words = [{t: d.keys() for t, d in l.embeddings.items()} for l in (self, other)]
+    return words[0] == words[1] and all(_same(e, other.embeddings[t][c]) for t, d in self.embeddings.items() for c, e in d.items())
 
-Lora.__hash__ = object.__hash__      # by identity: equal LoRAs are two keys of a dict, as a run that wears both needs
-Factors.__hash__ = None              # as a tensor's numbers can change, so can what it is equal to
+# %% ../nbs/03_lora.ipynb #dc024900
+Lora.__hash__ = object.__hash__
+Factors.__hash__ = None
 
 # %% ../nbs/03_lora.ipynb #7da50367
 @patch_to(Lora)
 def report(self,
-    pipe,  # pipeline, loaded base, or model
-):
-    "Does it fit, how strong is it, and if it has no effect, why?"
+    pipe: "Wearer",  # pipeline, loaded base, or model
+) -> "Report":
+    "Check a LoRA against a model: does it fit, how strong is it, and why may it have no effect?"
     from lora_nb.report import make_report
     return make_report(self, pipe)
