@@ -8,6 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/new_report.html.md"""
 __all__ = ['Report', 'make_report']
 
 # %% ../nbs/new_report.ipynb #d3f3174c
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,21 +16,23 @@ import torch
 from .core import DataError, patch_to, table
 from .lora import Lora
 from .names import block_of, canonical_name, kind_of
-from .worn import places, resolve_components, root_module, stack_of, worn_state
+from .worn import Wearer, places, resolve_components, root_module, stack_of, worn_state
 
 # %% ../nbs/new_report.ipynb #585059c0
 @dataclass
 class Report:
-    "A LoRA held against a model"
-    matched: list      # names that fit
-    missing: list      # modules of the model, of a kind that the LoRA adapts elsewhere, that it leaves alone
-    unexpected: list   # names that the model lacks
-    misshaped: list    # names made for a weight of another shape
-    norms: dict        # block -> (norm of the differences, norm of the weights)
-    advice: list       # sentences
+    "A LoRA checked against a model"
+    matched: list[str]     # names that fit
+    missing: list[str]     # modules left alone, of a kind that the LoRA adapts elsewhere
+    unexpected: list[str]  # names that the model lacks
+    misshaped: list[str]   # names made for a weight of another shape
+    norms: dict[str, tuple[float, float]]  # block -> (norm of the differences, norm of the weights)
+    advice: list[str]      # sentences
 
     @property
-    def ok(self): return bool(self.matched) and not self.unexpected and not self.misshaped
+    def ok(self) -> bool:
+        "Does every layer fit?"
+        return bool(self.matched) and not self.unexpected and not self.misshaped
 
     def __repr__(self):
         counts = ", ".join(f"{len(getattr(self, k))} {k}" for k in ("matched", "missing", "unexpected", "misshaped"))
@@ -37,7 +40,7 @@ class Report:
 
 # %% ../nbs/new_report.ipynb #064e47ee
 def _sort_names(lora, parts):
-    "matched, missing, unexpected, misshaped: names, or (name, module) where the model has one"
+    "`(matched, missing, unexpected, misshaped)`: matched with their modules, the others as names"
     there = {f"{c}.{n}": p.module for c, m in parts.items() for n, p in places(m).items()}
     ours = {canonical_name(n): f for n, f in lora.layers.items()}
     fits = lambda n, f: tuple(root_module(there[n]).weight.shape) == f.shape
@@ -49,23 +52,6 @@ def _sort_names(lora, parts):
     return matched, missing, unexpected, misshaped
 
 # %% ../nbs/new_report.ipynb #ddd1017b
-def make_report(
-    lora,
-    pipe,  # pipeline, loaded base, or model
-):
-    "Does it fit, how strong is it, and if it has no effect, why?"
-    parts = resolve_components(pipe)
-    matched, missing, unexpected, misshaped = _sort_names(lora, parts)
-    norms, layers = {}, {canonical_name(n): f for n, f in lora.layers.items()}
-    for n, module in matched.items():
-        d, w = norms.get(block_of(n), (0., 0.))
-        norms[block_of(n)] = (d + layers[n].norm()**2, w + root_module(module).weight.detach().float().norm().item()**2)
-    norms = {b: (d**.5, w**.5) for b, (d, w) in norms.items()}
-    found = Report(list(matched), missing, unexpected, misshaped, norms, [])
-    found.advice = [*_about_fit(lora, found, parts), *_about_strength(lora, found), *_about_use(lora, pipe, parts)]
-    return found
-
-# %% ../nbs/new_report.ipynb #b8ded634
 def _about_fit(lora, r, parts):
     "Sentences about names and shapes"
     base = lora.metadata.get("base")
@@ -80,6 +66,17 @@ def _about_fit(lora, r, parts):
         yield f"{len(absent)} layers are for {names}, which is not here: give the whole pipeline, or its base's family."
     if unknown and r.matched: yield f"{len(unknown)} names are unknown here, such as {unknown[0]}.{trained}"
 
+# %% ../nbs/new_report.ipynb #b8ded634
+def _block_norms(lora, matched):
+    "block -> (norm of the differences, norm of the weights)"
+    squares, layers = {}, {canonical_name(n): f for n, f in lora.layers.items()}
+    for n, module in matched.items():
+        d, w = squares.get(block_of(n), (0., 0.))
+        weight = root_module(module).weight.detach().float()
+        squares[block_of(n)] = d + layers[n].norm()**2, w + weight.norm().item()**2
+    return {b: (d**.5, w**.5) for b, (d, w) in squares.items()}
+
+# %% ../nbs/new_report.ipynb #2008cf2c
 def _about_strength(lora, r):
     "Sentences about size"
     try: lora.check()
@@ -89,13 +86,13 @@ def _about_strength(lora, r):
     elif r.matched and change < 1e-3:
         yield f"It is weak: no block changes by more than {change:.2%}. Train longer, or wear it at a higher scale."
 
-# %% ../nbs/new_report.ipynb #2008cf2c
+# %% ../nbs/new_report.ipynb #767ac2cd
 def _alike(a, b):
-    "Are two `down` the same, up to the rounding of half precision?"
+    "Are two `down` factors the same, up to the rounding of half precision?"
     return a.shape == b.shape and torch.allclose(a.float(), b.to(a.device).float(), rtol=1e-2, atol=1e-5)
 
 def _strengths(lora, parts):
-    "How strongly a model wears this LoRA, and others: two dicts, component -> strengths (None: switched off)"
+    "Strengths at which a model wears this LoRA, and others: two dicts, component -> list (None: switched off)"
     ours, others, mine = {}, {}, {canonical_name(n): f.plain() for n, f in lora.layers.items()}
     def note(c, path, down, strength):
         f = mine.get(f"{c}.{path}")
@@ -109,9 +106,9 @@ def _strengths(lora, parts):
             for path, f in fs.items(): note(c, path, f.plain().down, s)
     return ours, others
 
-# %% ../nbs/new_report.ipynb #767ac2cd
+# %% ../nbs/new_report.ipynb #c262ef65
 def _about_use(lora, pipe, parts):
-    "Sentences about how it is worn and called"
+    "Sentences about how it is worn, and about its trigger and words"
     ours, others = _strengths(lora, parts)
     strengths = [s for ss in ours.values() for s in ss]
     if lora.layers and not strengths and others:
@@ -122,16 +119,28 @@ def _about_use(lora, pipe, parts):
     bare = [c for c in lora.components if strengths and c in parts and c not in ours and lora.only(c).layers]
     if bare: yield f"Its part for {', '.join(bare)} is not worn: apply_lora(pipe, lora) puts on all parts at once."
     trigger = lora.metadata.get("trigger")
-    if trigger: yield f"Its trigger is {trigger!r}: it belongs into the prompt."
+    if trigger: yield f"Its trigger is {trigger!r}: it belongs in the prompt."
     tokenizer = getattr(getattr(pipe, "pipe", pipe), "tokenizer", None)
     for token in lora.embeddings if tokenizer is not None else []:
         if token not in tokenizer.get_vocab(): yield f"The word {token!r} is not in the vocabulary: apply_lora adds it."
 
-# %% ../nbs/new_report.ipynb #c262ef65
+# %% ../nbs/new_report.ipynb #8a5c9cf4
+def make_report(
+    lora: Lora,
+    pipe: "Wearer",  # pipeline, loaded base, or model
+) -> Report:
+    "Check a LoRA against a model; `lora.report(pipe)` calls this"
+    parts = resolve_components(pipe)
+    matched, missing, unexpected, misshaped = _sort_names(lora, parts)
+    found = Report(list(matched), missing, unexpected, misshaped, _block_norms(lora, matched), [])
+    found.advice = [*_about_fit(lora, found, parts), *_about_strength(lora, found), *_about_use(lora, pipe, parts)]
+    return found
+
+# %% ../nbs/new_report.ipynb #3a6d4c0e
 @patch_to(Report)
 def _repr_markdown_(self):
-    heaps = {k: getattr(self, k) for k in ("matched", "missing", "unexpected", "misshaped")}
-    rows = [[k, len(v), ", ".join(f"`{n}`" for n in v[:2])] for k, v in heaps.items()]
+    lists = {k: getattr(self, k) for k in ("matched", "missing", "unexpected", "misshaped")}
+    rows = [[k, len(v), ", ".join(f"`{n}`" for n in v[:2])] for k, v in lists.items()]
     blocks = [[f"`{b}`", f"{d:.3g}", f"{w:.3g}", f"{d / (w or 1):.2%}"] for b, (d, w) in self.norms.items()]
     return "\n\n".join([table(["", "layers", "such as"], rows), "\n".join(f"- {a}" for a in self.advice),
                         table(["block", "norm of delta", "norm of weights", "change"], blocks)])

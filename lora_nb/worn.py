@@ -12,7 +12,7 @@ __all__ = ['Wearer', 'Place', 'component_of', 'resolve_components', 'places', 'r
 # %% ../nbs/new_worn.ipynb #7d08bb07
 from collections import namedtuple
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import nn
@@ -36,8 +36,8 @@ def component_of(
     if "Text" in kind or kind.startswith(("T5", "UMT5", "CLIP")): return "text_encoder"
     return "transformer" if kind.endswith("Transformer2DModel") or "TransformerModel" in kind else "unet"
 
-# %% ../nbs/new_worn.ipynb #703174f1
-Wearer = Union["DiffusionPipeline", "Base", nn.Module, dict[str, nn.Module]]   # a dict: component -> model
+# %% ../nbs/new_worn.ipynb #6b63ca75
+Wearer = Union["DiffusionPipeline", "Base", nn.Module, dict[str, nn.Module]]   # whoever can wear a LoRA
 
 def resolve_components(
     pipe_or_model: "Wearer",  # a pipeline, a loaded base, a model, or a dict component -> model
@@ -52,8 +52,8 @@ def resolve_components(
     raise TargetError(f"{type(pipe_or_model).__name__} has none of {', '.join(COMPONENTS)}: expected a diffusers "
                       "pipeline or a model")
 
-# %% ../nbs/new_worn.ipynb #6b63ca75
-Place = namedtuple("Place", "parent attr module")   # where a module hangs: getattr(parent, attr) is module
+# %% ../nbs/new_worn.ipynb #6b5f7826
+Place = namedtuple("Place", "parent attr module")   # getattr(parent, attr) is module
 
 def places(
     model: nn.Module,
@@ -68,14 +68,16 @@ def places(
     walk(model, "")
     return found
 
-# %% ../nbs/new_worn.ipynb #6f2117d5
+# %% ../nbs/new_worn.ipynb #3800170e
 def root_module(
-    module,  # plain or adapted
-):
+    module: nn.Module,  # plain or adapted
+) -> nn.Module:
     "The plain module inside all branches"
     return module.root if isinstance(module, LoraLayer) else module
 
-def stack_of(module):
+def stack_of(
+    module: nn.Module,  # plain or adapted
+) -> list[LoraLayer]:
     "The branches around a module, outermost first"
     stack = []
     while isinstance(module, LoraLayer):
@@ -83,13 +85,18 @@ def stack_of(module):
         module = module.base
     return stack
 
-def adapted_class(module):
+def adapted_class(
+    module: nn.Module,  # plain or adapted
+) -> type[LoraLayer]:
     "The adapted class for a linear or a convolution"
     return LoraInjectedConv2d if isinstance(root_module(module), nn.Conv2d) else LoraInjectedLinear
 
-# %% ../nbs/new_worn.ipynb #1caa104c
-def branches(pipe_or_model, name=None):
-    "Every adapted layer that a model wears, outermost first: full name -> list of layers"
+# %% ../nbs/new_worn.ipynb #6f2117d5
+def branches(
+    pipe_or_model: "Wearer",
+    name: str | None = None,  # of one adapter; None: all
+) -> dict[str, list[LoraLayer]]:  # full name -> branches, outermost first
+    "Every adapted layer of a model, with its branches"
     found = {}
     for component, model in resolve_components(pipe_or_model).items():
         for path, place in places(model).items():
@@ -98,13 +105,18 @@ def branches(pipe_or_model, name=None):
     return found
 
 # %% ../nbs/new_worn.ipynb #10000c5f
-def branch_parameters(layer):
+def branch_parameters(
+    layer: LoraLayer,
+) -> list[nn.Parameter]:
     "The trainable parameters of one adapted layer"
     own = [layer.lora_down.weight, layer.lora_up.weight]
     return own if layer.magnitude is None else own + [layer.magnitude]
 
-def layer_factors(layer):
-    "The factors of one adapted layer, copied, with its strength in `alpha`"
+# %% ../nbs/new_worn.ipynb #16bdefd2
+def layer_factors(
+    layer: LoraLayer,
+) -> Factors:
+    "A copy of the factors of one adapted layer, with its strength in `alpha`"
     kept = dict(magnitude=layer.magnitude, groups=getattr(layer.root, "groups", 1))
     if layer.magnitude is not None:
         if layer.scale != 1: raise LoraError("a DoRA worn at another scale than 1 cannot be written as factors: "
@@ -120,25 +132,31 @@ def layer_factors(layer):
 @dataclass
 class Worn:
     "What one model wears beside its branches"
-    merged: dict = field(default_factory=dict)     # adapter -> (path -> Factors, scale)
-    tokens: dict = field(default_factory=dict)     # adapter -> (token -> (n, d))
-    kept: tuple = None                             # (tokenizer, its state, rows of the token table) before any token
-    about: dict = field(default_factory=dict)      # adapter -> metadata
-    flags: dict = None                             # parameter -> whether it learned before training froze it
-    index: tuple = None                            # where its branches are: see `branch_index`
+    merged: dict = field(default_factory=dict)      # adapter -> (path -> Factors, scale)
+    tokens: dict = field(default_factory=dict)      # adapter -> (token -> (n, d))
+    kept: tuple | None = None                       # (tokenizer, its state, rows of the token table) before any token
+    about: dict = field(default_factory=dict)       # adapter -> metadata
+    flags: dict | None = None                       # parameter -> whether it learned before training froze it
+    index: tuple | None = None                      # where its branches are: see `branch_index`
 
 # %% ../nbs/new_worn.ipynb #7bba0a1b
-def worn_state(model):
-    "The model's `Worn`, empty if there is none"
+def worn_state(
+    model: nn.Module,
+) -> Worn:
+    "A model's record, to read: an empty one if it wears nothing"
     return model.__dict__.get("_lora_worn") or Worn()
 
-def wears(model):
-    "The model's `Worn`, made if there is none"
+def wears(
+    model: nn.Module,
+) -> Worn:
+    "A model's record, to write: made if there is none"
     return model.__dict__.setdefault("_lora_worn", Worn())
 
 # %% ../nbs/new_worn.ipynb #f7441fc4
-def adapters(pipe_or_model):
-    "Names of the LoRAs that a model wears: name -> `'inject'` or `'merge'`"
+def adapters(
+    pipe_or_model: "Wearer",
+) -> dict[str, str]:          # name -> "inject" or "merge"
+    "The LoRAs that a model wears, by name"
     found = {m.adapter: "inject" for stack in branches(pipe_or_model).values() for m in stack}
     for model in resolve_components(pipe_or_model).values():
         worn = worn_state(model)
@@ -146,8 +164,10 @@ def adapters(pipe_or_model):
     return found
 
 # %% ../nbs/new_worn.ipynb #3f6cc4a4
-def branch_index(model):
-    "adapter -> {path: layer}, looked up once and again whenever branches have come, gone or moved"
+def branch_index(
+    model: nn.Module,
+) -> dict[str, dict[str, LoraLayer]]:  # adapter -> {path: branch}
+    "The branches of a model by adapter, remembered until branches have come, gone or moved"
     worn = worn_state(model)
     if worn.index and worn.index[0] == LoraLayer.made and all(p._modules.get(a) is m for p, a, m in worn.index[1]):
         return worn.index[2]
@@ -160,18 +180,26 @@ def branch_index(model):
     if found: wears(model).index = LoraLayer.made, hung, found
     return found
 
-def worn_names(parts):
-    "As `adapters`, without a walk"
+# %% ../nbs/new_worn.ipynb #8dd62953
+def worn_names(
+    parts: dict[str, nn.Module],  # component -> model
+) -> set[str]:
+    "Names of the LoRAs that some models wear, without a walk over them"
     return {n for m in parts.values() for n in (*branch_index(m), *worn_state(m).merged, *worn_state(m).tokens)}
 
 # %% ../nbs/new_worn.ipynb #0669ba5b
-def original_weight(root):
+def original_weight(
+    root: nn.Module,  # a plain module
+) -> torch.Tensor:
     "A module's weight before any merge"
     kept = getattr(root, "_kept_weight", None)
     return root.weight.detach() if kept is None else kept.to(root.weight)
 
-def summed_weight(weight, worn):
-    "The original weight plus every merged difference, in the weight's dtype"
+def summed_weight(
+    weight: torch.Tensor,                # the original
+    worn: list[tuple[Factors, float]],   # (factors, scale) of each merged LoRA
+) -> torch.Tensor:
+    "A weight plus every merged difference, in the weight's dtype"
     total = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for f, scale in worn:
         f = f.to(weight.device)
@@ -182,8 +210,11 @@ def summed_weight(weight, worn):
     return total.to(weight.dtype)
 
 # %% ../nbs/new_worn.ipynb #e3909c06
-def detach_branches(place, name):
-    "Take branches out of a stack"
+def detach_branches(
+    place: Place,      # where the stack hangs
+    name: str | None,  # of the adapter; None: all
+) -> None:
+    "Take branches out of a stack; those of other adapters stay"
     parent, attr, module = place
     while isinstance(module, LoraLayer):
         if name in (None, module.adapter):
@@ -192,9 +223,12 @@ def detach_branches(place, name):
         else: parent, attr = module, module.base_name
         module = module.base
 
-# %% ../nbs/new_worn.ipynb #f1411ecf
-def remerge(model, paths):
-    "Compute merged weights anew after a change; put the originals back if nothing is left"
+# %% ../nbs/new_worn.ipynb #336e09ae
+def remerge(
+    model: nn.Module,
+    paths: set[str],   # of the layers that changed
+) -> None:
+    "Recompute merged weights after a change; restore the original where nothing is merged"
     worn, there = worn_state(model), places(model) if paths else {}
     for path in paths:
         root = root_module(there[path].module)
