@@ -147,14 +147,15 @@ def atomic_path(
 
 # %% ../nbs/00_core.ipynb #625ca249
 def patch_to(
-    cls: type,              # the class that grows
-    as_prop: bool = False,  # make it a property
+    cls: type,                 # the class that grows
+    as_prop: bool = False,     # make it a property
+    cls_method: bool = False,  # make it a class method
 ) -> Callable:
     "A decorator that adds a function to a class, as a method of the same name."
     def add(f):
         old = f.__globals__.get(f.__name__)
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
-        setattr(cls, f.__name__, property(f) if as_prop else f)
+        setattr(cls, f.__name__, property(f) if as_prop else classmethod(f) if cls_method else f)
         return old
     return add
 

@@ -166,7 +166,8 @@ def root(self) -> nn.Module:
     return base
 
 # %% ../nbs/02_layers.ipynb #edf3d695
-def _from_base(cls,
+@patch_to(LoraLayer, cls_method=True)
+def from_base(cls,
     module: nn.Module,  # nn.Linear or nn.Conv2d, or one that wears a branch already
     r: int = 4,        # rank
     alpha: float | None = None,  # numerator of alpha/r; None: r
@@ -187,15 +188,14 @@ def _from_base(cls,
     if init == "pissa": self._split_base()
     return self
 
-LoraLayer.from_base = classmethod(_from_base)
-
 # %% ../nbs/02_layers.ipynb #8a9dce79
 # Shared by every layer that only wears a LoRA; making two modules for each would take most of apply_lora's time. Nothing may
 # change them in place: `set_selector_from_diag` and `set_factors` replace the selector of one layer instead. Their `training`
 # flag is everyone's, which is harmless with p = 0.
 _IDLE = nn.Dropout(0.), nn.Identity()
 
-def _from_factors(cls,
+@patch_to(LoraLayer, cls_method=True)
+def from_factors(cls,
     module: nn.Module,    # linear or convolution, or one that wears a branch already
     up: torch.Tensor,     # (out, r, ...)
     down: torch.Tensor,   # (r, in, ...)
@@ -207,14 +207,13 @@ def _from_factors(cls,
     magnitude = None if magnitude is None else nn.Parameter(magnitude)
     return cls._new()._attach(module, up, down, alpha, None, scale, False, magnitude)
 
+@patch_to(LoraLayer, cls_method=True)
 def _new(cls):
     "An instance without parts, counted in `LoraLayer.made`"
     self = cls.__new__(cls)
     nn.Module.__init__(self)
     LoraLayer.made += 1
     return self
-
-LoraLayer.from_factors, LoraLayer._new = classmethod(_from_factors), classmethod(_new)
 
 # %% ../nbs/02_layers.ipynb #a722f6c9
 def _add_branch(y, x, down, up, gain, own):

@@ -286,7 +286,8 @@ def _repr_markdown_(self):
     return table(head, rows) + ("\n\n" + about if about else "")
 
 # %% ../nbs/03_lora.ipynb #9dd9a5dd
-def _load(cls,
+@patch_to(Lora, cls_method=True)
+def load(cls,
     path: str | Path,          # .safetensors or .pt, or a folder that holds one
     base: Any = None,          # pipeline, loaded base or model, for formats without names
     **kw,
@@ -294,8 +295,6 @@ def _load(cls,
     "A LoRA from a file of any known format"
     from lora_nb.formats import load_lora
     return load_lora(path, base=base, **kw)
-
-Lora.load = classmethod(_load)
 
 @patch_to(Lora)
 def save(self,
