@@ -244,7 +244,7 @@ def merge_checkpoint(
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
     if len(scales) != len(loras): raise LoraError(f"{len(scales)} scales for {len(loras)} LoRAs: expected one for each")
     if isinstance(base, (str, Path)):
-        from lora_nb.bases import load_base
+        from lora_nb.loading import load_base
         base = load_base(base, device="cpu", dtype=torch.float32)
     worn = []
     try:

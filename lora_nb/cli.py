@@ -58,7 +58,7 @@ def _quiet():
 
 def _base(a):
     "The base that the flags name"
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     _quiet()
     t5 = dict(keep=True, drop=False).get(getattr(a, "t5", None) or "keep", "8bit")
     return load_base(a.pretrained_model_name_or_path, getattr(a, "device", None), config=getattr(a, "config", None), t5=t5,
@@ -679,7 +679,7 @@ def evaluate_parser():
 def lora_evaluate(argv):
     "Measure what a LoRA has taught and what it has cost."
     a = evaluate_parser().parse_args(argv)
-    from lora_nb.bases import embedded_bases
+    from lora_nb.loading import embedded_bases
     from lora_nb.evaluation import PROMPTS, evaluate
     from lora_nb.show import save_jpeg
     out, a.device = _writable(a.output_dir), available_device(a.device)

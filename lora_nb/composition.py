@@ -400,7 +400,7 @@ def _join_files(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, bas
 # %% ../nbs/07_composition.ipynb #033a02b3
 def _model_and_lora(path_1, path_2, base):
     "What the `upl` modes take: the model names the layers of a numbered file"
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     model = load_base(path_1, device="cpu", dtype=torch.float32)
     return model, Lora.load(path_2, base=model if base is None else base)
 

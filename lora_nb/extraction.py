@@ -418,7 +418,7 @@ def changes(
 def _opened(source):
     "A path or a name is loaded; anything else is a model already"
     if not isinstance(source, (str, os.PathLike)): return source
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     return load_base(source, device="cpu", dtype=torch.float32)
 
 # %% ../nbs/06_extraction.ipynb #17406c83

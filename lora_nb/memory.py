@@ -23,7 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/08b_memory.ipynb #3c31bbe4
-from .bases import HUB, Base, _quiet, as_base, embedded_bases
+from .families import HUB, as_base
+from .bases import Base
+from .core import quiet
+from .loading import embedded_bases
 from .core import LoraError, closest, data_path
 from .injection import find_targets, inject_lora
 from .core import table as as_table
@@ -84,7 +87,7 @@ def meta_part(name,       # of `SHAPES`
 def _build(kind, config, device="meta"):
     "A diffusers or transformers network of this class, by default without weights"
     import diffusers, transformers
-    with torch.device(device), _quiet():
+    with torch.device(device), quiet():
         if hasattr(diffusers, kind): net = getattr(diffusers, kind).from_config(config)
         else: net = (cls := getattr(transformers, kind))(cls.config_class(**config))
     return net.eval().requires_grad_(False)

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 
 # %% ../nbs/18_studio.ipynb #9cd26c15
 from .core import DataError, LoraError, atomic_path, closest, data_path, patch_to
-from .bases import load_base
+from .loading import load_base
 from .composition import compose, triggers_of
 from .dreambooth import DreamBooth
 from .lora import Lora

@@ -74,7 +74,7 @@ def measure_scenes(
 def main():
     "Command line: `python -m lora_nb.zoo.adherence tiny-sd tiny-sd3 --output nbs/zoo/logs/adherence.json`."
     import argparse
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     p = argparse.ArgumentParser(description="Measure how well bases draw objects, signs and pairs.")
     p.add_argument("bases", nargs="*", default=["tiny-sd", "tiny-sd3"])
     p.add_argument("--n", type=int, default=120, help="prompts of each kind (default: %(default)s)")
