@@ -1,4 +1,4 @@
-"""Both embedded bases side by side: objects, colours, patterns, letters on signs, and who stands where.
+"""Both embedded bases side by side: objects, colours, patterns, letters on signs, and the places of pairs.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/adherence.html.md"""
 
@@ -20,7 +20,7 @@ def letters_right(
     got,    # the word that was read
     asked,  # the word of the prompt
 ):          # share in 0..1
-    "Share of letters that stand right; a word of another length loses what is missing or too much."
+    "Share of letters in their right places; missing and surplus letters count as wrong."
     return sum(a == b for a, b in zip(got, asked)) / max(len(got), len(asked))
 
 # %% ../../nbs/zoo/11_adherence.ipynb #2d5ab29d
@@ -81,7 +81,7 @@ def main():
     p.add_argument("--per_object", type=int, default=2); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", default="nbs/zoo/logs/adherence.json")
     a = p.parse_args()
-    result = [dict(objects=measure_base(b, a.per_object, a.seed, 28 if b.family == "sd3" else 25),
+    result = [dict(objects=measure_base(b, a.per_object, a.seed, 28 if b.flow else 25),
                    **measure_scenes(b, a.n, a.seed)) for b in map(load_base, a.bases)]
     with atomic_path(a.output) as f: Path(f).write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The second embedded base: a transformer with two streams, three text encoders and flow matching, trained from nothing on two slow cores.
+"""The second embedded base: a transformer with two streams, three text encoders and flow matching, trained from scratch on two slow cores.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/mmdit.html.md"""
 

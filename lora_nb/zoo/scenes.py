@@ -1,4 +1,4 @@
-"""Signs with words and scenes of two objects: what the second base is asked to draw, and how we read it off a picture.
+"""Signs with words and scenes of two objects: what the second base is asked to draw, and how to read it from a picture.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/scenes.html.md"""
 
