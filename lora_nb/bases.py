@@ -251,6 +251,59 @@ def sampling(self:Base) -> dict[str, Any]:  # steps, guidance_scale
     "What `generate` does unless told otherwise."
     return {k: SAMPLING[self.preset][k] for k in ("steps", "guidance_scale")}
 
+# %% ../nbs/08_bases.ipynb #648c8837
+@patch_to(Base)
+def timesteps_at(
+    self:Base,
+    q: torch.Tensor,                          # (B,) quantiles in 0..1
+    t_range: tuple[float, float] = (0., 1.),  # stretch of the noise axis
+) -> torch.Tensor:                            # (B,) on the base's device
+    "Timesteps at quantiles `q` of the family's training distribution."
+    raise NotImplementedError
+
+@patch_to(Base)
+def mix(self:Base, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "The factors of latents and of noise at timesteps `t` (B,), each (B, 1, 1, 1)."
+    raise NotImplementedError
+
+@patch_to(Base)
+def target(self:Base, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    "What the denoiser should answer at timesteps `t` (B,), like `latents` (B, C, h, w)."
+    raise NotImplementedError
+
+# %% ../nbs/08_bases.ipynb #d5e01ab3
+@patch_to(Base)
+def clean_and_noise(self:Base, noisy: torch.Tensor, t: torch.Tensor,
+                    answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "The clean latents and the noise that an answer sees in noisy latents, like `noisy` (B, C, h, w)."
+    raise NotImplementedError
+
+@patch_to(Base)
+def min_snr(self:Base, t: torch.Tensor, gamma: float, soft: bool = False) -> torch.Tensor:
+    "Min-SNR weights (B,) for what the base predicts."
+    raise NotImplementedError
+
+# %% ../nbs/08_bases.ipynb #40b7f33d
+@patch_to(Base)
+def encode_prompts(self:Base, prompts: Iterable[str]) -> Cond:
+    "What the text encoders say about each prompt."
+    raise NotImplementedError
+
+@patch_to(Base)
+def predict(self:Base, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+    "The denoiser's answer to noisy latents (B, C, h, w) at timesteps `t` (B,), in fp32."
+    raise NotImplementedError
+
+@patch_to(Base, cls_method=True)
+def owns(cls, parts: dict[str, Any]) -> bool:
+    "Whether these components of a pipeline are of this family."
+    return False
+
+@patch_to(Base, cls_method=True)
+def owns_file(cls, keys: set[str]) -> bool:
+    "Whether these names of tensors are a single-file checkpoint of this family."
+    return False
+
 # %% ../nbs/08_bases.ipynb #7fb4c77a
 @patch_to(Base)
 def prompt_arguments(

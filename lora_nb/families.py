@@ -307,12 +307,12 @@ def owns_file(cls, keys: set[str]) -> bool:
     "Whether these names of tensors are a single-file checkpoint of this family."
     return any("joint_blocks." in k for k in keys)
 
-# %% ../nbs/new_families.ipynb #c03e32f8
+# %% ../nbs/new_families.ipynb #1cbdd3be
 @patch_to(SDBase, cls_method=True)
 def owns(cls, parts: dict[str, Any]) -> bool:
     "Whether these components are of this family: SDXL has a second text encoder, SD1.x and SD2.x have not."
     unet = type(parts.get("unet")).__name__ == "UNet2DConditionModel"
-    return unet and ("text_encoder_2" in parts) == (cls.family == "sdxl")
+    return unet and ("text_encoder_2" in parts) == cls.takes_sizes
 
 @patch_to(SDBase, cls_method=True)
 def owns_file(cls, keys: set[str]) -> bool:

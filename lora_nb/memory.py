@@ -33,7 +33,7 @@ from .injection import inject_lora
 from .loading import embedded_bases
 from .show import INK, PALETTE, Plot
 
-# %% ../nbs/08b_memory.ipynb #0067d3e9
+# %% ../nbs/08b_memory.ipynb #e81bd9ea
 _clip = lambda width, layers, heads, kind: (kind, dict(
     vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
     num_attention_heads=heads, max_position_embeddings=77, projection_dim=width))
@@ -43,15 +43,19 @@ _vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_
 _VAE4 = ("AutoencoderKL", dict(_vae, latent_channels=4, scaling_factor=.18215))
 _VAE16 = ("AutoencoderKL", dict(_vae, latent_channels=16, scaling_factor=1.5305, shift_factor=.0609,
                                 use_quant_conv=False, use_post_quant_conv=False))
+
+# %% ../nbs/08b_memory.ipynb #b20ce96b
 _T5 = ("T5EncoderModel", dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
                               feed_forward_proj="gated-gelu"))
 
-# %% ../nbs/08b_memory.ipynb #df9f4b94
+# %% ../nbs/08b_memory.ipynb #7c365b78
 _cross = dict(in_channels=4, out_channels=4, layers_per_block=2)
 _SD15 = ("UNet2DConditionModel", dict(
     _cross, sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
+
+# %% ../nbs/08b_memory.ipynb #b59c5a36
 _SDXL = ("UNet2DConditionModel", dict(
     _cross, sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, use_linear_projection=True,
     attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time",
@@ -80,7 +84,7 @@ SHAPES = {
                          **_three),
     "sd3.5-large": _large, "sd3.5-large-turbo": _large}
 
-# %% ../nbs/08b_memory.ipynb #d0eab737
+# %% ../nbs/08b_memory.ipynb #f6f31073
 @lru_cache(None)   # building Large takes seconds even without weights; callers share it and must undo what they change
 def meta_part(
     name: str,       # of `SHAPES`
@@ -90,6 +94,7 @@ def meta_part(
     kind, config = SHAPES[name][component]
     return _build(kind, config)
 
+# %% ../nbs/08b_memory.ipynb #e30bab04
 def _build(kind, config, device="meta"):
     "A diffusers or transformers network of this class, by default without weights."
     import diffusers, transformers
@@ -151,7 +156,7 @@ class LiveBytes(TorchDispatchMode):
         self.known[key] = weakref.ref(storage, gone)
         self.now += n; self.peak = max(self.peak, self.now)
 
-# %% ../nbs/08b_memory.ipynb #23eca1f4
+# %% ../nbs/08b_memory.ipynb #615a0e4c
 class _Fused(torch.autograd.Function):
     "Attention's shapes, and what its fused kernels keep for the backward pass."
     @staticmethod
@@ -163,6 +168,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, g):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
+# %% ../nbs/08b_memory.ipynb #a9476a50
 @contextmanager
 def _fused(low):
     "A context in which attention is `_Fused`, in precision `low`."
@@ -172,11 +178,12 @@ def _fused(low):
     try: yield
     finally: F.scaled_dot_product_attention = kept
 
-# %% ../nbs/08b_memory.ipynb #86561b8d
+# %% ../nbs/08b_memory.ipynb #5d95df1f
 _LOW = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.pow, torch.Tensor.pow, torch.rsqrt, torch.sum,
          torch.Tensor.sum, torch.exp, torch.norm}
 
+# %% ../nbs/08b_memory.ipynb #cf10db33
 class Autocast(TorchFunctionMode):
     "What CUDA's autocast does to types, on any device."
     def __init__(self, low): super().__init__(); self.low = low
@@ -238,11 +245,12 @@ def step_bytes(
         worn.remove()
         if checkpointing: net.disable_gradient_checkpointing()
 
-# %% ../nbs/08b_memory.ipynb #f7f6b644
+# %% ../nbs/08b_memory.ipynb #ff3c034e
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "sgd": 0}    # bytes of state for each trained number
 SIZES = (8, 12, 16, 24, 32, 40, 48, 80)                # of cards, in GiB
 CONTEXT, SPLIT = .6e9, .05   # allowances on a GPU: the driver's context; what the allocator cannot use of activations
 
+# %% ../nbs/08b_memory.ipynb #3d915b03
 @dataclass
 class Memory:
     "Bytes needed, by phase and part."
@@ -342,7 +350,7 @@ class _Run:
         if self.offload == "sequential": rows = {n: _largest_layer(self.nets, working, self.item) for n in rows}
         return rows
 
-# %% ../nbs/08b_memory.ipynb #224c5866
+# %% ../nbs/08b_memory.ipynb #cdb104b8
 @patch_to(_Run)
 def training(self:_Run, batch, rank, targets, optimizer, checkpointing, cached):
     "Rows of bytes for the phases of training."
@@ -354,6 +362,7 @@ def training(self:_Run, batch, rank, targets, optimizer, checkpointing, cached):
     prepare = {**self.weights(*self.readers, "vae"), **({} if cached else learns), "activations": seen}
     return {"prepare": prepare, "step": {**self.weights(self.main), **learns, "activations": max(0, peak - 4 * n)}}
 
+# %% ../nbs/08b_memory.ipynb #c280ad3b
 @patch_to(_Run)
 def drawing(self:_Run, asked, batch):
     "Rows of bytes for the phases of drawing."
