@@ -220,7 +220,7 @@ def _weight_of_answer(self:Base, t, weighting, snr_gamma):
     own = dict(flow="v", v_prediction="v", sample="x0").get(self.prediction, self.prediction)
     if weighting not in ("v", "x0", "epsilon"):
         raise LoraError(f"weighting={weighting!r}: expected 'v', 'x0' or 'epsilon'.")
-    if snr_gamma is not None: raise LoraError("weighting and snr_gamma are two weights for one error: give one of them.")
+    if snr_gamma is not None: raise LoraError("weighting and snr_gamma are two weights for one error: give one.")
     if weighting == own: return torch.ones(len(t), device=t.device)
     if own != "v": raise LoraError(f"weighting={weighting!r} on a base that predicts {own} has no bound where all or "
                                    f"nothing is noise: expected {own!r}, or snr_gamma, which has one.")

@@ -106,7 +106,7 @@ class SDXLBase(SDBase):
     "Stable Diffusion XL: two text encoders, and the picture's size as a condition."
     family, pipeline, takes_sizes, overwrites = "sdxl", "StableDiffusionXL", True, False
     def encode_prompts(self, prompts: Iterable[str]) -> Cond:
-        "Hidden states of both encoders, the pooled vector, and time ids of an uncropped picture of the base's own size."
+        "Hidden states of both encoders, the pooled vector, time ids of an uncropped picture of the base's size."
         e, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
         return Cond(prompt_embeds=e, pooled=pooled, time_ids=self.time_ids(len(e)))
     def predict(self, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:

@@ -59,10 +59,10 @@ def _from_single_file(path, dtype, config=None, t5=True):
         with quiet(path.stat().st_size < 3e8):
             apart = family.encoders_apart(config, dtype, t5, keys)
             return kind.from_single_file(str(path), torch_dtype=dtype, config=config, **apart)
-    except (OSError, ValueError) as e:                     # huggingface_hub's errors of a missing network are among them
+    except (OSError, ValueError) as e:      # huggingface_hub's errors of a missing network are among them
         raise LoraError(f"{path} is a checkpoint of {family.family}, but the files around it (configurations, and the "
-                        f"text encoders that it does not hold) could not be fetched, or do not fit ({type(e).__name__}). "
-                        "Pass config=, a pipeline folder of the same architecture.") from e
+                        "text encoders that it does not hold) could not be fetched, or do not fit "
+                        f"({type(e).__name__}). Pass config=, a pipeline folder of the same architecture.") from e
 
 # %% ../nbs/new_loading.ipynb #8a640af8
 def _from_pretrained(source, dtype, t5=True):

@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/08b_memory.ipynb #18c72e8b
-from .bases import Base
 from .core import LoraError, closest, data_path, patch_to, quiet
 from .core import table as as_table
 from .families import HUB, as_base
@@ -140,7 +139,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0   # bytes alive, and the most so far
-        self.known = {}            # storage's address -> weak reference: an address is used again once its storage is freed
+        self.known = {}            # address of a storage -> weak reference; freed addresses are used again
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, stores = func(*args, **(kwargs or {})), lambda x: (
             t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor))

@@ -48,7 +48,8 @@ def test_noise_target_and_weights_are_those_of_diffusers(prediction, zero):
 def test_a_flow_mixes_as_diffusers_does(sd3):
     z, noise = torch.randn(2, 3, 16, 8, 8)
     t = sd3.timesteps_at(torch.tensor([.1, .5, .9]))
-    s = FlowMatchEulerDiscreteScheduler(shift=3.); known = s.timesteps[[100, 500, 900]]   # it wants a timestep of its table
+    # scale_noise accepts timesteps of its table only
+    s = FlowMatchEulerDiscreteScheduler(shift=3.); known = s.timesteps[[100, 500, 900]]
     close(sd3.add_noise(z, noise, known), s.scale_noise(z, known, noise), 1e-4)
     close(sd3.add_noise(z, noise, t) - sd3.sigma(t) * sd3.target(z, noise, t), z)
     assert sd3.loss_weight(t, 5.).isfinite().all() and (sd3.loss_weight(t, 5., True) < sd3.loss_weight(t, 5.)).all()
@@ -58,7 +59,8 @@ def test_weighting_of_a_flow_is_the_error_of_the_other_answer(sd3):
     z, noise, said = torch.randn(3, 4, 16, 8, 8)
     t = sd3.timesteps_at(torch.tensor([.05, .3, .7, .95])); s = sd3.sigma(t)
     noisy, v = sd3.add_noise(z, noise, t), sd3.target(z, noise, t)
-    close(mean_square(noisy + (1 - s) * said, noise), mean_square(said, v) * sd3.loss_weight(t, weighting="epsilon"), 1e-4)
+    weights = sd3.loss_weight(t, weighting="epsilon")
+    close(mean_square(noisy + (1 - s) * said, noise), mean_square(said, v) * weights, 1e-4)
     assert sd3.loss_weight(t, weighting="v").equal(sd3.loss_weight(t))
 
 
@@ -93,7 +95,8 @@ def test_sdxl_answers_as_diffusers_does(bases):
     assert (xl.predict(z, t, cond) - xl.predict(z, t, small)).abs().max() > 1e-4
     with torch.no_grad():                               # diffusers' own call at the same prompt, ids and pooled vector
         ids = xl.pipe._get_add_time_ids((10, 20), (3, 0), (64, 64), torch.float32, cond["pooled"].shape[-1])
-        e, _, pooled, _ = xl.pipe.encode_prompt(["a red apple", "a cat"], device="cpu", do_classifier_free_guidance=False)
+        e, _, pooled, _ = xl.pipe.encode_prompt(["a red apple", "a cat"], device="cpu",
+                                                do_classifier_free_guidance=False)
         theirs = xl.pipe.unet(z, t, e, added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids.expand(2, -1))).sample
     close(xl.predict(z, t, small), theirs)
     assert small["time_ids"][0].float().equal(ids[0])

@@ -33,7 +33,8 @@ def test_listening_leaves_no_hooks(sd3):
 
 
 @pytest.mark.parametrize("match, what", (
-    ("99", lambda b: attention_maps(b, blocks=[99]).__enter__()), ("attn2", lambda b: attention_maps(b, layer="attn3").__enter__()),
+    ("99", lambda b: attention_maps(b, blocks=[99]).__enter__()),
+    ("attn2", lambda b: attention_maps(b, layer="attn3").__enter__()),
     ("77", lambda b: attention_logits(b, blocks=[77]).__enter__())))
 def test_blocks_that_are_not_there(match, what, sd3):
     with pytest.raises(TargetError, match=match): what(sd3)
