@@ -8,8 +8,8 @@ Docs: https://lora-nb.github.io/lora_nb/bases.html.md"""
 __all__ = ['SKIP', 'SAMPLING', 'Cond', 'runs_on', 'Base']
 
 # %% ../nbs/08_bases.ipynb #4e6e5c4b
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 import torch
 
@@ -324,7 +324,7 @@ def skipping(
     raise LoraError(f"skip_layers leaves out blocks of an MMDiT: {self.name} has a UNet.")
 
 @patch_to(Base)
-@contextlib.contextmanager
+@contextmanager
 def shifted(
     self:Base,
     shift: float | None,  # of a flow's noise levels; None: leave it

@@ -8,8 +8,9 @@ Docs: https://lora-nb.github.io/lora_nb/new_families.html.md"""
 __all__ = ['HUB', 'FAMILIES', 'SDBase', 'SDXLBase', 'SD3Base', 'spelled', 'as_base']
 
 # %% ../nbs/new_families.ipynb #6f8701a1
-import contextlib, itertools, math, re
+import itertools, math, re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 import torch
 
@@ -253,7 +254,7 @@ def skipping(self:SD3Base, layers: bool | Iterable[int], guidance_scale: float |
     return own
 
 @patch_to(SD3Base)
-@contextlib.contextmanager
+@contextmanager
 def shifted(self:SD3Base, shift: float | None) -> Iterator[None]:
     "A context in which the scheduler has another shift."
     if shift is None: yield; return

@@ -11,8 +11,9 @@ __all__ = ['ERRORS', 'guided', 'even_sigmas', 'Paths', 'teacher_paths', 'Distill
            'turbocharged', 'with_turbo']
 
 # %% ../nbs/17b_turbo.ipynb #24d70609
-import contextlib, json
+import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 import torch
@@ -151,7 +152,7 @@ def teacher_walk(
 
 # %% ../nbs/17b_turbo.ipynb #7b73677c
 @patch_to(Distiller)
-@contextlib.contextmanager
+@contextmanager
 def averaged(self:Distiller) -> Iterator[None]:
     "A context in which the slow average of the parameters answers."
     ps = self.all_params()
@@ -329,7 +330,7 @@ def turbo_scheduler(pipe: "DiffusionPipeline", lora: Lora) -> Any:
     return getattr(diffusers, use["scheduler"]).from_config(pipe.scheduler.config, **use["config"])
 
 # %% ../nbs/17b_turbo.ipynb #861fd461
-@contextlib.contextmanager
+@contextmanager
 def turbocharged(
     base: Base,
     lora: Lora,                   # a turbo LoRA
