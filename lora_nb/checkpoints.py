@@ -19,7 +19,9 @@ import torch
 from .core import FormatError, LoraError, atomic_path
 from .injection import apply_lora, remove_lora
 from .layers import LoraLayer
-from .lora import Lora, canonical, some
+from .lora import Lora
+from .names import canonical
+from .core import some
 
 # %% ../nbs/06b_checkpoints.ipynb #0b5fd53d
 _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -242,7 +244,7 @@ def merge_checkpoint(
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
     if len(scales) != len(loras): raise LoraError(f"{len(scales)} scales for {len(loras)} LoRAs: expected one for each")
     if isinstance(base, (str, Path)):
-        from lora_nb.bases import load_base
+        from lora_nb.loading import load_base
         base = load_base(base, device="cpu", dtype=torch.float32)
     worn = []
     try:

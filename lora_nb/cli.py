@@ -58,7 +58,7 @@ def _quiet():
 
 def _base(a):
     "The base that the flags name"
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     _quiet()
     t5 = dict(keep=True, drop=False).get(getattr(a, "t5", None) or "keep", "8bit")
     return load_base(a.pretrained_model_name_or_path, getattr(a, "device", None), config=getattr(a, "config", None), t5=t5,
@@ -236,7 +236,7 @@ def lora_dreambooth(argv):
     out = _writable(a.output_dir)
     from accelerate import PartialState
     from lora_nb.dreambooth import DreamBooth, class_pictures
-    from lora_nb.dataset import find_pictures
+    from lora_nb.preprocessing import find_pictures
     start, pictures = start_from(a), find_pictures(a.instance_data_dir)
     base, state = _base(a), PartialState()
     if a.pretrained_vae_name_or_path: _replace_vae(base, a.pretrained_vae_name_or_path)
@@ -515,7 +515,7 @@ def available_device(name):
 # %% ../nbs/19_cli.ipynb #83229c00
 def prepare(a):
     "(output folder, pictures with captions, base, keywords that both trainings take)"
-    from lora_nb.dataset import find_pictures
+    from lora_nb.preprocessing import find_pictures
     if not Path(a.instance_data_dir).is_dir():
         raise DataError(f"No folder {a.instance_data_dir}: expected pictures of the subject or style.")
     out, pictures = _writable(a.output_dir), find_pictures(a.instance_data_dir)
@@ -679,7 +679,7 @@ def evaluate_parser():
 def lora_evaluate(argv):
     "Measure what a LoRA has taught and what it has cost."
     a = evaluate_parser().parse_args(argv)
-    from lora_nb.bases import embedded_bases
+    from lora_nb.loading import embedded_bases
     from lora_nb.evaluation import PROMPTS, evaluate
     from lora_nb.show import save_jpeg
     out, a.device = _writable(a.output_dir), available_device(a.device)
@@ -705,14 +705,15 @@ def lora_info(argv):
     p = Parser("lora_info", "Say what is in a LoRA file.")
     p.add_argument("file", help="a LoRA in any format this package reads")
     a = p.parse_args(argv)
-    from lora_nb.formats import lora_file_info
+    from lora_nb.conversion import lora_file_info
     print(lora_file_info(a.file))
 
 # %% ../nbs/19_cli.ipynb #d83fc3bc
 @command
 def lora_convert(argv):
     "Write a LoRA file in another format."
-    from lora_nb.formats import FORMATS, convert_lora
+    from lora_nb.formats import FORMATS
+    from lora_nb.conversion import convert_lora
     p = Parser("lora_convert", "Write a LoRA file in another format; what it can not carry is said.")
     p.add_argument("source", metavar="IN", help="a LoRA in any format this package reads")
     p.add_argument("target", metavar="OUT", help="the file to write")
@@ -812,7 +813,7 @@ def demo(argv):
     a = demo_parser().parse_args(argv)
     folder, name, noun = find_subject(a.subject)
     out = _writable(a.out)
-    from lora_nb.dataset import find_pictures
+    from lora_nb.preprocessing import find_pictures
     from lora_nb.dreambooth import DreamBooth, trigger_of
     from lora_nb.evaluation import answers, exam, load_judge, marks, read_background, summary, wearing
     pictures = find_pictures(folder)

@@ -20,8 +20,11 @@ from pathlib import Path
 import torch
 
 from .core import DataError, FormatError, LoraError, ShapeError, TargetError, atomic_path, closest, patch_to
-from .lora import Factors, Lora, add_factors, some
-from .injection import _longest_key, _on_path, apply_lora, branches, remove_lora
+from .lora import Factors, Lora, add_factors
+from .core import some
+from .names import longest_key, on_path
+from .injection import apply_lora, remove_lora
+from .worn import branches
 from .formats import FORMATS, read_file, recognise
 from .extraction import recompress_layers
 
@@ -64,7 +67,7 @@ def weight_of(
     "One LoRA's weight in one layer"
     if callable(weight): return float(weight(name))
     if not isinstance(weight, dict): return float(weight)
-    key = _longest_key(weight, name)
+    key = longest_key(weight, name)
     return 1. if key is None else float(weight[key])
 
 def as_weights(
@@ -83,7 +86,7 @@ def check_paths(
     weight,  # of it, as `weight_of` takes it
 ):
     "Raise if a path in a table of weights lies on no layer"
-    lost = [k for k in weight if not any(_on_path(k, n) for n in lora.layers)] if isinstance(weight, dict) else []
+    lost = [k for k in weight if not any(on_path(k, n) for n in lora.layers)] if isinstance(weight, dict) else []
     if lost:
         words = sorted({w for n in lora.layers for w in n.split(".") if not w.isdigit()})
         raise TargetError(f"weights for {some(lost)} fit no layer of the LoRA.{closest(lost[0], words)} Words of its "
@@ -397,7 +400,7 @@ def _join_files(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, bas
 # %% ../nbs/07_composition.ipynb #033a02b3
 def _model_and_lora(path_1, path_2, base):
     "What the `upl` modes take: the model names the layers of a numbered file"
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     model = load_base(path_1, device="cpu", dtype=torch.float32)
     return model, Lora.load(path_2, base=model if base is None else base)
 

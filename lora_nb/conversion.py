@@ -18,7 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import FormatError
-from .lora import Lora, human, table
+from .lora import Lora
+from .core import human, table
 from .formats import (FORMATS, _filled_walk, check_tensors, fold_alpha, find_file, listing, load_lora, read_file,
                              recognise, save_lora)
 from .kohya import family_of

@@ -1,4 +1,4 @@
-"""The few things that every other notebook needs: errors for people, devices, seeds, bundled data, and files that are never half-written.
+"""The few things that every other chapter needs: errors for people, devices, seeds, bundled data, and files that are never half-written.
 
 Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 
@@ -7,11 +7,15 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 # %% auto #0
 __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest', 'default_device',
            'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path',
-           'patch_to', 'progress', 'peak_rss_mb']
+           'patch_to', 'progress', 'peak_rss_mb', 'some', 'human', 'table', 'free_name', 'finite', 'finite_number',
+           'row_norms', 'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
-import contextlib, difflib, importlib.util, os, random, shutil, sys, tempfile
+import contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -21,29 +25,29 @@ class FormatError(LoraError): "A file cannot be read, placed or represented."
 class TargetError(LoraError): "Modules to adapt were not found."
 class ShapeError(LoraError): "Factors and modules do not fit together."
 class DataError(LoraError): "Pictures, captions or bundled data are missing or broken."
-class TrainingError(LoraError): "A training cannot start or go on."
+class TrainingError(LoraError): "A training cannot start or continue."
 
 # %% ../nbs/00_core.ipynb #d2031bb5
 def closest(
-    name,   # what was asked for
-    names,  # what there is
-):          # a sentence to append to an error, or ""
-    "` Did you mean ...?` for a misspelt name."
+    name: str,             # what was asked for
+    names: Iterable[str],  # what there is
+) -> str:                  # a sentence to append to an error, or ""
+    "A hint for a misspelt name: ` Did you mean ...?`"
     near = difflib.get_close_matches(str(name), [str(n) for n in names], 3, .5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 # %% ../nbs/00_core.ipynb #077cbda2
 def default_device(
-    device=None,  # a device or its name; None = the best there is
-):                # `torch.device`
-    "CUDA, else Apple's MPS, else the CPU."
+    device: torch.device | str | None = None,  # a device or its name; None: the best there is
+) -> torch.device:
+    "The best device: CUDA, else Apple's MPS, else the CPU."
     if device is not None: return torch.device(device)
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 def default_dtype(
-    device=None,  # a device or its name
-):                # `torch.dtype`
+    device: torch.device | str | None = None,  # a device or its name; None: the best there is
+) -> torch.dtype:
     "Precision of frozen weights: bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU."
     kind = default_device(device).type
     if kind == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -51,8 +55,8 @@ def default_dtype(
 
 # %% ../nbs/00_core.ipynb #8d3435e9
 def fast_bf16(
-    device=None,  # a device or its name; None = the best there is
-):                # bool
+    device: torch.device | str | None = None,  # a device or its name; None: the best there is
+) -> bool:
     "Does this device multiply bfloat16 in hardware?"
     kind = default_device(device).type
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -60,38 +64,38 @@ def fast_bf16(
     return kind == "cpu" and any(f() for f in ask if f)
 
 def autocast(
-    device=None,  # a device or its name; None = the best there is
-):                # context manager
-    "Autocast to bfloat16 where that is quick, and nothing elsewhere."
+    device: torch.device | str | None = None,  # a device or its name; None: the best there is
+) -> contextlib.AbstractContextManager:
+    "A context that casts to bfloat16 where that is fast, and does nothing elsewhere."
     if not fast_bf16(device): return contextlib.nullcontext()
     return torch.autocast(default_device(device).type, torch.bfloat16)
 
 # %% ../nbs/00_core.ipynb #8588dd65
 def set_seed(
-    seed,  # whole number
-):
-    "Seed Python, NumPy and torch (all devices)."
+    seed: int,
+) -> None:
+    "Seed Python, NumPy and torch, on all devices."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 def generator(
-    seed,          # whole number
-    device="cpu",
-):                 # `torch.Generator`
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> torch.Generator:
     "A random generator of its own."
     return torch.Generator(device).manual_seed(seed)
 
 def generators(
-    seeds,         # whole numbers
-    device="cpu",
-):                 # list of `torch.Generator`
+    seeds: Iterable[int],
+    device: torch.device | str = "cpu",
+) -> list[torch.Generator]:
     "One generator for each picture."
     return [generator(s, device) for s in seeds]
 
 # %% ../nbs/00_core.ipynb #40f5fcd8
 def data_path(
-    *parts,  # path below the data folder, e.g. "subjects", "teapot"
-):           # `Path`
-    "Where bundled data lies, wherever the package lives."
+    *parts: str,  # path below the data folder, e.g. "subjects", "teapot"
+) -> Path:
+    "The path of bundled data, wherever the package is installed."
     here = Path(importlib.util.find_spec("lora_nb").origin).resolve().parent
     roots = [r for r in (here / "data", here.parent / "data") if r.is_dir()]
     for r in roots:
@@ -103,12 +107,8 @@ def data_path(
                     "Reinstall lora_nb, or clone the whole repository.")
 
 # %% ../nbs/00_core.ipynb #c7fb93dc
-def _remove(p):
-    "Delete a file or a folder, if there is one."
-    shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink(missing_ok=True)
-
 def _replace(tmp, path):
-    "Rename `tmp` to `path`; a folder makes way for a folder only, and comes back on error."
+    "Rename `tmp` to `path`. A folder replaces only a folder, and the old one comes back on error."
     if path.exists() and path.is_dir() != tmp.is_dir():
         kinds = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
         raise LoraError(f"{path} is {kinds[0]} and should become {kinds[1]}: nothing was written. Choose another name, "
@@ -120,18 +120,19 @@ def _replace(tmp, path):
     except BaseException: os.replace(old, path); raise
     finally: shutil.rmtree(old.parent, ignore_errors=True)
 
+# %% ../nbs/00_core.ipynb #601a5b52
 def _open_to_readers(path):
-    "The permissions that `open` gives: some writers (safetensors) keep their files to the owner"
+    "Give files the permissions that `open` would have given."
     mask = os.umask(0); os.umask(mask)
     for p in path.rglob("*") if path.is_dir() else [path]:
         if p.is_file() and not p.is_symlink(): p.chmod(p.stat().st_mode | 0o666 & ~mask)
 
-# %% ../nbs/00_core.ipynb #601a5b52
+# %% ../nbs/00_core.ipynb #db65c285
 @contextlib.contextmanager
 def atomic_path(
-    path,  # where the finished file or folder shall stand
-):         # yields a temporary sibling `Path` with the same suffix
-    "Write to the yielded path; it takes its name only if the block ends without an error."
+    path: str | Path,   # where the finished file or folder belongs
+) -> Iterator[Path]:    # a temporary path with the same name
+    "Write to the yielded path; it gets its final name only if the block ends without an error."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,32 +145,124 @@ def atomic_path(
         if tmp.exists(): _open_to_readers(tmp); _replace(tmp, path)
     finally: shutil.rmtree(box, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #9a41c0e2
+# %% ../nbs/00_core.ipynb #625ca249
 def patch_to(
-    cls,            # the class that grows
-    as_prop=False,  # make it a property
-):
-    "Add the decorated function to `cls` as a method of the same name."
+    cls: type,                 # the class that grows
+    as_prop: bool = False,     # make it a property
+    cls_method: bool = False,  # make it a class method
+) -> Callable:
+    "A decorator that adds a function to a class, as a method of the same name."
     def add(f):
         old = f.__globals__.get(f.__name__)
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
-        setattr(cls, f.__name__, property(f) if as_prop else f)
+        setattr(cls, f.__name__, property(f) if as_prop else classmethod(f) if cls_method else f)
         return old
     return add
 
 # %% ../nbs/00_core.ipynb #03e19591
 def progress(
-    iterable=None,
-    **kw,           # of `tqdm`
-):                  # a progress bar
-    "tqdm, silent when LORA_NB_QUIET=1."
+    iterable: Iterable | None = None,
+    **kw,  # of `tqdm`
+) -> Any:  # the bar; iterate over it
+    "A progress bar (tqdm), silent when LORA_NB_QUIET=1."
     from tqdm.auto import tqdm
-    quiet = os.environ.get("LORA_NB_QUIET", "0") not in ("", "0")
-    return tqdm(iterable, **{"disable": True, **kw} if quiet else {"dynamic_ncols": True, **kw})
+    silent = os.environ.get("LORA_NB_QUIET", "0") not in ("", "0")
+    return tqdm(iterable, **{"disable": True, **kw} if silent else {"dynamic_ncols": True, **kw})
 
 # %% ../nbs/00_core.ipynb #63b1f98f
-def peak_rss_mb():
+def peak_rss_mb() -> float:
     "Largest resident memory of this process so far, in MB (10^6 bytes)."
     import resource                                                     # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+# %% ../nbs/00_core.ipynb #619db6ac
+def some(
+    names: Iterable,  # of anything that has a text
+    n: int = 4,       # how many to show
+) -> str:             # "a, b, c, d and 3 more"
+    "The first few names, for a message."
+    names = [str(x) for x in names]
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+# %% ../nbs/00_core.ipynb #1bdcd8d2
+def human(
+    n: float,  # bytes
+) -> str:
+    "A number of bytes for people."
+    return f"{n / 2**20:.1f} MB" if n >= 2**20 else f"{n / 2**10:.1f} KB" if n >= 2**10 else f"{n} bytes"
+
+def table(
+    head: list[str],       # column titles
+    rows: Iterable[list],  # cells of each row
+) -> str:
+    "A Markdown table."
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in lines)
+
+# %% ../nbs/00_core.ipynb #78b82dd6
+def free_name(
+    name: str,       # the name wanted
+    taken: Container[str] | Callable[[str], bool],  # names in use, or a function that says whether one is
+    sep: str = "-",  # between name and number
+    first: int = 1,  # the first number to try
+) -> str:            # `name`, or `name-1`, `name-2` ...; `<cat>` becomes `<cat-1>`
+    "A name that is not taken."
+    used = taken if callable(taken) else taken.__contains__
+    stem, end = (name[:-1], ">") if name.endswith(">") else (name, "")
+    while used(name): name, first = f"{stem}{sep}{first}{end}", first + 1
+    return name
+
+# %% ../nbs/00_core.ipynb #1a1e7b25
+def finite(
+    t: torch.Tensor,
+) -> bool:
+    "Is every number of a tensor finite? True for tensors without numbers (device `meta`)."
+    if t.is_meta: return True
+    return math.isfinite(t.detach().sum(dtype=torch.float32).item()) or bool(torch.isfinite(t).all())
+
+def finite_number(
+    x: Any,     # a number, or its text
+    what: str,  # its name, for the error
+) -> float:
+    "`x` as a finite float, or a `LoraError`."
+    try: value = float(x)
+    except (TypeError, ValueError): value = math.nan
+    if math.isfinite(value): return value
+    raise LoraError(f"{what} is {x!r}: expected a finite number")
+
+# %% ../nbs/00_core.ipynb #f9169f51
+def row_norms(
+    weight: torch.Tensor,  # (out, ...)
+) -> torch.Tensor:         # (out,), float32
+    "Norm of each output's weights, in single precision."
+    return weight.detach().float().flatten(1).norm(dim=1)
+
+# %% ../nbs/00_core.ipynb #80edfddb
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    "Hold back the garbage collector while thousands of small objects are made."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
+# %% ../nbs/00_core.ipynb #5cab3db9
+@contextlib.contextmanager
+def quiet(
+    on: bool = True,  # False: change nothing
+) -> Iterator[None]:
+    "Silence the progress bars and the advice of diffusers and transformers."
+    import diffusers, transformers
+    libs = [diffusers.utils.logging, transformers.utils.logging] if on else []
+    was = [(l, l.get_verbosity(), l.is_progress_bar_enabled()) for l in libs]
+    try:
+        for l in libs: l.set_verbosity_error(); l.disable_progress_bar()
+        with warnings.catch_warnings():   # diffusers renames torch_dtype to dtype; older versions know only the first
+            warnings.filterwarnings("ignore", message=".*(torch_dtype|local_dir_use_symlinks).*")
+            yield
+    finally:
+        for l, level, bar in was:
+            l.set_verbosity(level)
+            if bar: l.enable_progress_bar()

@@ -18,7 +18,8 @@ from PIL import Image
 # %% ../nbs/14_dreambooth.ipynb #b778daa9
 from .core import DataError, LoraError, atomic_path, progress
 from .injection import inject_lora
-from .dataset import ConceptDataset, encode, find_pictures
+from .dataset import ConceptDataset, encode
+from .preprocessing import find_pictures
 from .training import Stream, Trainer, learning_encoders, recipe_for
 
 # %% ../nbs/14_dreambooth.ipynb #153aef63

@@ -25,7 +25,8 @@ from torch import nn
 from PIL import Image, ImageOps
 from .core import DataError, atomic_path, closest, data_path, generator
 from .show import before_after
-from .bases import _quiet, load_base
+from .core import quiet
+from .loading import load_base
 from .zoo.world import CLASS_OF, COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, an, backgrounds, stylize
 from .zoo.subjects import STYLE_OBJECTS
 
@@ -314,7 +315,7 @@ class Dino(Describer):
         source = model = data_path("dino") if source is None else source
         if not isinstance(source, nn.Module):
             try:
-                with _quiet(): model = AutoModel.from_pretrained(source)
+                with quiet(): model = AutoModel.from_pretrained(source)
             except (OSError, ValueError) as e:
                 raise DataError(f"No encoder could be loaded from {str(source)!r}: {str(e)[:200]} Expected a folder "
                                 "or the id of a DINO, such as 'facebook/dino-vits16'.") from e
@@ -336,7 +337,7 @@ class Clip(Describer):
         source, self.tokenizer = data_path("clip") if source is None else source, None
         model = source
         if not isinstance(source, CLIPModel):
-            with _quiet(): self.tokenizer, model = (c.from_pretrained(source) for c in (AutoTokenizer, CLIPModel))
+            with quiet(): self.tokenizer, model = (c.from_pretrained(source) for c in (AutoTokenizer, CLIPModel))
         size = model.config.vision_config.image_size
         tiny = size <= 64   # ours sees -1..1; OpenAI's are normalised by the mean and spread of photographs
         mean, std = ((.5,) * 3,) * 2 if tiny else ((.4815, .4578, .4082), (.2686, .2613, .2758))

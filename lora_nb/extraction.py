@@ -21,7 +21,10 @@ import torch
 from .core import LoraError, ShapeError, TargetError, default_device, patch_to
 from .injection import find_targets
 from .layers import LoraLayer
-from .lora import Factors, Lora, canonical, human, places, resolve_components, some
+from .lora import Factors, Lora
+from .names import canonical
+from .core import human, some
+from .worn import places, resolve_components
 
 # %% ../nbs/06_extraction.ipynb #476648c7
 @dataclass
@@ -415,7 +418,7 @@ def changes(
 def _opened(source):
     "A path or a name is loaded; anything else is a model already"
     if not isinstance(source, (str, os.PathLike)): return source
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     return load_base(source, device="cpu", dtype=torch.float32)
 
 # %% ../nbs/06_extraction.ipynb #17406c83

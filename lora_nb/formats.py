@@ -32,8 +32,11 @@ import safetensors.torch
 from torch import nn
 from .core import FormatError, LoraError, ShapeError, TargetError, atomic_path, closest
 from .layers import LoraLayer
-from .lora import Factors, Lora, canonical, places, resolve_components
-from .injection import extract_lora_as_tensor, extract_lora_ups_down, quick
+from .lora import Factors, Lora
+from .names import canonical
+from .worn import places, resolve_components
+from .injection import extract_lora_as_tensor, extract_lora_ups_down
+from .core import quick
 
 # %% ../nbs/05_formats.ipynb #bd54b66e
 def _unique(pairs):

@@ -17,7 +17,8 @@ from dataclasses import replace
 from functools import lru_cache
 import torch
 from .core import FormatError, ShapeError
-from .lora import Factors, Lora, resolve_components
+from .lora import Factors, Lora
+from .worn import resolve_components
 from .formats import (CLIPS, base_layers, fold_alpha, group_parts, listing, note, others, read_note, refuse,
                              to_factors)
 

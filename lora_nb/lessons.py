@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from .core import DataError, LoraError, data_path, default_device, fast_bf16, peak_rss_mb
-from .bases import HUB, load_base
-from .lora import human
+from .families import HUB
+from .loading import load_base
+from .core import human
 from .preprocessing import find_pictures
 
 # %% ../nbs/18b_lessons.ipynb #920539b1

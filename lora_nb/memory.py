@@ -1,4 +1,4 @@
-"""What training or drawing with a base will need, computed before a byte of it is loaded.
+"""The memory that training or drawing with a base will need, computed before a byte of it is loaded.
 
 Docs: https://lora-nb.github.io/lora_nb/memory.html.md"""
 
@@ -8,12 +8,14 @@ Docs: https://lora-nb.github.io/lora_nb/memory.html.md"""
 __all__ = ['SHAPES', 'OPTIMIZERS', 'SIZES', 'CONTEXT', 'SPLIT', 'meta_part', 'shapes_of', 'LiveBytes', 'Autocast', 'pass_bytes',
            'step_bytes', 'Memory', 'estimate_memory', 'memory_bars']
 
-# %% ../nbs/08b_memory.ipynb #c4855881
-import gc, weakref
+# %% ../nbs/08b_memory.ipynb #85ffaf8a
+import gc, json, weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-# %% ../nbs/08b_memory.ipynb #3c31bbe4
-from .bases import HUB, Base, _quiet, as_base, embedded_bases
-from .core import LoraError, closest, data_path
-from .injection import find_targets, inject_lora
-from .lora import table as as_table
+# %% ../nbs/08b_memory.ipynb #18c72e8b
+from .core import LoraError, closest, data_path, patch_to, quiet
+from .core import table as as_table
+from .families import HUB, as_base
+from .injection import inject_lora
+from .loading import embedded_bases
 from .show import INK, PALETTE, Plot
 
-# %% ../nbs/08b_memory.ipynb #8ec02ae7
+# %% ../nbs/08b_memory.ipynb #e81bd9ea
 _clip = lambda width, layers, heads, kind: (kind, dict(
     vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
     num_attention_heads=heads, max_position_embeddings=77, projection_dim=width))
@@ -39,13 +42,19 @@ _vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_
 _VAE4 = ("AutoencoderKL", dict(_vae, latent_channels=4, scaling_factor=.18215))
 _VAE16 = ("AutoencoderKL", dict(_vae, latent_channels=16, scaling_factor=1.5305, shift_factor=.0609,
                                 use_quant_conv=False, use_post_quant_conv=False))
+
+# %% ../nbs/08b_memory.ipynb #b20ce96b
 _T5 = ("T5EncoderModel", dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
                               feed_forward_proj="gated-gelu"))
+
+# %% ../nbs/08b_memory.ipynb #7c365b78
 _cross = dict(in_channels=4, out_channels=4, layers_per_block=2)
 _SD15 = ("UNet2DConditionModel", dict(
     _cross, sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
+
+# %% ../nbs/08b_memory.ipynb #b59c5a36
 _SDXL = ("UNet2DConditionModel", dict(
     _cross, sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, use_linear_projection=True,
     attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time",
@@ -53,14 +62,15 @@ _SDXL = ("UNet2DConditionModel", dict(
     down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
     up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",)))
 
-# %% ../nbs/08b_memory.ipynb #1e9949d2
+# %% ../nbs/08b_memory.ipynb #756cd1af
 def _mmdit(depth, table, **kw):
-    "An SD3 transformer of as many heads as blocks"
+    "An SD3 transformer of as many heads as blocks."
     return "SD3Transformer2DModel", dict(
         sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=depth, num_attention_heads=depth,
         attention_head_dim=64, caption_projection_dim=64 * depth, joint_attention_dim=4096,
         pooled_projection_dim=2048, pos_embed_max_size=table, **kw)
 
+# %% ../nbs/08b_memory.ipynb #d6cc746d
 _PROJ = "CLIPTextModelWithProjection"
 _three = dict(text_encoder=_clip(*_L, _PROJ), text_encoder_2=_clip(*_G, _PROJ), text_encoder_3=_T5, vae=_VAE16)
 _large = dict(transformer=_mmdit(38, 192, qk_norm="rms_norm"), **_three)
@@ -73,27 +83,32 @@ SHAPES = {
                          **_three),
     "sd3.5-large": _large, "sd3.5-large-turbo": _large}
 
-# %% ../nbs/08b_memory.ipynb #9c2f676c
-@lru_cache(None)
-def meta_part(name,       # of `SHAPES`
-              component): # "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3" or "vae"
-    "A network of a published base, without weights; made once"
+# %% ../nbs/08b_memory.ipynb #f6f31073
+@lru_cache(None)   # building Large takes seconds even without weights; callers share it and must undo what they change
+def meta_part(
+    name: str,       # of `SHAPES`
+    component: str,  # "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3" or "vae"
+) -> torch.nn.Module:
+    "A network of a published base without weights, made once."
     kind, config = SHAPES[name][component]
     return _build(kind, config)
 
+# %% ../nbs/08b_memory.ipynb #e30bab04
 def _build(kind, config, device="meta"):
-    "A diffusers or transformers network of this class, by default without weights"
+    "A diffusers or transformers network of this class, by default without weights."
     import diffusers, transformers
-    with torch.device(device), _quiet():
+    with torch.device(device), quiet():
         if hasattr(diffusers, kind): net = getattr(diffusers, kind).from_config(config)
         else: net = (cls := getattr(transformers, kind))(cls.config_class(**config))
     return net.eval().requires_grad_(False)
 
-# %% ../nbs/08b_memory.ipynb #2675608c
+# %% ../nbs/08b_memory.ipynb #c174375f
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
-def shapes_of(source):  # short name, hub id of one, embedded base, folder, pipeline or Base
-    "component -> network on `meta`"
+def shapes_of(
+    source: Any,   # short name, hub id of one, embedded base, folder, pipeline or Base
+) -> dict[str, torch.nn.Module]:
+    "component -> network on `meta`."
     names = {**{n: n for n in SHAPES}, **{hub: n for n, hub in HUB.items()}}
     if str(source) in names: return {c: meta_part(names[str(source)], c) for c in SHAPES[names[str(source)]]}
     if isinstance(source, (str, Path)):
@@ -105,23 +120,26 @@ def shapes_of(source):  # short name, hub id of one, embedded base, folder, pipe
     parts = as_base(source).pipe.components
     return {c: _build(type(parts[c]).__name__, _config(parts[c])) for c in _PARTS if parts.get(c) is not None}
 
+# %% ../nbs/08b_memory.ipynb #9ca8227a
 def _config(net):
-    "A network's configuration as a dict"
+    "A network's configuration as a dict."
     return net.config.to_dict() if hasattr(net.config, "to_dict") else dict(net.config)
 
 def _folder_shapes(folder):
-    "Networks on `meta` by the config.json of each part of a pipeline folder"
-    import json
+    "Networks on `meta` by the config.json of each part of a pipeline folder."
     index, read = json.loads((folder / "model_index.json").read_text()), {}
     for c in _PARTS:
         kind = (index.get(c) or [None, None])[1]
         if kind: read[c] = _build(kind, json.loads((folder / c / "config.json").read_text()))
     return read
 
-# %% ../nbs/08b_memory.ipynb #50730dd5
+# %% ../nbs/08b_memory.ipynb #0fb15f23
 class LiveBytes(TorchDispatchMode):
-    "Counts the bytes of storages made within it that are alive, and the most there ever were"
-    def __init__(self): super().__init__(); self.now = self.peak = 0; self.known = {}
+    "Counts the bytes of storages made within it that are alive, and their largest sum."
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0   # bytes alive, and the most so far
+        self.known = {}            # address of a storage -> weak reference; freed addresses are used again
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, stores = func(*args, **(kwargs or {})), lambda x: (
             t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor))
@@ -137,9 +155,9 @@ class LiveBytes(TorchDispatchMode):
         self.known[key] = weakref.ref(storage, gone)
         self.now += n; self.peak = max(self.peak, self.now)
 
-# %% ../nbs/08b_memory.ipynb #af25c24a
+# %% ../nbs/08b_memory.ipynb #615a0e4c
 class _Fused(torch.autograd.Function):
-    "Attention's shapes, and what its fused kernels keep for the way back"
+    "Attention's shapes, and what its fused kernels keep for the backward pass."
     @staticmethod
     def forward(ctx, q, k, v):
         out, rows = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -149,22 +167,24 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, g):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
+# %% ../nbs/08b_memory.ipynb #a9476a50
 @contextmanager
 def _fused(low):
-    "Within this context attention is `_Fused`, in precision `low`"
+    "A context in which attention is `_Fused`, in precision `low`."
     kept = F.scaled_dot_product_attention
     cast = lambda t: t if low is None else t.to(low)
     F.scaled_dot_product_attention = lambda q, k, v, *a, **kw: _Fused.apply(cast(q), cast(k), cast(v))
     try: yield
     finally: F.scaled_dot_product_attention = kept
 
-# %% ../nbs/08b_memory.ipynb #da7e28be
+# %% ../nbs/08b_memory.ipynb #5d95df1f
 _LOW = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _HIGH = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.pow, torch.Tensor.pow, torch.rsqrt, torch.sum,
          torch.Tensor.sum, torch.exp, torch.norm}
 
+# %% ../nbs/08b_memory.ipynb #cf10db33
 class Autocast(TorchFunctionMode):
-    "What CUDA's autocast does to types, on any device"
+    "What CUDA's autocast does to types, on any device."
     def __init__(self, low): super().__init__(); self.low = low
     def __torch_function__(self, func, types, args=(), kwargs=None):
         to, kwargs = self.low if func in _LOW else torch.float32 if func in _HIGH else None, kwargs or {}
@@ -172,9 +192,9 @@ class Autocast(TorchFunctionMode):
         if to is not None: args, kwargs = tree_map(lambda t: t if fits(t) else t.to(to), (args, kwargs))
         return func(*args, **kwargs)
 
-# %% ../nbs/08b_memory.ipynb #16f2c71c
+# %% ../nbs/08b_memory.ipynb #28f5a7b6
 def _ask(net, batch, size, factor, t5_length, dtype, device="meta"):
-    "A denoiser's answer to noise in place of `batch` pictures of `size` (w, h) and of their prompts"
+    "A denoiser's answer to noise in place of `batch` pictures of `size` (w, h) and of their prompts."
     m, c = lambda *s: torch.randn(*s, dtype=dtype, device=device), net.config
     z, t = m(batch, c.in_channels, size[1] // factor, size[0] // factor), torch.full((batch,), 500., device=device)
     if hasattr(c, "joint_attention_dim"):
@@ -186,27 +206,36 @@ def _ask(net, batch, size, factor, t5_length, dtype, device="meta"):
         more = dict(text_embeds=m(batch, pooled), time_ids=torch.zeros(batch, 6, device=device))
     return net(z, t, m(batch, 77, c.cross_attention_dim), added_cond_kwargs=more).sample
 
-def pass_bytes(f,           # does the work
-               learn=False, # also the way back
-               low=None):   # autocast's precision; None: none
-    "The most bytes alive during `f()`, beyond what was there before"
+# %% ../nbs/08b_memory.ipynb #a50ef160
+def pass_bytes(
+    f: Callable[[], torch.Tensor],     # does the work
+    learn: bool = False,               # also the backward pass
+    low: torch.dtype | None = None,    # autocast's precision; None: none
+) -> int:
+    "The most bytes alive during `f()`, beyond what was there before."
     gc.collect()
     with torch.set_grad_enabled(learn), _fused(low), Autocast(low) if low else nullcontext(), LiveBytes() as live:
         out = f()
         if learn: torch.autograd.backward(out.float().square().mean())
     return live.peak
 
-# %% ../nbs/08b_memory.ipynb #d6518ded
+# %% ../nbs/08b_memory.ipynb #93b4eca2
 def _again(low):
-    "Gradient checkpointing that plays autocast on the second way too"
+    "Gradient checkpointing that imitates autocast in the second pass, too."
     both = lambda: (nullcontext(), Autocast(low) if low else nullcontext())
     return lambda f, *args: checkpoint(f, *args, use_reentrant=False, context_fn=both)
 
-# %% ../nbs/08b_memory.ipynb #ae852443
-def step_bytes(net, batch, size, factor=8, t5_length=256, dtype=torch.bfloat16, rank=16, targets="attention",
-               checkpointing=False):
-    "Bytes alive at the peak of a training step of a LoRA, and the LoRA's parameters"
-    torch.nn.Module.to(net, dtype)              # diffusers' own `to` gives advice
+# %% ../nbs/08b_memory.ipynb #41a2b3b6
+def step_bytes(
+    net: torch.nn.Module,                  # a denoiser on `meta`
+    batch: int, size: tuple[int, int],     # pictures, and their (width, height) in pixels
+    factor: int = 8,                       # of the VAE
+    t5_length: int = 256,                  # tokens of T5
+    dtype: torch.dtype = torch.bfloat16,   # of the frozen weights
+    rank: int = 16, targets: Any = "attention", checkpointing: bool = False,
+) -> tuple[int, int]:
+    "Bytes alive at the peak of a training step of a LoRA, and the LoRA's parameters."
+    torch.nn.Module.to(net, dtype)              # diffusers' own `to` logs advice
     low = dtype if dtype in (torch.bfloat16, torch.float16) else None
     if checkpointing: net.enable_gradient_checkpointing(_again(low))
     with torch.device("meta"): worn = inject_lora(net, targets, rank=rank)
@@ -215,18 +244,25 @@ def step_bytes(net, batch, size, factor=8, t5_length=256, dtype=torch.bfloat16, 
         worn.remove()
         if checkpointing: net.disable_gradient_checkpointing()
 
-# %% ../nbs/08b_memory.ipynb #fff290f3
+# %% ../nbs/08b_memory.ipynb #ff3c034e
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "sgd": 0}    # bytes of state for each trained number
 SIZES = (8, 12, 16, 24, 32, 40, 48, 80)                # of cards, in GiB
-CONTEXT, SPLIT = .6e9, .05   # allowances on a GPU: the driver's context; what the allocator can not use of activations
+CONTEXT, SPLIT = .6e9, .05   # allowances on a GPU: the driver's context; what the allocator cannot use of activations
 
+# %% ../nbs/08b_memory.ipynb #3d915b03
 @dataclass
 class Memory:
-    "Bytes needed, by phase and part"
-    title: str     # what was asked
-    phases: dict   # phase -> {part: bytes}
-    sums = property(lambda self: {p: sum(rows.values()) for p, rows in self.phases.items()})
-    total = property(lambda self: max(self.sums.values()))
+    "Bytes needed, by phase and part."
+    title: str                          # what was asked
+    phases: dict[str, dict[str, int]]   # phase -> {part: bytes}
+    @property
+    def sums(self) -> dict[str, int]:
+        "Bytes of each phase."
+        return {p: sum(rows.values()) for p, rows in self.phases.items()}
+    @property
+    def total(self) -> int:
+        "Bytes of the largest phase."
+        return max(self.sums.values())
     peak = property(lambda self: max(self.sums, key=self.sums.get))
     fits = property(lambda self: [g for g in SIZES if self.total <= g * 2**30])
     def __repr__(self): return f"{self.title}: {self.total / 2**30:.1f} GiB ({self.peak})"
@@ -239,9 +275,9 @@ class Memory:
         return "\n\n".join([f"**{self.title}**", as_table(["GiB", *self.phases], rows),
                             f"{self.total / 2**30:.1f} GiB in the phase {self.peak!r}: {card}."])
 
-# %% ../nbs/08b_memory.ipynb #40a9ab3b
+# %% ../nbs/08b_memory.ipynb #fb8d02f0
 def _weights(nets, item, t5):
-    "Bytes of each network's weights"
+    "Bytes of each network's weights."
     def size(c, net):
         linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear))
         rest = sum(t.numel() for t in (*net.parameters(), *net.buffers()))
@@ -249,61 +285,111 @@ def _weights(nets, item, t5):
     return {c: size(c, net) for c, net in nets.items()}
 
 def _resident(weights, offload, working):
-    "Rows of the weights on the card while the networks `working` are needed, one after another"
+    "Rows of the weights on the card while the networks `working` are needed, one after another."
     if not offload: return {f"weights: {c}": n for c, n in weights.items()}
     if offload == "model":
         most = max(working, key=weights.get)
         return {f"weights: {most}": weights[most]}
     return {"weights: one layer": 0}
 
+# %% ../nbs/08b_memory.ipynb #9e33b71b
 def _largest_layer(nets, working, item):
-    "Bytes of the largest layer"
+    "Bytes of the largest layer."
     own = lambda m: sum(p.numel() for p in m.parameters(recurse=False))
     return max(own(m) for c in working for m in nets[c].modules()) * item
 
 def _reading(nets, batch, tokens, item):
-    "Bytes of a text encoder's passing results: a few vectors of a layer's widest width for each token"
+    "Bytes of a text encoder's intermediate results: a few vectors of a layer's largest width for each token."
     width = lambda c: getattr(c, "d_ff", None) or c.intermediate_size
     wide = [width(n.config) for c, n in nets.items() if c.startswith("text")]
     return 4 * batch * tokens * max(wide, default=0) * item
 
-# %% ../nbs/08b_memory.ipynb #5b0c7e11
-_passes = {}
+# %% ../nbs/08b_memory.ipynb #f29a7119
+_passes = {}   # (what, shape, settings) -> bytes, for the life of the process: shapes do not change
 def _once(f, net, *args):
-    "`f(net, *args)`, counted once for networks of equal shape"
+    "`f(net, *args)`, counted once for networks of equal shape."
     key = f.__name__, repr(dict(net.config)), *map(repr, args)
     if key not in _passes: _passes[key] = f(net, *args)
     return _passes[key]
 
 def _drawing_bytes(net, batch, size, factor, t5_length, dtype):
-    "The most bytes alive while a denoiser answers, without a way back"
+    "The most bytes alive while a denoiser answers, without a backward pass."
     torch.nn.Module.to(net, dtype)
     return pass_bytes(lambda: _ask(net, batch, size, factor, t5_length, dtype))
 
+# %% ../nbs/08b_memory.ipynb #b88566e0
 def _picture_bytes(vae, batch, size, factor, dtype, decode=False):
-    "The most bytes alive while pictures go through the VAE"
+    "The most bytes alive while pictures go through the VAE."
     torch.nn.Module.to(vae, dtype)
     m = lambda *s: torch.empty(batch, *s, dtype=dtype, device="meta")
     w, h = size
     if decode: return pass_bytes(lambda: vae.decode(m(vae.config.latent_channels, h // factor, w // factor)).sample)
     return pass_bytes(lambda: vae.encode(m(3, h, w)).latent_dist.mean)
 
-# %% ../nbs/08b_memory.ipynb #172c3013
-def estimate_memory(base,                          # short name, hub id of one, embedded base, folder, pipeline or Base
-                    task="train",                  # "train" or "generate"
-                    rank=16,                       # of the LoRA
-                    targets="attention",           # what wears it
-                    batch_size=1,                  # pictures at once
-                    resolution=None,               # pixels, or (width, height); None: the base's own
-                    dtype=torch.bfloat16,          # of the frozen weights
-                    optimizer="adamw",             # see `OPTIMIZERS`
-                    gradient_checkpointing=False,  # recompute each block
-                    t5=True, offload=False,        # see `load_base`
-                    cached=True,                   # latents and embeddings made once
-                    guidance=True,                 # drawing: a second, unconditional answer
-                    t5_length=256,                 # tokens of T5
-                    allowance=True):               # add what a GPU's driver and allocator take; a guess
-    "What training a LoRA, or drawing, will need of a card's memory: computed on shapes alone"
+# %% ../nbs/08b_memory.ipynb #af8e296c
+@dataclass
+class _Run:
+    "One question to `estimate_memory`."
+    nets: dict                              # component -> network on `meta`
+    main: str                               # the denoiser's component
+    factor: int                             # of the VAE
+    size: tuple                             # (width, height) in pixels
+    dtype: torch.dtype
+    t5: Any                                 # as in `load_base`
+    offload: Any                            # as in `load_base`
+    length: int                             # tokens of T5
+    @property
+    def item(self): return self.dtype.itemsize
+    @property
+    def readers(self): return [c for c in self.nets if c.startswith("text")]
+
+    def weights(self, *working):
+        "Rows of weights on the card while these networks work."
+        rows = _resident(_weights(self.nets, self.item, self.t5), self.offload, working)
+        if self.offload == "sequential": rows = {n: _largest_layer(self.nets, working, self.item) for n in rows}
+        return rows
+
+# %% ../nbs/08b_memory.ipynb #cdb104b8
+@patch_to(_Run)
+def training(self:_Run, batch, rank, targets, optimizer, checkpointing, cached):
+    "Rows of bytes for the phases of training."
+    peak, n = _once(step_bytes, self.nets[self.main], batch, self.size, self.factor, self.length, self.dtype, rank,
+                    targets, checkpointing)
+    learns = {"LoRA": 4 * n, "gradients": 4 * n, "optimizer": OPTIMIZERS[optimizer] * n}
+    seen = max(_once(_picture_bytes, self.nets["vae"], batch, self.size, self.factor, self.dtype),
+               _reading(self.nets, batch, self.length, self.item))
+    prepare = {**self.weights(*self.readers, "vae"), **({} if cached else learns), "activations": seen}
+    return {"prepare": prepare, "step": {**self.weights(self.main), **learns, "activations": max(0, peak - 4 * n)}}
+
+# %% ../nbs/08b_memory.ipynb #c280ad3b
+@patch_to(_Run)
+def drawing(self:_Run, asked, batch):
+    "Rows of bytes for the phases of drawing."
+    drawn = _once(_drawing_bytes, self.nets[self.main], asked, self.size, self.factor, self.length, self.dtype)
+    shown = _once(_picture_bytes, self.nets["vae"], batch, self.size, self.factor, self.dtype, True)
+    said = _reading(self.nets, asked, self.length, self.item)
+    return {"read": {**self.weights(*self.readers), "activations": said},
+            "draw": {**self.weights(self.main), "activations": drawn},
+            "decode": {**self.weights("vae"), "activations": shown}}
+
+# %% ../nbs/08b_memory.ipynb #7b7b9f25
+def estimate_memory(
+    base: Any,                              # short name, hub id of one, embedded base, folder, pipeline or Base
+    task: Literal["train", "generate"] = "train",
+    rank: int = 16,                         # of the LoRA
+    targets: Any = "attention",             # what wears it
+    batch_size: int = 1,                    # pictures at once
+    resolution: int | tuple[int, int] | None = None,   # pixels, or (width, height); None: the base's own
+    dtype: torch.dtype = torch.bfloat16,    # of the frozen weights
+    optimizer: str = "adamw",               # see `OPTIMIZERS`
+    gradient_checkpointing: bool = False,   # recompute each block
+    t5: bool | Literal["8bit"] = True, offload: Literal[False, "model", "sequential"] = False,   # see `load_base`
+    cached: bool = True,                    # latents and embeddings made once
+    guidance: bool = True,                  # drawing: a second, unconditional answer
+    t5_length: int = 256,                   # tokens of T5
+    allowance: bool = True,                 # add what a GPU's driver and allocator take; a guess
+) -> Memory:
+    "The memory of a card that training a LoRA, or drawing, will need; computed on shapes alone."
     if task not in ("train", "generate"): raise LoraError(f"task={task!r}: expected 'train' or 'generate'.")
     if optimizer not in OPTIMIZERS: raise LoraError(f"optimizer={optimizer!r}: expected {', '.join(OPTIMIZERS)}.")
     nets = {c: n for c, n in shapes_of(base).items() if c != "text_encoder_3" or t5}
@@ -317,51 +403,18 @@ def estimate_memory(base,                          # short name, hub id of one, 
     else: phases = run.drawing(batch_size * (2 if guidance else 1), batch_size)
     if allowance: phases = {p: _allow(rows) for p, rows in phases.items()}
     title = f"{base if isinstance(base, str) else getattr(base, 'name', type(base).__name__)}, {task}"
-    return Memory(f"{title}, {run.size[0]} x {run.size[1]}, batch {batch_size}", phases)
+    return Memory(f"{title}, {size[0]} x {size[1]}, batch {batch_size}", phases)
 
-# %% ../nbs/08b_memory.ipynb #6aff2d01
 def _allow(rows):
-    "Rows with what a GPU adds"
+    "Rows with what a GPU adds."
     return {**rows, "allowance (a guess)": CONTEXT + SPLIT * rows.get("activations", 0)}
 
-# %% ../nbs/08b_memory.ipynb #ef56535f
-@dataclass
-class _Run:
-    "One question to `estimate_memory`"
-    nets: dict; main: str; factor: int; size: tuple; dtype: object; t5: object; offload: object; length: int
-
-    item = property(lambda self: self.dtype.itemsize)
-    readers = property(lambda self: [c for c in self.nets if c.startswith("text")])
-
-    def weights(self, *working):
-        "Rows of weights on the card while these networks work"
-        rows = _resident(_weights(self.nets, self.item, self.t5), self.offload, working)
-        if self.offload == "sequential": rows = {n: _largest_layer(self.nets, working, self.item) for n in rows}
-        return rows
-
-    def training(self, batch, rank, targets, optimizer, checkpointing, cached):
-        "phase -> rows"
-        peak, n = _once(step_bytes, self.nets[self.main], batch, self.size, self.factor, self.length, self.dtype, rank,
-                        targets, checkpointing)
-        learns = {"LoRA": 4 * n, "gradients": 4 * n, "optimizer": OPTIMIZERS[optimizer] * n}
-        seen = max(_once(_picture_bytes, self.nets["vae"], batch, self.size, self.factor, self.dtype),
-                   _reading(self.nets, batch, self.length, self.item))
-        prepare = {**self.weights(*self.readers, "vae"), **({} if cached else learns), "activations": seen}
-        return {"prepare": prepare, "step": {**self.weights(self.main), **learns, "activations": max(0, peak - 4 * n)}}
-
-    def drawing(self, asked, batch):
-        "phase -> rows"
-        drawn = _once(_drawing_bytes, self.nets[self.main], asked, self.size, self.factor, self.length, self.dtype)
-        shown = _once(_picture_bytes, self.nets["vae"], batch, self.size, self.factor, self.dtype, True)
-        said = _reading(self.nets, asked, self.length, self.item)
-        return {"read": {**self.weights(*self.readers), "activations": said},
-                "draw": {**self.weights(self.main), "activations": drawn},
-                "decode": {**self.weights("vae"), "activations": shown}}
-
-# %% ../nbs/08b_memory.ipynb #be3ac0d1
-def memory_bars(memories,        # name -> `Memory`
-                cards=(16, 24)): # GiB, drawn as lines
-    "A stacked bar for each answer, in its largest phase; a `Plot`"
+# %% ../nbs/08b_memory.ipynb #b0f2ca8a
+def memory_bars(
+    memories: Mapping[str, Memory],      # by name
+    cards: Sequence[float] = (16, 24),   # GiB, drawn as lines
+) -> Plot:
+    "Draw a stacked bar for each answer, in its largest phase."
     from matplotlib.figure import Figure
     fig = Figure((8, .9 + .4 * len(memories)), layout="constrained"); ax = fig.subplots()
     kinds = list(dict.fromkeys(n for m in memories.values() for n in m.phases[m.peak]))

@@ -18,7 +18,9 @@ from torch import nn
 
 from .core import LoraError, ShapeError, generator
 from .layers import LoraLayer
-from .lora import Factors, Lora, add_factors, places, resolve_components, some
+from .lora import Factors, Lora, add_factors
+from .worn import places, resolve_components
+from .core import some
 from .injection import apply_lora, remove_lora
 from .extraction import low_rank
 from .composition import METHODS, compose, gather, join_words, method, weight_of

@@ -22,9 +22,14 @@ from torch import nn
 
 from .core import LoraError, TargetError, closest, patch_to
 from .layers import set_scales
-from .lora import COMPONENTS, Lora, places, resolve_components, some
-from .injection import (_on_path, _original, _root, _sum, _worn, adapters, apply_lora, branches, layer_factors,
-                               place_lora, remove_lora, set_scale)
+from .names import COMPONENTS
+from .lora import Lora
+from .worn import places, resolve_components
+from .core import some
+from .names import on_path
+from .worn import original_weight, root_module, summed_weight, worn_state
+from .injection import apply_lora, place_lora, remove_lora, set_scale
+from .worn import adapters, branches, layer_factors
 
 # %% ../nbs/10_scheduling.ipynb #bb08fe84
 Moment = namedtuple("Moment", "progress step steps noise")   # 0..1, 0..steps-1, how many, 1 = pure noise
@@ -202,7 +207,7 @@ def _fits(pattern):
         side, lo, hi = m[1], int(m[2] or 0), int(m[3] or m[2] or 10**6)
         names = {f"{side}{i:02}" for i in range(lo, min(hi, lo + 200) + 1)}
         return (lambda path, pos: pos in names), False
-    return (lambda path, pos: _on_path(pattern, path)), True
+    return (lambda path, pos: on_path(pattern, path)), True
 
 @patch_to(LoraSchedule)
 def block_weights(self,
@@ -403,7 +408,7 @@ def compose(self,
     for k, w, _ in vector:
         if k in self.others and w:
             f, s = self.others[k]
-            total += w * s * f.to(total.device).delta(_original(self.root)).flatten(1)
+            total += w * s * f.to(total.device).delta(original_weight(self.root)).flatten(1)
     out.copy_(total.view(out.shape))
 
 # %% ../nbs/10_scheduling.ipynb #bf11fb8d
@@ -524,7 +529,7 @@ def _check_mask(factors, schedule):
 @patch_to(Scheduled)
 def _merge_sites(self, layers):
     "The weights that scheduled LoRAs touch"
-    wears, where = {}, {path: _root(p.module) for path, p in places(self.model).items()}
+    wears, where = {}, {path: root_module(p.module) for path, p in places(self.model).items()}
     for k, (name, lora) in enumerate(zip(self.names, self.loras)):
         own = {p: (f, 1.) for p, f in layers[k].items()} if lora is not None else self._worn_layers(name)
         _check_mask([f for f, _ in own.values()], self.schedules[k])
@@ -546,11 +551,11 @@ def _site(self, path, root, wears):
 @patch_to(Scheduled)
 def _rebase(self, site):
     "Take the weight that the model has now, less the scheduled LoRAs merged into it, as the base"
-    merged = {n: (fs[site.path], s) for n, (fs, s) in _worn(self.model).merged.items() if site.path in fs}
+    merged = {n: (fs[site.path], s) for n, (fs, s) in worn_state(self.model).merged.items() if site.path in fs}
     site.restore = site.base = site.now = site.root.weight.detach()
     site.vector = None
     if set(merged) & set(self.names):
-        site.base = _sum(_original(site.root), [x for n, x in merged.items() if n not in self.names])
+        site.base = summed_weight(original_weight(site.root), [x for n, x in merged.items() if n not in self.names])
     else: site.vector = _off(site)
 
 def _off(site): return tuple((k, 0., None) for k in site.who)
@@ -559,7 +564,7 @@ def _off(site): return tuple((k, 0., None) for k in site.who)
 @patch_to(Scheduled)
 def _worn_layers(self, name):
     "path -> (factors, strength) of a LoRA that the denoiser wears"
-    fs, s = _worn(self.model).merged.get(name, ({}, 1.))
+    fs, s = worn_state(self.model).merged.get(name, ({}, 1.))
     found = {path: (f, s) for path, f in fs.items()}
     for full, stack in branches({self.component: self.model}, name).items():
         for m in stack:
@@ -601,7 +606,7 @@ def _hold_text(self, name, c):
     own = {c: self.parts[c]}
     if name not in adapters(own): return
     layers = [(m, m.scale) for stack in branches(own, name).values() for m in stack]
-    self.worn_text[name, c] = (_worn(self.parts[c]).merged.get(name, (None, None))[1], layers)
+    self.worn_text[name, c] = (worn_state(self.parts[c]).merged.get(name, (None, None))[1], layers)
     self.undo.append(lambda: self._text_scale(name, c, 1.))
 
 @patch_to(Scheduled)
@@ -609,7 +614,7 @@ def _text_scale(self, name, c, w):
     "Make what a text encoder wears `w` times as strong as it was on entry"
     if (name, c) not in self.worn_text: return
     s, layers = self.worn_text[name, c]
-    if s is not None and s * w != _worn(self.parts[c]).merged[name][1]: set_scale({c: self.parts[c]}, {c: s * w}, name)
+    if s is not None and s * w != worn_state(self.parts[c]).merged[name][1]: set_scale({c: self.parts[c]}, {c: s * w}, name)
     for m, was in layers: m.scale = was * w
 
 # %% ../nbs/10_scheduling.ipynb #f2f3fd10
@@ -625,7 +630,7 @@ def _branch_sites(self):
     "Layers that wear scheduled LoRAs as branches"
     found = {}
     for k, name in enumerate(self.names):
-        if name in _worn(self.model).merged:
+        if name in worn_state(self.model).merged:
             raise LoraError(f"{name!r} is merged into the weights: schedule it with mode='merge'")
         for full, stack in branches({self.component: self.model}, name).items():
             path, m = full.partition(".")[2], stack[0]
@@ -758,7 +763,7 @@ def _scratch(self, n):
 def _worn_now(self):
     "What would show that somebody else changed the weights"
     w = next(iter(self.sites.values())).root.weight if self.sites else None
-    return {n: s for n, (_, s) in _worn(self.model).merged.items()}, w is not None and (w.device, w.dtype)
+    return {n: s for n, (_, s) in worn_state(self.model).merged.items()}, w is not None and (w.device, w.dtype)
 
 @patch_to(Scheduled)
 def _follow(self):
@@ -793,7 +798,7 @@ def _restore(self, site):
     "The tensor that was there before"
     w = site.root.weight
     w.data = site.restore.to(w.device, w.dtype)
-    merged = any(site.path in fs for fs, _ in _worn(self.model).merged.values())
+    merged = any(site.path in fs for fs, _ in worn_state(self.model).merged.values())
     if site.kept and not merged and hasattr(site.root, "_kept_weight"): del site.root._kept_weight
 
 @patch_to(Scheduled)

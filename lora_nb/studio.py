@@ -26,10 +26,11 @@ from PIL.PngImagePlugin import PngInfo
 
 # %% ../nbs/18_studio.ipynb #9cd26c15
 from .core import DataError, LoraError, atomic_path, closest, data_path, patch_to
-from .bases import load_base
+from .loading import load_base
 from .composition import compose, triggers_of
 from .dreambooth import DreamBooth
-from .lora import Lora, human
+from .lora import Lora
+from .core import human
 from .preprocessing import find_pictures
 from .pti import PivotalTuning, joined, pivotal_recipe_for
 from .scheduling import LoraComposite, LoraSchedule, WeightCache, parse_schedule, scheduled

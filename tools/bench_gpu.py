@@ -74,7 +74,9 @@ def now(device):
 # ------------------------------------------------------------------------------------------ the two sides
 def our_step(net, config, batch, checkpointing, device):
     "(one step of lora_nb's `Trainer`, how to undo it)"
-    from lora_nb.bases import Cond, as_base, random_pipe
+    from lora_nb.bases import Cond
+    from lora_nb.families import as_base
+    from lora_nb.random_pipes import random_pipe
     from lora_nb.dataset import Examples
     from lora_nb.injection import inject_lora
     from lora_nb.training import Recipe, Stream, Trainer

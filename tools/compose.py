@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from PIL import Image
-from lora_nb.bases import load_base
+from lora_nb.loading import load_base
 from lora_nb.composition import compose
 from lora_nb.core import atomic_path, data_path
 from lora_nb.evaluation import load_judge, questions, recognise, to_batch, wearing

@@ -16,7 +16,7 @@ os.environ.setdefault("LORA_NB_QUIET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
-from lora_nb.bases import load_base
+from lora_nb.loading import load_base
 from lora_nb.core import atomic_path, data_path
 from lora_nb.dreambooth import DreamBooth, class_pictures, prior_stream, subject_stream
 from lora_nb.evaluation import Question, exam, read_background, wearing

@@ -14,12 +14,13 @@ os.environ.setdefault("LORA_NB_QUIET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
-from lora_nb.bases import load_base
+from lora_nb.loading import load_base
 from lora_nb.core import atomic_path, data_path
 from lora_nb.dreambooth import DreamBooth
 from lora_nb.evaluation import (exam, features, load_judge, obeys, overfitting, read_background, recognise,
                                 similarity, thumbnails, to_batch)
-from lora_nb.lora import Factors, Lora, places
+from lora_nb.lora import Factors, Lora
+from lora_nb.worn import places
 from lora_nb.scheduling import LoraComposite, LoraSchedule, lora_switch, ramp, scheduled, trained_schedule
 from lora_nb.show import grid, save_jpeg
 from lora_nb.training import recipe_for

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("LORA_NB_QUIET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
-from lora_nb.bases import load_base
+from lora_nb.loading import load_base
 from lora_nb.core import atomic_path, data_path
 from lora_nb.evaluation import Dino, load_judge
 from lora_nb.lora import Lora

@@ -1,4 +1,4 @@
-"""Both embedded bases side by side: objects, colours, patterns, letters on signs, and who stands where.
+"""Both embedded bases side by side: objects, colours, patterns, letters on signs, and the places of pairs.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/adherence.html.md"""
 
@@ -9,7 +9,10 @@ __all__ = ['letters_right', 'score_signs', 'score_scene_pairs', 'measure_scenes'
 
 # %% ../../nbs/zoo/11_adherence.ipynb #4df64cd5
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from ..bases import Base
 from ..core import atomic_path, progress
 from ..evaluation import load_judge, read_background
 from . import scenes as sc, world as w
@@ -17,10 +20,10 @@ from .quality import measure_base
 
 # %% ../../nbs/zoo/11_adherence.ipynb #b971131d
 def letters_right(
-    got,    # the word that was read
-    asked,  # the word of the prompt
-):          # share in 0..1
-    "Share of letters that stand right; a word of another length loses what is missing or too much."
+    got: str,    # the word that was read
+    asked: str,  # the word of the prompt
+) -> float:      # share in 0..1
+    "Share of letters in their right places; missing and surplus letters count as wrong."
     return sum(a == b for a, b in zip(got, asked)) / max(len(got), len(asked))
 
 # %% ../../nbs/zoo/11_adherence.ipynb #2d5ab29d
@@ -31,32 +34,32 @@ def _grounds(images, rows):
                 pattern=[p == w.PATTERNS[r[3]] for (_, p), r in zip(seen, rows)])
 
 def score_signs(
-    images,  # pictures of any kind
-    rows,    # their labels
-):           # dict of lists: word, letters, color, pattern
+    images: Any,               # pictures of any kind
+    rows: Sequence,            # their labels
+) -> dict[str, list]:          # word, letters, color, pattern
     "Was the right word written, on the right background?"
     got, asked = [t for t, _ in sc.read_signs(images)], [sc.spell(r[6:]) for r in rows]
     return dict(word=[g == a for g, a in zip(got, asked)], letters=[letters_right(g, a) for g, a in zip(got, asked)],
                 **_grounds(images, rows))
 
 def score_scene_pairs(
-    images,  # pictures of any kind
-    rows,    # their labels
-    judge,   # a `Judge`
-):           # dict of lists: one, objects, relation, color, pattern, all
+    images: Any,               # pictures of any kind
+    rows: Sequence,            # their labels
+    judge: Any,                # a `Judge`
+) -> dict[str, list]:          # one, objects, relation, color, pattern, all
     "Are both objects there, in their places, on the right background?"
     out = {**sc.score_pairs(images, rows, judge), **_grounds(images, rows)}
     return out | dict(all=[all(t) for t in zip(out["relation"], out["color"], out["pattern"])])
 
 # %% ../../nbs/zoo/11_adherence.ipynb #ef235923
 def measure_scenes(
-    base,            # `Base`
-    n=120,           # prompts of each kind: signs, signs with held-out words, pairs
-    seed=0,
-    steps=28,
-    guidance_scale=4.,
-    batch_size=24,
-):                   # dict: kind -> shares
+    base: Base,
+    n: int = 120,                  # prompts of each kind: signs, signs with held-out words, pairs
+    seed: int = 0,                 # of the first picture
+    steps: int = 28,
+    guidance_scale: float = 4.,
+    batch_size: int = 24,
+) -> dict[str, Any]:               # kind -> shares
     "Draw signs and pairs, and score them."
     judge, out = load_judge(), dict(base=base.name, pictures=n, seed=seed, steps=steps, guidance_scale=guidance_scale)
     for name, kind, held in (("signs", "sign", False), ("new words", "sign", True), ("pairs", "pair", False)):
@@ -71,17 +74,17 @@ def measure_scenes(
     return out
 
 # %% ../../nbs/zoo/11_adherence.ipynb #896f2fba
-def main():
+def main() -> None:
     "Command line: `python -m lora_nb.zoo.adherence tiny-sd tiny-sd3 --output nbs/zoo/logs/adherence.json`."
     import argparse
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     p = argparse.ArgumentParser(description="Measure how well bases draw objects, signs and pairs.")
     p.add_argument("bases", nargs="*", default=["tiny-sd", "tiny-sd3"])
     p.add_argument("--n", type=int, default=120, help="prompts of each kind (default: %(default)s)")
     p.add_argument("--per_object", type=int, default=2); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", default="nbs/zoo/logs/adherence.json")
     a = p.parse_args()
-    result = [dict(objects=measure_base(b, a.per_object, a.seed, 28 if b.family == "sd3" else 25),
+    result = [dict(objects=measure_base(b, a.per_object, a.seed, 28 if b.flow else 25),
                    **measure_scenes(b, a.n, a.seed)) for b in map(load_base, a.bases)]
     with atomic_path(a.output) as f: Path(f).write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The second embedded base: a transformer with two streams, three text encoders and flow matching, trained from nothing on two slow cores.
+"""The second embedded base: a transformer with two streams, three text encoders and flow matching, trained from scratch on two slow cores.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/mmdit.html.md"""
 
@@ -10,10 +10,9 @@ __all__ = ['SIZES', 'widen_vae', 'train_codec', 't5_words', 't5_tokenizer', 'cli
            'train_base', 'main']
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #e0da0756
-import copy, json, random, re
+import copy, random, re
 from pathlib import Path
 import torch
-import torch.nn.functional as F
 from ..core import autocast, data_path, default_device, generators, set_seed
 from . import scenes as sc, world as w
 from .clip import EXTRA, RARE

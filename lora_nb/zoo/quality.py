@@ -69,7 +69,7 @@ def measure_base(
 def main():
     "Command line: `python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json`."
     import argparse
-    from lora_nb.bases import load_base
+    from lora_nb.loading import load_base
     p = argparse.ArgumentParser(description="Measure how well an embedded base draws what it is asked for.")
     p.add_argument("base", nargs="?", default="tiny-sd"); p.add_argument("--per_object", type=int, default=2)
     p.add_argument("--seed", type=int, default=0); p.add_argument("--output", default="nbs/zoo/logs/quality.json")

@@ -1,4 +1,4 @@
-"""Signs with words and scenes of two objects: what the second base is asked to draw, and how we read it off a picture.
+"""Signs with words and scenes of two objects: what the second base is asked to draw, and how to read it from a picture.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/scenes.html.md"""
 
@@ -7,8 +7,8 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/scenes.html.md"""
 # %% auto #0
 __all__ = ['LETTERS', 'WORDS', 'ADVANCE', 'BOARD_TOP', 'BOARD_HEIGHT', 'RELATIONS', 'PLACES', 'PAIR_SIZE', 'KINDS', 'LABELS',
            'SIGN_TEMPLATES', 'PAIR_TEMPLATES', 'CORNERS', 'held_out_word', 'random_word', 'letter_atlas', 'sign_mask',
-           'Signs', 'paste', 'Pairs', 'spell', 'spelled', 'scene_caption', 'plan_scenes', 'Scenes', 'board_letters',
-           'read_signs', 'read_places', 'score_pairs']
+           'Signs', 'paste', 'Pairs', 'spell', 'letter_row', 'scene_caption', 'plan_scenes', 'world_prompts', 'Scenes',
+           'board_letters', 'read_signs', 'read_places', 'score_pairs']
 
 # %% ../../nbs/zoo/09_scenes.ipynb #23fdf611
 import random, zlib
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from ..bases import Base
 from ..core import patch_to
 from ..evaluation import recognise, to_batch
 from . import world as w
@@ -144,7 +145,7 @@ def spell(
     "The word of a label."
     return "".join(LETTERS[i] for i in letters if i < 26)
 
-def spelled(
+def letter_row(
     word,  # 1 to 4 capital letters
 ):         # four indices, 26 = none
     "A word as it stands in a label."
@@ -185,10 +186,22 @@ def plan_scenes(
     for i in range(n):
         k = i % 3 if kind is None else KINDS.index(kind)
         row = [k] + [rng.randrange(m) for m in (len(names), len(w.COLORS), len(w.PATTERNS), len(names), len(RELATIONS))]
-        row += spelled(random_word(rng, held)) if k == 1 else spelled("")
+        row += letter_row(random_word(rng, held)) if k == 1 else letter_row("")
         fixed = (w.TEMPLATES, SIGN_TEMPLATES, PAIR_TEMPLATES)[k][0] if template is None else None
         out.append((row, scene_caption(names, row, rng, fixed, 0)))
     return out
+
+# %% ../../nbs/zoo/09_scenes.ipynb #b0a5e002
+def world_prompts(
+    base: Base,     # an embedded base; a flow base knows signs and pairs as well
+    n: int = 160,   # how many
+    seed: int = 0,  # of the choice of objects, colours and patterns
+) -> list[str]:
+    "Captions of the embedded bases' world."
+    if base.flow: return [text for _, text in plan_scenes(n, seed=seed, template="any")]
+    rng, names = random.Random(seed), [*w.OBJECTS] * (n // len(w.OBJECTS) + 1)
+    rng.shuffle(names)
+    return [w.caption(o, rng.choice([*w.COLORS]), rng.choice(w.PATTERNS), rng, class_p=.05) for o in names[:n]]
 
 # %% ../../nbs/zoo/09_scenes.ipynb #b2cc201c
 class Scenes:
@@ -237,7 +250,7 @@ def _object(self:Scenes, n, held=False):
 def _sign(self:Scenes, n, held=False):
     lab, bg, by = self._ground(n)
     words = [random_word(self.rng, held) for _ in range(n)]
-    ids = torch.tensor([spelled(s) for s in words], device=self.device).T
+    ids = torch.tensor([letter_row(s) for s in words], device=self.device).T
     lab |= dict(kind=torch.ones_like(lab["color"]), **{f"l{i}": ids[i] for i in range(4)})
     return self.signs.draw(words, bg, *by), _label(n, self.device, **lab)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..bases import _quiet
+from ..core import quiet
 from ..core import atomic_path, data_path, set_seed
 from .judge import degrade, place, rand
 from .vae import Run
@@ -163,7 +163,7 @@ def save_encoder(
     "Write the encoder as `AutoModel` reads it, in half precision, and how pictures are fed to it."
     model.config.feature_mean = [round(v, 5) for v in center.tolist()]
     feed = dict(image_mean=[.5] * 3, image_std=[.5] * 3, size=dict(height=64, width=64))
-    with atomic_path(path) as tmp, _quiet():
+    with atomic_path(path) as tmp, quiet():
         deepcopy(model).half().save_pretrained(tmp)
         Path(tmp, "preprocessor_config.json").write_text(json.dumps(feed) + "\n")
     return model

@@ -1,0 +1,149 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_nb.layers import LoraInjectedConv2d, LoraInjectedLinear, set_scales
+
+torch.set_num_threads(1)
+close = lambda a, b, eps=1e-5: torch.allclose(a, b, atol=eps, rtol=eps)
+x, image = torch.randn(5, 48), torch.randn(2, 8, 9, 9)
+KINDS = {"3x3": dict(kernel_size=3, padding=1), "1x1": dict(kernel_size=1), "strided": dict(kernel_size=3, stride=2),
+         "dilated": dict(kernel_size=3, dilation=2, padding=2), "oblong": dict(kernel_size=(3, 1), padding="same"),
+         "grouped": dict(kernel_size=3, groups=4), "depthwise": dict(kernel_size=3, groups=8)}
+
+
+def pretend_trained(layer, std=.1):
+    with torch.no_grad():
+        for p in (layer.lora_up.weight, layer.lora_down.weight): p.normal_(std=std)
+    return layer
+
+
+def merged_copy(base, layer):
+    base = deepcopy(base)
+    base.weight.data = (base.weight.data + layer.delta_weight()).to(base.weight.dtype)
+    return base
+
+
+@pytest.mark.parametrize("r, says", [(33, "less or equal than 32"), (0, "at least 1"), (2.5, "whole number"), (True, "whole number")])
+def test_impossible_ranks(r, says):
+    with pytest.raises(ValueError, match=says): LoraInjectedLinear.from_base(nn.Linear(48, 32), r=r)
+
+
+def test_constructors_check_too():
+    with pytest.raises(ValueError, match="rank 5"): LoraInjectedLinear(4, 4, r=5)
+    with pytest.raises(ValueError, match="expected 'gaussian'"): LoraInjectedLinear(4, 4, r=2, init="zero")
+    with pytest.raises(ValueError, match="less or equal than 2"): LoraInjectedConv2d(2, 8, 3, r=4)
+    base = nn.Linear(48, 32); LoraInjectedLinear.from_base(base)
+    assert base.weight.requires_grad is False
+
+
+def test_one_scale_for_each_layer():
+    with pytest.raises(ValueError): set_scales([LoraInjectedLinear(4, 4), LoraInjectedLinear(4, 4)], [1.])
+
+
+def test_a_diagonal_has_one_weight_for_each_rank():
+    with pytest.raises(ValueError, match=r"expected \(4,\)"): LoraInjectedLinear(8, 8).set_selector_from_diag(torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selector_in_every_geometry(kind):
+    layer = pretend_trained(LoraInjectedConv2d(8, 16, **KINDS[kind], r=3, dropout_p=0.))
+    layer.set_selector_from_diag([1., .5, 0.])
+    assert close(layer(image), merged_copy(layer.conv, layer)(image))
+    up, down = layer.realize_as_lora()
+    assert up.shape == (16, 3, 1, 1) and down.shape == (3, *layer.weight.shape[1:])
+
+
+@pytest.mark.parametrize("scale", [1, .4, 0])
+def test_dora_of_a_grouped_convolution(scale):
+    conv = nn.Conv2d(8, 16, 3, padding=1, groups=2)
+    layer = pretend_trained(LoraInjectedConv2d.from_base(conv, r=3, dora=True, alpha=2))
+    layer.scale = scale
+    assert close(layer(image), merged_copy(conv, layer)(image))
+
+
+def test_dora_learns_magnitudes_and_is_no_pair_of_factors():
+    layer = pretend_trained(LoraInjectedConv2d.from_base(nn.Conv2d(8, 16, 3), r=3, dora=True))
+    layer(image).mean().backward()
+    learns = {n for n, p in layer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert learns == {"lora_down.weight", "lora_up.weight", "magnitude"}
+    with pytest.raises(ValueError, match="magnitude would be lost"): layer.realize_as_lora()
+
+
+@pytest.mark.parametrize("cls, base, inp", [(LoraInjectedLinear, nn.Linear(48, 32), x),
+                                            (LoraInjectedConv2d, nn.Conv2d(8, 16, 3, groups=2), image)])
+def test_pissa_at_every_scale_off_and_removed(cls, base, inp):
+    before, want = base.weight.detach().clone(), base(inp).detach()
+    layer = pretend_trained(cls.from_base(base, 4, init="pissa"))
+    for s in (1, .3, 0):
+        layer.scale = s
+        twin = deepcopy(base); twin.weight.data = before + layer.delta_weight()
+        assert close(layer(inp), twin(inp), 1e-4)
+    layer.enabled = False
+    assert close(layer(inp), want, 1e-4)
+    with pytest.raises(ValueError, match="wears another LoRA"): cls.from_base(layer, 2, init="pissa")
+    layer.restore_base()
+    assert torch.equal(base.weight, before)
+
+
+def answers(layer, x):
+    "With and without gradients; what a hook on the base saw, and the base's own answer"
+    with torch.no_grad(): quick = layer(x)
+    seen = []
+    hook = layer.base.register_forward_hook(lambda m, args, out: seen.append(out))
+    with torch.no_grad(): watched, said = layer(x), layer.base(x)
+    hook.remove()
+    return quick, watched, layer(x).detach(), seen[0], said
+
+
+def check_nobody_notices(layer, x):
+    quick, watched, slow, seen, said = answers(layer, x)
+    assert close(quick, slow) and close(watched, slow) and torch.equal(seen, said)
+
+
+def test_in_place_additions_stay_unseen_in_a_stack():
+    first = pretend_trained(LoraInjectedLinear.from_base(nn.Linear(48, 32), r=4))
+    check_nobody_notices(pretend_trained(LoraInjectedLinear.from_base(first, r=2, scale=.5)), x)
+
+
+@pytest.mark.parametrize("kw", [dict(kernel_size=1), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=3, groups=2)], ids=str)
+@pytest.mark.parametrize("img", [torch.randn(2, 8, 6, 6), torch.randn(8, 6, 6), torch.randn(2, 6, 6, 8).permute(0, 3, 1, 2)],
+                         ids=["batch", "single", "channels last"])
+def test_in_place_additions_stay_unseen_in_convolutions(kw, img):
+    check_nobody_notices(pretend_trained(LoraInjectedConv2d.from_base(nn.Conv2d(8, 16, **kw), r=4)).eval(), img)
+
+
+def test_autocast_gives_what_peft_gives():
+    from peft import LoraConfig
+    from peft.tuners.lora import layer as peft_layer
+    layer = pretend_trained(LoraInjectedLinear.from_base(nn.Linear(48, 32), r=4))
+    twin = peft_layer.Linear(deepcopy(layer.linear), "default", config=LoraConfig(r=4, lora_alpha=4), r=4, lora_alpha=4)
+    twin.lora_A["default"].weight.data = layer.lora_down.weight.data.clone()
+    twin.lora_B["default"].weight.data = layer.lora_up.weight.data.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert close(layer(x), twin.eval()(x), 3e-2)
+
+
+def every_path():
+    yield LoraInjectedLinear.from_base(nn.Linear(48, 32), 4, dora=True), x
+    yield LoraInjectedLinear.from_base(nn.Linear(48, 32), 4, init="pissa"), x
+    yield LoraInjectedConv2d.from_base(nn.Conv2d(8, 16, 3, groups=2), 4), image
+    yield LoraInjectedLinear.from_base(pretend_trained(LoraInjectedLinear.from_base(nn.Linear(48, 32), 4)), 2), x
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_every_path_of_the_forward_pass_compiles(i):
+    layer, inp = list(every_path())[i]
+    pretend_trained(layer).eval()
+    assert close(torch.compile(layer, fullgraph=True, backend="eager")(inp), layer(inp))
+    torch._dynamo.reset()
+
+
+def test_layers_that_only_wear_share_their_idle_parts():
+    a, b = (LoraInjectedLinear.from_factors(nn.Linear(4, 4), torch.ones(4, 1), torch.ones(1, 4)) for _ in range(2))
+    assert a.selector is b.selector
+    a.set_selector_from_diag([0.])
+    assert a.selector is not b.selector and not torch.equal(a(torch.ones(1, 4)), b(torch.ones(1, 4)))
