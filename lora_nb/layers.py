@@ -36,8 +36,8 @@ class LoraLayer(nn.Module):
     made: int = 0
 
     def _set_strength(self, r, alpha, rslora, scale):
-        # `__dict__.update` goes past nn.Module's setter, which looks at each value three times: apply_lora makes hundreds
-        # of layers. With plain assignments the layer works the same, and putting a LoRA on takes longer.
+        # Past nn.Module's setter, which checks each value against parameters, modules and buffers: apply_lora makes hundreds
+        # of layers. Plain assignments would work the same and only make putting a LoRA on slower.
         self.__dict__.update(r=r, _alpha=alpha, use_rslora=rslora, _gain_tensor=torch.ones(()))
         self.scale = scale
 
@@ -68,7 +68,7 @@ def set_scales(
     "Set the strengths of many branches at once"
     tensors, gains = [], []
     for m, s in zip(layers, scales, strict=True):
-        own = m.__dict__
+        own = m.__dict__                     # the property's own way would fill one tensor at a time
         own["_scale"] = s = float(s)
         own["_gain"] = s if own["_alpha"] is None and not own["use_rslora"] else s * m.scaling
         tensors.append(own["_gain_tensor"]); gains.append(own["_gain"])
@@ -121,7 +121,7 @@ def _linear(weight):
     "An nn.Linear around a weight. Its constructor would draw random numbers first, and move the user's random state"
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])
+    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])    # past the slow setter, as above
     layer._parameters.update(weight=nn.Parameter(weight), bias=None)
     return layer
 
