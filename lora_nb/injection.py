@@ -379,7 +379,7 @@ def _name_end_token(model, tokenizer):
 # %% ../nbs/04_injection.ipynb #1ffcd708
 def add_words(
     model: nn.Module,                # a text encoder
-    tokenizer,                       # its tokenizer
+    tokenizer: Any,                  # its tokenizer
     words: dict[str, torch.Tensor],  # token -> (n, d)
     name: str,                       # of the LoRA that brings them
 ) -> None:
