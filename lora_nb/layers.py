@@ -113,7 +113,7 @@ def check_rank(
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ShapeError(f"LoRA rank {r!r}: expected a whole number of at least 1")
     if r > min(n_in, n_out):
-        raise ShapeError(f"LoRA rank {r} must be less or equal than {min(n_in, n_out)}, the smaller side of this "
+        raise ShapeError(f"LoRA rank {r} must be at most {min(n_in, n_out)}, the smaller side of this "
                          f"layer ({n_in} in, {n_out} out). Choose a lower rank, or leave the layer out")
 
 # %% ../nbs/02_layers.ipynb #dc6184f9
