@@ -1,4 +1,4 @@
-"""The few things that every other chapter needs: errors for people, devices, seeds, bundled data, and files that are never half-written.
+"""What every other chapter needs: errors for people, devices, seeds, bundled data, and files that are never half-written.
 
 Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 

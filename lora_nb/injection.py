@@ -103,7 +103,8 @@ def _matcher(model, targets, component):
 # %% ../nbs/04_injection.ipynb #9670decd
 def find_targets(
     model: nn.Module,     # a UNet, transformer, text encoder, or any nn.Module
-    targets: str | list[str] | Callable = "attention",  # preset ("picture@0-5": some blocks), list of names or classes, regex, f(name, module) -> bool
+    # preset ("picture@0-5": some blocks), list of names or classes, regex, or f(name, module) -> bool
+    targets: str | list[str] | Callable = "attention",
     component: str | None = None,  # the model's name in a pipeline; None: judged by its class
 ) -> dict[str, nn.Module]:          # path -> module
     "The linears and convolutions that `targets` names. Raises `TargetError` if a target names nothing"
@@ -179,7 +180,7 @@ def remove(self) -> None:
 # %% ../nbs/04_injection.ipynb #0e976fa1
 def inject_lora(
     pipe_or_model: "Wearer",  # pipeline, loaded base, or bare model
-    targets: str | list[str] | Callable | dict = "attention",  # what to adapt: see `find_targets`; or component -> targets
+    targets: str | list[str] | Callable | dict = "attention",  # as for `find_targets`; or component -> targets
     rank: int | dict[str, int] = 4,  # rank r, or component -> rank
     alpha: float | None = None,      # numerator of alpha/r; None: r
     dropout: float = 0.,             # of the branches' input, in training
@@ -325,10 +326,11 @@ def load(self,
                           "inject with the targets it was trained with")
     for n, m in self.layers.items():
         f = lora.layers[n]
-        if f.rank != m.r: raise ShapeError(f"{n} has rank {m.r} here and {f.rank} in the LoRA: inject with the LoRA's rank")
+        if f.rank != m.r:
+            raise ShapeError(f"{n} has rank {m.r} here and {f.rank} in the LoRA: inject with the LoRA's rank")
         if f.shape != tuple(m.weight.shape):
-            raise ShapeError(f"{n} has a weight of {tuple(m.weight.shape)} here and {f.shape} in the LoRA: it was trained on "
-                             "another base")
+            raise ShapeError(f"{n} has a weight of {tuple(m.weight.shape)} here and {f.shape} in the LoRA: it was "
+                             "trained on another base")
     for n, m in self.layers.items():
         f = lora.layers[n].plain()
         m.lora_up.weight.copy_((f.up * (f.scaling / m.scaling)).view_as(m.lora_up.weight))
@@ -412,7 +414,7 @@ def apply_lora(
     pipe_or_model: "Wearer",   # pipeline, loaded base, or bare model
     lora: Lora | str | Path,   # a LoRA, or the path of a file
     scale: float | dict[str, float] = 1.,  # strength, or component -> strength
-    mode: Literal["merge", "inject"] = "merge",  # into the weights (no cost per step), or as branches (scale costs nothing)
+    mode: Literal["merge", "inject"] = "merge",  # into the weights (free at each step), or as branches (free to scale)
     name: str | None = None,   # for `set_scale` and `remove_lora`; None: "lora", "lora_2" ...
 ) -> str:                      # the name
     "Make a model wear a LoRA. If it fails, nothing has changed"
@@ -471,8 +473,8 @@ def _report_lost(parts, lora, lost, misshaped, found):
     if misshaped:
         full, f, place = misshaped[0]
         raise ShapeError(f"{len(misshaped)} of {len(lora)} layers have another shape than the model's: {full} is made "
-                         f"for a weight of {f.shape}, the model's is {tuple(root_module(place.module).weight.shape)}. The "
-                         "LoRA was trained on another base: load that base, or look at lora.report(pipe)")
+                         f"for a weight of {f.shape}, the model's is {tuple(root_module(place.module).weight.shape)}. "
+                         "The LoRA was trained on another base: load that base, or look at lora.report(pipe)")
     if lost:
         names = [f"{c}.{n}" for c, (_, there) in found.items() for n in there]
         raise TargetError(f"{len(lost)} of {len(lora)} layers have no place in the model ({', '.join(parts)}): "
@@ -541,7 +543,7 @@ def _plan_inject(model, layers, scale, name):
             magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
             layer = adapted_class(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
             for p in branch_parameters(layer): p.requires_grad_(False)
-            layer.__dict__["adapter"] = name              # not by nn.Module's setter, which is slow for hundreds of layers
+            layer.__dict__["adapter"] = name              # past nn.Module's setter: a model has hundreds of layers
             made.append((place, layer))
     def commit():
         for place, layer in made: place.parent._modules[place.attr] = layer
@@ -567,7 +569,7 @@ def _plan_merge(model, layers, scale, name):
 # %% ../nbs/04_injection.ipynb #d6bda4d3
 def set_scale(
     pipe_or_model: "Wearer",  # what wears the LoRA
-    scale: float | dict[str, float],  # strength, or strengths by component or block: {"down_blocks.1": .5, "B03-07.text": 0}
+    scale: float | dict[str, float],  # strength; or by component or block: {"down_blocks.1": .5, "B03-07.text": 0}
     name: str | None = None,  # which; None: all
 ) -> None:
     "Change the strength of a worn LoRA, live. What a dict does not name keeps its strength"

@@ -239,7 +239,9 @@ def _axes(title, xlabel, ylabel, width=6.4, height=3.2):
 
 def _legend(figure, ax, names):
     "A legend below the axes, where it covers no data, if there are several series"
-    if len(names) > 1: figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    if len(names) < 2: return
+    columns = min(len(names), 4)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 # %% ../nbs/01_show.ipynb #887b03e2
 class Plot:

@@ -136,8 +136,8 @@ def layer_factors(
 @dataclass
 class Worn:
     "What one model wears beside its branches"
-    merged: dict[str, tuple[dict[str, Factors], float]] = field(default_factory=dict)  # adapter -> (path -> factors, scale)
-    tokens: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)           # adapter -> (token -> (n, d))
+    merged: dict[str, tuple[dict, float]] = field(default_factory=dict)  # adapter -> (path -> Factors, scale)
+    tokens: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # adapter -> (token -> (n, d))
     about: dict[str, dict] = field(default_factory=dict)  # adapter -> metadata
     kept: tuple | None = None   # (tokenizer, its state, rows of the token table) before any token
     flags: dict | None = None   # parameter -> whether it learned before training froze it

@@ -108,7 +108,8 @@ def test_in_place_additions_stay_unseen_in_a_stack():
     check_nobody_notices(pretend_trained(LoraInjectedLinear.from_base(first, r=2, scale=.5)), x)
 
 
-@pytest.mark.parametrize("kw", [dict(kernel_size=1), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=3, groups=2)], ids=str)
+@pytest.mark.parametrize("kw", [dict(kernel_size=1), dict(kernel_size=3, padding=1, stride=2),
+                                dict(kernel_size=3, groups=2)], ids=str)
 @pytest.mark.parametrize("img", [torch.randn(2, 8, 6, 6), torch.randn(8, 6, 6), torch.randn(2, 6, 6, 8).permute(0, 3, 1, 2)],
                          ids=["batch", "single", "channels last"])
 def test_in_place_additions_stay_unseen_in_convolutions(kw, img):

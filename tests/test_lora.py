@@ -85,7 +85,8 @@ def test_as_text():
 
 @pytest.mark.parametrize("loras, says", [([], "found none"), ([lora, "b.safetensors"], "found str"),
     ([lora, Lora({"unet.x": dora})], "cannot be summed"),
-    ([Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 8))}), Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 9))})],
+    ([Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 8))}),
+      Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 9))})],
      "different bases")])
 def test_what_has_no_sum(loras, says):
     with pytest.raises(ValueError, match=says): gather(loras)
