@@ -11,7 +11,7 @@ __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError',
            'row_norms', 'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
-import contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
+import builtins, contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def patch_to(
 ) -> Callable:
     "A decorator that adds a function to a class, as a method of the same name"
     def add(f):
-        old = f.__globals__.get(f.__name__)
+        old = f.__globals__.get(f.__name__, getattr(builtins, f.__name__, None))    # `map` stays Python's own
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
         setattr(cls, f.__name__, property(f) if as_prop else classmethod(f) if cls_method else f)
         return old

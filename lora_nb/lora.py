@@ -289,7 +289,7 @@ def _repr_markdown_(self):
 @patch_to(Lora, cls_method=True)
 def load(cls,
     path: str | Path,          # .safetensors or .pt, or a folder that holds one
-    base: Any = None,          # pipeline, loaded base or model, for formats without names
+    base: "Wearer | None" = None,  # pipeline, loaded base or model, for formats without names
     **kw,
 ) -> "Lora":
     "A LoRA from a file of any known format"
