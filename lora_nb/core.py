@@ -1,4 +1,4 @@
-"""The few things that every other chapter needs: errors for people, devices, seeds, bundled data, and files that are never half-written.
+"""What every other chapter needs: errors for people, devices, seeds, bundled data, and files that are never half-written.
 
 Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 
@@ -11,7 +11,7 @@ __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError',
            'row_norms', 'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
-import contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
+import builtins, contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 # %% ../nbs/00_core.ipynb #55245c94
-class LoraError(ValueError): "Base of all errors of lora_nb: what was found, what was expected, what to do."
-class FormatError(LoraError): "A file cannot be read, placed or represented."
-class TargetError(LoraError): "Modules to adapt were not found."
-class ShapeError(LoraError): "Factors and modules do not fit together."
-class DataError(LoraError): "Pictures, captions or bundled data are missing or broken."
-class TrainingError(LoraError): "A training cannot start or continue."
+class LoraError(ValueError): "Base of all errors of lora_nb: what was found, what was expected, what to do"
+class FormatError(LoraError): "A file cannot be read, placed or represented"
+class TargetError(LoraError): "Modules to adapt were not found"
+class ShapeError(LoraError): "Factors and modules do not fit together"
+class DataError(LoraError): "Pictures, captions or bundled data are missing or broken"
+class TrainingError(LoraError): "A training cannot start or continue"
 
 # %% ../nbs/00_core.ipynb #d2031bb5
 def closest(
@@ -40,7 +40,7 @@ def closest(
 def default_device(
     device: torch.device | str | None = None,  # a device or its name; None: the best there is
 ) -> torch.device:
-    "The best device: CUDA, else Apple's MPS, else the CPU."
+    "The best device: CUDA, else Apple's MPS, else the CPU"
     if device is not None: return torch.device(device)
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -48,7 +48,7 @@ def default_device(
 def default_dtype(
     device: torch.device | str | None = None,  # a device or its name; None: the best there is
 ) -> torch.dtype:
-    "Precision of frozen weights: bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU."
+    "Precision of frozen weights: bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU"
     kind = default_device(device).type
     if kind == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
@@ -66,7 +66,7 @@ def fast_bf16(
 def autocast(
     device: torch.device | str | None = None,  # a device or its name; None: the best there is
 ) -> contextlib.AbstractContextManager:
-    "A context that casts to bfloat16 where that is fast, and does nothing elsewhere."
+    "A context that casts to bfloat16 where that is fast, and does nothing elsewhere"
     if not fast_bf16(device): return contextlib.nullcontext()
     return torch.autocast(default_device(device).type, torch.bfloat16)
 
@@ -74,28 +74,28 @@ def autocast(
 def set_seed(
     seed: int,
 ) -> None:
-    "Seed Python, NumPy and torch, on all devices."
+    "Seed Python, NumPy and torch, on all devices"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 def generator(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> torch.Generator:
-    "A random generator of its own."
+    "A random generator of its own"
     return torch.Generator(device).manual_seed(seed)
 
 def generators(
     seeds: Iterable[int],
     device: torch.device | str = "cpu",
 ) -> list[torch.Generator]:
-    "One generator for each picture."
+    "One generator for each picture"
     return [generator(s, device) for s in seeds]
 
 # %% ../nbs/00_core.ipynb #40f5fcd8
 def data_path(
     *parts: str,  # path below the data folder, e.g. "subjects", "teapot"
 ) -> Path:
-    "The path of bundled data, wherever the package is installed."
+    "The path of bundled data, wherever the package is installed"
     here = Path(importlib.util.find_spec("lora_nb").origin).resolve().parent
     roots = [r for r in (here / "data", here.parent / "data") if r.is_dir()]
     for r in roots:
@@ -108,7 +108,7 @@ def data_path(
 
 # %% ../nbs/00_core.ipynb #c7fb93dc
 def _replace(tmp, path):
-    "Rename `tmp` to `path`. A folder replaces only a folder, and the old one comes back on error."
+    "Rename `tmp` to `path`. A folder replaces only a folder, and the old one comes back on error"
     if path.exists() and path.is_dir() != tmp.is_dir():
         kinds = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
         raise LoraError(f"{path} is {kinds[0]} and should become {kinds[1]}: nothing was written. Choose another name, "
@@ -122,7 +122,7 @@ def _replace(tmp, path):
 
 # %% ../nbs/00_core.ipynb #601a5b52
 def _open_to_readers(path):
-    "Give files the permissions that `open` would have given."
+    "Give files the permissions that `open` would have given"
     mask = os.umask(0); os.umask(mask)
     for p in path.rglob("*") if path.is_dir() else [path]:
         if p.is_file() and not p.is_symlink(): p.chmod(p.stat().st_mode | 0o666 & ~mask)
@@ -132,7 +132,7 @@ def _open_to_readers(path):
 def atomic_path(
     path: str | Path,   # where the finished file or folder belongs
 ) -> Iterator[Path]:    # a temporary path with the same name
-    "Write to the yielded path; it gets its final name only if the block ends without an error."
+    "Write to the yielded path; it gets its final name only if the block ends without an error"
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +151,9 @@ def patch_to(
     as_prop: bool = False,     # make it a property
     cls_method: bool = False,  # make it a class method
 ) -> Callable:
-    "A decorator that adds a function to a class, as a method of the same name."
+    "A decorator that adds a function to a class, as a method of the same name"
     def add(f):
-        old = f.__globals__.get(f.__name__)
+        old = f.__globals__.get(f.__name__, getattr(builtins, f.__name__, None))    # `map` stays Python's own
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
         setattr(cls, f.__name__, property(f) if as_prop else classmethod(f) if cls_method else f)
         return old
@@ -164,14 +164,14 @@ def progress(
     iterable: Iterable | None = None,
     **kw,  # of `tqdm`
 ) -> Any:  # the bar; iterate over it
-    "A progress bar (tqdm), silent when LORA_NB_QUIET=1."
+    "A progress bar (tqdm), silent when LORA_NB_QUIET=1"
     from tqdm.auto import tqdm
     silent = os.environ.get("LORA_NB_QUIET", "0") not in ("", "0")
     return tqdm(iterable, **{"disable": True, **kw} if silent else {"dynamic_ncols": True, **kw})
 
 # %% ../nbs/00_core.ipynb #63b1f98f
 def peak_rss_mb() -> float:
-    "Largest resident memory of this process so far, in MB (10^6 bytes)."
+    "Largest resident memory of this process so far, in MB (10^6 bytes)"
     import resource                                                     # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
@@ -181,7 +181,7 @@ def some(
     names: Iterable,  # of anything that has a text
     n: int = 4,       # how many to show
 ) -> str:             # "a, b, c, d and 3 more"
-    "The first few names, for a message."
+    "The first few names, for a message"
     names = [str(x) for x in names]
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
@@ -189,14 +189,14 @@ def some(
 def human(
     n: float,  # bytes
 ) -> str:
-    "A number of bytes for people."
+    "A number of bytes for people"
     return f"{n / 2**20:.1f} MB" if n >= 2**20 else f"{n / 2**10:.1f} KB" if n >= 2**10 else f"{n} bytes"
 
 def table(
     head: list[str],       # column titles
     rows: Iterable[list],  # cells of each row
 ) -> str:
-    "A Markdown table."
+    "A Markdown table"
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in lines)
 
@@ -207,7 +207,7 @@ def free_name(
     sep: str = "-",  # between name and number
     first: int = 1,  # the first number to try
 ) -> str:            # `name`, or `name-1`, `name-2` ...; `<cat>` becomes `<cat-1>`
-    "A name that is not taken."
+    "A name that is not taken"
     used = taken if callable(taken) else taken.__contains__
     stem, end = (name[:-1], ">") if name.endswith(">") else (name, "")
     while used(name): name, first = f"{stem}{sep}{first}{end}", first + 1
@@ -217,7 +217,7 @@ def free_name(
 def finite(
     t: torch.Tensor,
 ) -> bool:
-    "Is every number of a tensor finite? True for tensors without numbers (device `meta`)."
+    "Is every number of a tensor finite? True for tensors without numbers (device `meta`)"
     if t.is_meta: return True
     return math.isfinite(t.detach().sum(dtype=torch.float32).item()) or bool(torch.isfinite(t).all())
 
@@ -225,7 +225,7 @@ def finite_number(
     x: Any,     # a number, or its text
     what: str,  # its name, for the error
 ) -> float:
-    "`x` as a finite float, or a `LoraError`."
+    "`x` as a finite float, or a `LoraError`"
     try: value = float(x)
     except (TypeError, ValueError): value = math.nan
     if math.isfinite(value): return value
@@ -235,13 +235,13 @@ def finite_number(
 def row_norms(
     weight: torch.Tensor,  # (out, ...)
 ) -> torch.Tensor:         # (out,), float32
-    "Norm of each output's weights, in single precision."
+    "Norm of each output's weights, in single precision"
     return weight.detach().float().flatten(1).norm(dim=1)
 
 # %% ../nbs/00_core.ipynb #80edfddb
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    "Hold back the garbage collector while thousands of small objects are made."
+    "Hold back the garbage collector while thousands of small objects are made"
     on = gc.isenabled()
     gc.disable()
     try: yield
@@ -253,7 +253,7 @@ def quick() -> Iterator[None]:
 def quiet(
     on: bool = True,  # False: change nothing
 ) -> Iterator[None]:
-    "Silence the progress bars and the advice of diffusers and transformers."
+    "Silence the progress bars and the advice of diffusers and transformers"
     import diffusers, transformers
     libs = [diffusers.utils.logging, transformers.utils.logging] if on else []
     was = [(l, l.get_verbosity(), l.is_progress_bar_enabled()) for l in libs]

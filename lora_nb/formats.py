@@ -35,7 +35,7 @@ from .layers import LoraLayer
 from .lora import Factors, Lora
 from .names import canonical
 from .worn import places, resolve_components
-from .injection import extract_lora_as_tensor, extract_lora_ups_down
+from .lora_diffusion import extract_lora_as_tensor, extract_lora_ups_down
 from .core import quick
 
 # %% ../nbs/05_formats.ipynb #bd54b66e

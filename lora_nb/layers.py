@@ -31,13 +31,13 @@ class LoraLayer(nn.Module):
     enabled: bool = True                      # False: the base alone answers
     merged: bool = False                      # True once the branch has been folded into the base for good
     adapter: str = "default"                  # whose branch this is, when a model wears several
-    # How many branches were ever made. An index of a model's branches (`worn.branch_index`) is right as long as this stands
-    # still and each branch it lists is in place. Without the counter, a branch added later would not be seen by set_scale.
+    # How many branches were ever made. An index of a model's branches (`worn.branch_index`) is right while this does not
+    # change and each branch it lists is in place. Without the counter, set_scale would not see a branch added later.
     made: int = 0
 
     def _set_strength(self, r, alpha, rslora, scale):
-        # `__dict__.update` goes past nn.Module's setter, which looks at each value three times: apply_lora makes hundreds
-        # of layers. With plain assignments the layer works the same, and putting a LoRA on takes longer.
+        # Past nn.Module's setter, which checks each value against parameters, modules and buffers: apply_lora makes
+        # hundreds of layers. Plain assignments would work the same and only make putting a LoRA on slower.
         self.__dict__.update(r=r, _alpha=alpha, use_rslora=rslora, _gain_tensor=torch.ones(()))
         self.scale = scale
 
@@ -68,7 +68,7 @@ def set_scales(
     "Set the strengths of many branches at once"
     tensors, gains = [], []
     for m, s in zip(layers, scales, strict=True):
-        own = m.__dict__
+        own = m.__dict__                     # the property's own way would fill one tensor at a time
         own["_scale"] = s = float(s)
         own["_gain"] = s if own["_alpha"] is None and not own["use_rslora"] else s * m.scaling
         tensors.append(own["_gain_tensor"]); gains.append(own["_gain"])
@@ -78,7 +78,8 @@ def set_scales(
 def init_factors(
     weight: torch.Tensor,  # the base's weight, (out, in) or (out, in/groups, kh, kw)
     r: int,             # rank
-    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian",  # "gaussian": N(0, 1/r^2); "kaiming": uniform; "pissa": leading singular vectors
+    # "gaussian": N(0, 1/r^2); "kaiming": uniform; "pissa": leading singular vectors
+    init: Literal["gaussian", "kaiming", "pissa"] = "gaussian",
     dtype: torch.dtype | None = None,  # of the factors; None: the weight's
 ) -> tuple[torch.Tensor, torch.Tensor]:  # up (out, r, ...), down (r, in, ...)
     "The starting factors of a branch beside a weight"
@@ -113,7 +114,7 @@ def check_rank(
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ShapeError(f"LoRA rank {r!r}: expected a whole number of at least 1")
     if r > min(n_in, n_out):
-        raise ShapeError(f"LoRA rank {r} must be less or equal than {min(n_in, n_out)}, the smaller side of this "
+        raise ShapeError(f"LoRA rank {r} must be at most {min(n_in, n_out)}, the smaller side of this "
                          f"layer ({n_in} in, {n_out} out). Choose a lower rank, or leave the layer out")
 
 # %% ../nbs/02_layers.ipynb #dc6184f9
@@ -121,7 +122,7 @@ def _linear(weight):
     "An nn.Linear around a weight. Its constructor would draw random numbers first, and move the user's random state"
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])
+    layer.__dict__.update(out_features=weight.shape[0], in_features=weight.shape[1])    # past the slow setter, as above
     layer._parameters.update(weight=nn.Parameter(weight), bias=None)
     return layer
 
@@ -189,9 +190,9 @@ def from_base(cls,
     return self
 
 # %% ../nbs/02_layers.ipynb #8a9dce79
-# Shared by every layer that only wears a LoRA; making two modules for each would take most of apply_lora's time. Nothing may
-# change them in place: `set_selector_from_diag` and `set_factors` replace the selector of one layer instead. Their `training`
-# flag is everyone's, which is harmless with p = 0.
+# Shared by every layer that only wears a LoRA; two modules of its own for each would make apply_lora slower. Nothing may
+# change them in place, or all those layers change: `set_selector_from_diag` and `set_factors` replace one layer's selector
+# instead. Their `training` flag is common to all, which is harmless with p = 0.
 _IDLE = nn.Dropout(0.), nn.Identity()
 
 @patch_to(LoraLayer, cls_method=True)
@@ -395,7 +396,8 @@ class LoraInjectedConv2d(LoraLayer):
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
             h = parts["lora_down"].forward(x)
-            if self._may_overwrite(base, y) and y.ndim == 4 and base.groups == 1: return _add_conv_branch(y, h, b, self._gain)
+            if y.ndim == 4 and base.groups == 1 and self._may_overwrite(base, y):
+                return _add_conv_branch(y, h, b, self._gain)
             return torch.add(y, parts["lora_up"].forward(h), alpha=self._gain)
         return self._general(x, y)
 

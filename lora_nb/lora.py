@@ -289,7 +289,7 @@ def _repr_markdown_(self):
 @patch_to(Lora, cls_method=True)
 def load(cls,
     path: str | Path,          # .safetensors or .pt, or a folder that holds one
-    base: Any = None,          # pipeline, loaded base or model, for formats without names
+    base: "Wearer | None" = None,  # pipeline, loaded base or model, for formats without names
     **kw,
 ) -> "Lora":
     "A LoRA from a file of any known format"
@@ -341,7 +341,7 @@ def _check_shapes(name, factors):
 # %% ../nbs/03_lora.ipynb #7df52a6c
 def join_words(
     loras: list[Lora],
-    blend: list[float] | None = None,  # shares that add up to 1: words of one name are blended; None: they may not differ
+    blend: list[float] | None = None,  # shares (sum 1) to blend words of one name; None: they may not differ
 ) -> dict[str, dict[str, torch.Tensor]]:  # token -> {component: (n, d)}
     "The learned words of several LoRAs"
     found = {}
@@ -456,7 +456,8 @@ def __eq__(self, other) -> bool:
     if not isinstance(other, Lora): return NotImplemented
     if self.layers != other.layers or self.metadata != other.metadata: return False
     words = [{t: d.keys() for t, d in l.embeddings.items()} for l in (self, other)]
-    return words[0] == words[1] and all(_same(e, other.embeddings[t][c]) for t, d in self.embeddings.items() for c, e in d.items())
+    if words[0] != words[1]: return False
+    return all(_same(e, other.embeddings[t][c]) for t, d in self.embeddings.items() for c, e in d.items())
 
 # %% ../nbs/03_lora.ipynb #dc024900
 Lora.__hash__ = object.__hash__

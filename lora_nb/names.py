@@ -11,8 +11,9 @@ __all__ = ['COMPONENTS', 'STREAMS', 'BLOCKS', 'BLOCK_LISTS', 'split_name', 'cano
 
 # %% ../nbs/new_names.ipynb #0902be84
 import re
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .core import LoraError, TargetError, closest, finite_number
 
@@ -20,38 +21,38 @@ from .core import LoraError, TargetError, closest, finite_number
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 def split_name(
-    name,  # of a layer, with its component
-):         # (component, path)
+    name: str,  # of a layer, with its component
+) -> tuple[str, str]:  # (component, path)
     "The two halves of a layer's name"
     component, _, path = name.partition(".")
     return component, path
 
 # %% ../nbs/new_names.ipynb #acce260b
 def canonical(
-    path,  # of a module, without its component
-):
+    path: str,  # of a module, without its component
+) -> str:
     "A module's path in our spelling: no `text_model.` (transformers 4), no wrappers"
     return path.replace("_orig_mod.", "").removeprefix("text_model.")
 
 def canonical_name(
-    name,  # of a layer, with its component
-):
+    name: str,  # of a layer, with its component
+) -> str:
     "A layer's name in our spelling"
     component, path = split_name(name)
     return f"{component}.{canonical(path)}"
 
 # %% ../nbs/new_names.ipynb #6d8b4bee
 def block_of(
-    name,  # of a layer, with its component
-):
-    "The block that a layer lies in: its component and the path up to the first number"
+    name: str,  # of a layer, with its component
+) -> str:
+    "The block of a layer: its component and its path up to the first number"
     parts = name.split(".")
     stop = next((i + 1 for i, p in enumerate(parts) if p.isdigit()), 2)
     return ".".join(parts[:2] if parts[1] == "mid_block" else parts[:stop])
 
 def kind_of(
-    name,  # of a layer, with its component
-):
+    name: str,  # of a layer, with its component
+) -> tuple[str, ...]:
     "A name without its place: component and last two words"
     words = [w for w in name.split(".") if not w.isdigit()]
     return (words[0], *words[-2:])
@@ -61,38 +62,39 @@ STREAMS = dict(text=("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff
                picture=("to_q", "to_k", "to_v", "to_out", "ff", "norm1"))
 
 def stream_of(
-    path,  # of a layer, with its component or without
-):         # "picture", "text", or "" outside of the blocks of an MMDiT
+    path: str,  # of a layer, with its component or without
+) -> str:       # "picture", "text", or "" outside of an MMDiT's blocks
     "The stream of an MMDiT that a layer belongs to"
     if not re.match(r"(transformer\.)?transformer_blocks\.\d", path): return ""
     return "text" if any(w in STREAMS["text"] for w in path.split(".")) else "picture"
 
+# %% ../nbs/new_names.ipynb #6648fd3c
 def block_number(
-    path,  # of a layer, without its component
-):         # int, or None outside of the blocks of an MMDiT
+    path: str,      # of a layer, without its component
+) -> int | None:    # None outside of the blocks of an MMDiT
     "The number of a layer's block in an MMDiT"
     found = re.match(r"transformer_blocks\.(\d+)\.", path)
     return int(found[1]) if found else None
 
 # %% ../nbs/new_names.ipynb #fb3c1ae6
 def long_form(
-    pattern,
-):
-    "A pattern with its blocks spelled out: `B03-07` as `transformer_blocks.3-7`"
+    pattern: str,
+) -> str:
+    "A pattern with its blocks spelled out: `transformer_blocks.3-7` for `B03-07`"
     path = lambda m: f"transformer_blocks.{m[1]}" + (f"-{m[3]}" if m[2] else "")
     return ".".join(re.sub(r"^[bB]0*(\d+)(-[bB]?0*(\d+))?$", path, w) for w in pattern.split("."))
 
 # %% ../nbs/new_names.ipynb #b4a41df1
 class Pattern(NamedTuple):
-    "What a short form stands for"
+    "What a short form means"
     path: re.Pattern     # found in the path
     stream: str | None   # "picture", "text", or None: both
 
-@lru_cache(1000)         # the same few patterns meet thousands of names
+@lru_cache(1000)         # the same few patterns meet thousands of names; compiling each time would be slow
 def parse_pattern(
-    pattern,
-):           # `Pattern`, or None if it has no short form in it
-    "The short forms of a pattern for the blocks of an MMDiT"
+    pattern: str,
+) -> Pattern | None:  # None: the pattern is plain words
+    "The meaning of a pattern with short forms for an MMDiT"
     words = long_form(pattern).split(".")
     streams, path = [w for w in words if w in STREAMS], ".".join(w for w in words if w not in STREAMS)
     if len(streams) > 1 or (path == pattern and not re.search(r"(^|\.)\d+-\d+(\.|$)", pattern)): return None
@@ -102,10 +104,10 @@ def parse_pattern(
 
 # %% ../nbs/new_names.ipynb #2ff55019
 def on_path(
-    pattern,  # words of a path, or a short form for blocks of an MMDiT
-    name,     # of a layer, with its component or without
-):            # bool
-    "Does a pattern lie on a path? `blocks.1` lies on `blocks.1.to_q`, and not on `blocks.10`"
+    pattern: str,  # words of a path, or a short form for blocks of an MMDiT
+    name: str,     # of a layer, with its component or without
+) -> bool:
+    "Does a pattern match a path? `blocks.1` matches `blocks.1.to_q`, but not `blocks.10`"
     if f".{pattern}." in f".{name}.": return True
     rule = parse_pattern(pattern)
     if rule is None: return False
@@ -114,14 +116,15 @@ def on_path(
 
 # %% ../nbs/new_names.ipynb #d5415b17
 def longest_key(
-    keys,  # patterns, such as a dict's
-    path,  # of a layer
-):         # one of `keys`, or None
-    "The most specific pattern on a path: the longest; of a block and a range of blocks, the block"
-    return max((k for k in keys if on_path(k, path)), key=_detail, default=None)
+    keys: Iterable[str],  # patterns, such as a dict's keys
+    path: str,            # of a layer, with its component or without
+) -> str | None:          # one of `keys`; None: no pattern matches
+    "The most specific of the patterns that match a path"
+    return max((k for k in keys if on_path(k, path)), key=_specificity, default=None)
 
-def _detail(key):
-    "How much a pattern says: letters, where a range counts as one block, and less than it"
+# %% ../nbs/new_names.ipynb #520f6b63
+def _specificity(key):
+    "How specific a pattern is: its letters, where a range counts as one block, and less than that block"
     full = long_form(key)
     one = re.sub(r"(\d+)-\d+(?=\.|$)", r"\1", full)
     return len(one), one == full
@@ -130,10 +133,10 @@ def _detail(key):
 BLOCKS = {"composition": (12, 24), "details": (30, 37)}   # of the 38 blocks of SD3.5 Large
 
 def block_numbers(
-    blocks,  # "0-5,11", "composition" or "details"
-    depth,   # how many blocks there are
-):           # list of int
-    "Numbers of the blocks of an MMDiT that are meant"
+    blocks: str,  # "0-5,11", "composition" or "details"
+    depth: int,   # how many blocks there are
+) -> list[int]:
+    "The numbers of the blocks that a text names"
     if blocks in BLOCKS:
         lo, hi = (round(i * depth / 38) for i in (BLOCKS[blocks][0], BLOCKS[blocks][1] + 1))
         return list(range(min(lo, depth - 1), max(hi, min(lo, depth - 1) + 1)))     # one block at least
@@ -145,15 +148,16 @@ def block_numbers(
     return [i for lo, hi in ends for i in range(lo, hi + 1)]
 
 # %% ../nbs/new_names.ipynb #98468339
-@lru_cache(100_000)      # a schedule asks again for the same paths
+@lru_cache(100_000)      # every scheduled run asks for the same few thousand paths again
 def _place_in_path(path):
     "(first word, block, number of the resnet or attention inside, is it an up- or downsampler)"
     words = path.split(".")
     n = [int(w) for w in words if w.isdigit()]
     return words[0], n[0] if n else None, n[1] if len(n) > 1 else 0, "samplers" in path
 
+# %% ../nbs/new_names.ipynb #503f1f99
 def _position(path, starts):
-    "The position of one layer, given where each level starts"
+    "The position of one layer; `starts` says where each level starts and how many blocks it has"
     side, b, i, sampler = _place_in_path(path)
     if side == "conv_in": return "IN00"
     if side == "mid_block": return "MID"
@@ -164,11 +168,11 @@ def _position(path, starts):
     if sampler: i = n if side == "down_blocks" else n - 1         # a downsampler is a block of its own
     return f"{'IN' if side == 'down_blocks' else 'OUT'}{first + i:02}"
 
-# %% ../nbs/new_names.ipynb #503f1f99
+# %% ../nbs/new_names.ipynb #c883165e
 def block_positions(
-    model,  # a UNet or an MMDiT: its blocks are counted
-    paths,  # of layers, without the component
-):          # path -> "IN04", "MID", "OUT03", "B07", or "" outside of the blocks
+    model: Any,            # a UNet or an MMDiT, whose blocks are counted
+    paths: Iterable[str],  # of layers, without the component
+) -> dict[str, str]:       # path -> "IN04", "MID", "OUT03", "B07", or "" outside of the blocks
     "The position of each layer, as block weights name it"
     starts, at = {}, dict(down_blocks=1, up_blocks=0)
     for side in at:
@@ -178,10 +182,10 @@ def block_positions(
     return {path: _position(path, starts) for path in paths}
 
 # %% ../nbs/new_names.ipynb #bbbf72e8
-@lru_cache(1000)         # asked once for each layer of a model
+@lru_cache(1000)         # asked for each layer of a model
 def named_positions(
-    pattern,  # of a block weight
-):            # set of positions, or None: the pattern is one of paths
+    pattern: str,  # of a block weight
+) -> frozenset[str] | None:  # None: the pattern is words of a path
     "The positions that a pattern names"
     name = pattern.upper()
     if name in ("MID", "M00"): return frozenset({"MID"})
@@ -191,27 +195,31 @@ def named_positions(
     side, lo, hi = found[1], int(found[2] or 0), int(found[3] or found[2] or 10**6)
     return frozenset(f"{side}{i:02}" for i in range(lo, min(hi, lo + 200) + 1))
 
+# %% ../nbs/new_names.ipynb #973b9390
 def fits_block(
-    pattern,   # a position (`IN04`, `IN04-08`, `IN`, `MID`, `B07`), or words of a path
-    path,      # of a layer
-    position,  # of the layer, from `block_positions`
-):             # bool
+    pattern: str,   # a position (`IN04`, `IN04-08`, `IN`, `MID`, `B07`), or words of a path
+    path: str,      # of a layer
+    position: str,  # of the layer, from `block_positions`
+) -> bool:
     "Does a block weight's pattern name this layer?"
     positions = named_positions(pattern)
     return on_path(pattern, path) if positions is None else position in positions
 
-# %% ../nbs/new_names.ipynb #be5c83b2
-def _ids(down, up): return ("BASE", *(f"IN{i:02}" for i in down), "MID", *(f"OUT{i:02}" for i in up))
+# %% ../nbs/new_names.ipynb #cb8f7bed
+def _ids(down, up):
+    "Names for a list of numbers: text encoder, down, middle, up"
+    return ("BASE", *(f"IN{i:02}" for i in down), "MID", *(f"OUT{i:02}" for i in up))
 
 BLOCK_LISTS = {12: _ids((4, 5, 7, 8), range(6)),                   # SDXL, attention
                17: _ids((1, 2, 4, 5, 7, 8), range(3, 12)),         # SD1.x, attention
                20: _ids(range(9), range(9)),                       # SDXL, all blocks
                26: _ids(range(12), range(12))}                     # SD1.x, all blocks
 
+# %% ../nbs/new_names.ipynb #30c2b68c
 def parse_blocks(
-    text,  # "IN01=0,MID=1,OUT=0.5", or a list of 12, 17, 20 or 26 numbers
-):         # {pattern: weight}
-    "Block weights from text"
+    text: str,  # "IN01=0,MID=1,OUT=0.5", or a list of 12, 17, 20 or 26 numbers
+) -> dict[str, float]:  # pattern -> weight
+    "Block weights from text. Raises a `LoraError` that says how to write them"
     items = [x.strip() for x in str(text).split(",") if x.strip()]
     if not items: raise LoraError("no block weights: expected such as 'IN01=0,MID=1,OUT=0.5'")
     if not any("=" in x for x in items):

@@ -52,7 +52,7 @@ def _sort_names(lora, parts):
     return matched, missing, unexpected, misshaped
 
 # %% ../nbs/new_report.ipynb #ddd1017b
-def _about_fit(lora, r, parts):
+def _about_fit(lora, r, parts) -> Iterator[str]:
     "Sentences about names and shapes"
     base = lora.metadata.get("base")
     trained = f" It says it was trained on {base!r}." if base else ""
@@ -77,7 +77,7 @@ def _block_norms(lora, matched):
     return {b: (d**.5, w**.5) for b, (d, w) in squares.items()}
 
 # %% ../nbs/new_report.ipynb #2008cf2c
-def _about_strength(lora, r):
+def _about_strength(lora, r) -> Iterator[str]:
     "Sentences about size"
     try: lora.check()
     except DataError as e: yield f"{e}."
@@ -107,7 +107,7 @@ def _strengths(lora, parts):
     return ours, others
 
 # %% ../nbs/new_report.ipynb #c262ef65
-def _about_use(lora, pipe, parts):
+def _about_use(lora, pipe, parts) -> Iterator[str]:
     "Sentences about how it is worn, and about its trigger and words"
     ours, others = _strengths(lora, parts)
     strengths = [s for ss in ours.values() for s in ss]

@@ -28,7 +28,7 @@ LIMIT_KB = 60                                                           # no sto
 
 # %% ../nbs/01_show.ipynb #dc093990
 def _array(x):
-    "A tensor or array as (H, W, C) of float or uint8."
+    "A tensor or array as (H, W, C) of float or uint8"
     if hasattr(x, "detach"): x = (x.float() if x.is_floating_point() else x).detach().cpu()
     x = np.asarray(x)
     if not x.size: raise DataError(f"found an empty array of shape {tuple(x.shape)}, expected a picture.")
@@ -39,7 +39,7 @@ def _array(x):
                     "or 4 channels. A VAE's latents are not a picture yet: decode them first.")
 
 def _to_bytes(x):
-    "Values as uint8: fractions from -1..1, whole numbers from 0..255."
+    "Values as uint8: fractions from -1..1, whole numbers from 0..255"
     if x.dtype.kind in "iub": return (x * 255 if x.dtype == bool else x.clip(0, 255)).astype(np.uint8)
     if not np.isfinite(x).all():
         raise DataError("found NaN or infinite values in a picture. Did fp16 overflow? Decode in fp32 or bf16.")
@@ -51,7 +51,7 @@ def _to_bytes(x):
 def to_image(
     x: "Picture",  # PIL image, file name, tensor or array; fractions in -1..1, whole numbers in 0..255
 ) -> Image.Image:  # RGB
-    "Any picture as an RGB image; transparent parts become white paper."
+    "Any picture as an RGB image; transparent parts become white paper"
     if isinstance(x, (str, Path)):
         try: x = Image.open(x)
         except OSError as e: raise DataError(f"cannot read {x}: {e}. Expected a .jpg, .png or .webp picture.") from e
@@ -67,7 +67,7 @@ def to_image(
 
 # %% ../nbs/01_show.ipynb #91ee63b2
 class Jpeg:
-    "A picture that notebooks store as JPEG."
+    "A picture that notebooks store as JPEG"
     def __init__(self,
         image: "Picture",
         quality: int = 85,     # JPEG quality to begin with
@@ -85,12 +85,12 @@ class Jpeg:
 def show(
     x: "Picture | Plot",  # what draws itself (a `Plot`) passes through
 ) -> "Jpeg | Plot":
-    "A picture for the end of a cell that keeps the notebook small."
+    "A picture for the end of a cell that keeps the notebook small"
     return x if hasattr(x, "_repr_mimebundle_") and not hasattr(x, "shape") else Jpeg(x)
 
 # %% ../nbs/01_show.ipynb #a0549b78
 def _encode(image, quality):
-    "JPEG bytes."
+    "JPEG bytes"
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
@@ -101,7 +101,7 @@ def save_jpeg(
     path: str | Path,    # file to write; its folder is made
     quality: int = 85,   # JPEG quality
 ) -> Path:               # the path
-    "Write a picture as JPEG, whole or not at all."
+    "Write a picture as JPEG, whole or not at all"
     data = _encode(to_image(image), quality)
     with atomic_path(path) as p: p.write_bytes(data)
     return Path(path)
@@ -109,17 +109,17 @@ def save_jpeg(
 # %% ../nbs/01_show.ipynb #d6721fa8
 @lru_cache
 def _font(size):
-    "DejaVu Sans, which comes with matplotlib, so that every machine draws the same letters."
+    "DejaVu Sans, which comes with matplotlib, so that every machine draws the same letters"
     import matplotlib
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 def _wrap(text, width, size=FONT_SIZE, lines=4):
-    "Lines of at most `width` pixels; long words are cut, and what exceeds the last line becomes an ellipsis."
+    "Lines of at most `width` pixels; long words are cut, and what exceeds the last line becomes an ellipsis"
     chars = max(3, int(width / (_font(size).getlength("abcdefghijklmnopqrstuvwxyz ") / 27)))
     return textwrap.wrap(str(text), chars, max_lines=lines, placeholder="…")
 
 def _write(draw, text, box, align="center", size=FONT_SIZE):
-    "Draw wrapped text in the middle of `box` = (left, top, width, height)."
+    "Draw wrapped text in the middle of `box` = (left, top, width, height)"
     left, top, width, height = box
     x = {"center": left + width / 2, "right": left + width, "left": left}[align]
     anchor = {"center": "mm", "right": "rm", "left": "lm"}[align]
@@ -128,7 +128,7 @@ def _write(draw, text, box, align="center", size=FONT_SIZE):
 
 # %% ../nbs/01_show.ipynb #1fde5fcb
 def _flatten(images):
-    "A picture, batch, list or list of rows -> (list of RGB images, number of columns if rows were given)."
+    "A picture, batch, list or list of rows -> (list of RGB images, number of columns if rows were given)"
     if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 4) < 4: images = [images]
     images = list(images)
     if not images: raise DataError("found no pictures, expected at least one for a grid.")
@@ -141,7 +141,7 @@ def _flatten(images):
 
 # %% ../nbs/01_show.ipynb #4ed8b79a
 def _shape(n, rows, cols):
-    "Rows and columns for `n` pictures; what is not given is computed."
+    "Rows and columns for `n` pictures; what is not given is computed"
     if cols is None: cols = math.ceil(n / rows) if rows else min(n, 8)
     rows = rows or math.ceil(n / cols)
     if rows * cols < n:
@@ -149,12 +149,12 @@ def _shape(n, rows, cols):
     return rows, cols
 
 def _tile(image, width):
-    "Scaled to `width`; small pictures are enlarged smoothly."
+    "Scaled to `width`; small pictures are enlarged smoothly"
     height = max(1, round(image.height * width / image.width))
     return image if image.width == width else image.resize((width, height), Image.LANCZOS)
 
 def _checked(titles, n, what):
-    "Titles as a list of `n` strings, or None."
+    "Titles as a list of `n` strings, or None"
     if titles is None: return None
     titles = [str(t) for t in titles]
     if len(titles) != n: raise DataError(f"found {len(titles)} {what}, expected {n}: one for each.")
@@ -162,16 +162,16 @@ def _checked(titles, n, what):
 
 # %% ../nbs/01_show.ipynb #c800f217
 def _height(titles, width):
-    "Pixels that the tallest of some wrapped titles needs."
+    "Pixels that the tallest of some wrapped titles needs"
     return max((len(_wrap(t, width)) for t in titles), default=0) * (FONT_SIZE + 4) + PAD if titles else 0
 
 def _margin(row_titles, pad):
-    "Pixels to the left of the tiles; longer titles than that are wrapped."
+    "Pixels to the left of the tiles; longer titles than that are wrapped"
     longest = max((_font(FONT_SIZE).getlength(t) for t in row_titles or ()), default=None)
     return 0 if longest is None else min(math.ceil(longest) + 4, 200) + pad
 
 def _layout(tiles, cols, width, pad, left, titles, col_titles):
-    "Height of a title, tops of the rows, and size of the whole."
+    "Height of a title, tops of the rows, and size of the whole"
     caption, tops, y = _height(titles, width), [], _height(col_titles, width)
     for r in range(0, len(tiles), cols):
         tops.append(y)
@@ -189,7 +189,7 @@ def grid(
     size: int | None = None,        # width of one tile in pixels; None: legible, and about 960 for the whole
     pad: int = PAD,                 # pixels between tiles
 ) -> Image.Image:
-    "Pictures side by side, enlarged until they can be judged, with names on rows and columns."
+    "Pictures side by side, enlarged until they can be judged, with names on rows and columns"
     images, given = _flatten(images)
     rows, cols = _shape(len(images), rows, cols or given)
     titles, row_titles = _checked(titles, len(images), "titles"), _checked(row_titles, rows, "row titles")
@@ -216,7 +216,7 @@ def before_after(
     columns: list[str],        # what changes from left to right, e.g. ["base", "50 steps", "100 steps"]
     size: int | None = None,   # width of one tile in pixels
 ) -> Image.Image:
-    "A row for each prompt, a column for each stage."
+    "A row for each prompt, a column for each stage"
     for prompt, images in rows.items():
         if len(images) != len(columns):
             raise DataError(f"found {len(images)} pictures for {prompt!r}, expected {len(columns)}: {list(columns)}.")
@@ -228,7 +228,7 @@ _RC = {"svg.fonttype": "none", "svg.hashsalt": "lora_nb", "font.family": ["DejaV
        "ytick.color": INK, "figure.facecolor": PAPER}
 
 def _axes(title, xlabel, ylabel, width=6.4, height=3.2):
-    "A figure with one pair of axes in house style, outside of pyplot."
+    "A figure with one pair of axes in house style, outside of pyplot"
     from matplotlib.figure import Figure
     figure = Figure((width, height), layout="constrained")
     ax = figure.subplots()
@@ -238,12 +238,14 @@ def _axes(title, xlabel, ylabel, width=6.4, height=3.2):
     return figure, ax
 
 def _legend(figure, ax, names):
-    "A legend below the axes, where it covers no data, if there are several series."
-    if len(names) > 1: figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    "A legend below the axes, where it covers no data, if there are several series"
+    if len(names) < 2: return
+    columns = min(len(names), 4)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 # %% ../nbs/01_show.ipynb #887b03e2
 class Plot:
-    "A figure that notebooks store as SVG, the same bytes each time."
+    "A figure that notebooks store as SVG, the same bytes each time"
     def __init__(self,
         figure,            # matplotlib figure
         title: str = "",
@@ -254,7 +256,7 @@ class Plot:
 
     @property
     def svg(self) -> str:
-        "The drawing as an <svg> element."
+        "The drawing as an <svg> element"
         import matplotlib
         buffer = io.StringIO()
         with matplotlib.rc_context(_RC):
@@ -270,7 +272,7 @@ class Plot:
 def save(self,
     path: str | Path,  # ends in .svg or .png
 ) -> Path:             # the path
-    "Write the drawing, whole or not at all."
+    "Write the drawing, whole or not at all"
     kind = Path(path).suffix.lower()
     if kind not in (".svg", ".png"): raise DataError(f"found the file name {path}, expected .svg or .png at its end.")
     with atomic_path(path) as p:
@@ -283,7 +285,7 @@ def running_mean(
     ys: "Sequence[float] | np.ndarray",  # numbers; NaN and infinity count as missing
     beta: float = 0.9,                   # weight of the past, 0 (none) .. below 1
 ) -> np.ndarray:                         # of the same length, NaN where a value is missing
-    "Exponential running mean, without a bias at the start."
+    "Exponential running mean, without a bias at the start"
     if not 0 <= beta < 1: raise DataError(f"found smooth={beta}, expected 0 <= smooth < 1; .9 averages ten values.")
     m, left, out = 0., 1., []                     # `left` is beta^t
     for y in map(float, ys):
@@ -294,7 +296,7 @@ def running_mean(
 
 # %% ../nbs/01_show.ipynb #a0e3d698
 def _numbers(ys, name):
-    "A series as a float array; what cannot be drawn is an error."
+    "A series as a float array; what cannot be drawn is an error"
     ys = ys.detach().float().cpu().numpy() if hasattr(ys, "detach") else ys
     try: ys = np.asarray([float(y) for y in ys])
     except (TypeError, ValueError) as e:
@@ -305,7 +307,7 @@ def _numbers(ys, name):
 
 # %% ../nbs/01_show.ipynb #80b439f4
 def _series(ys, x):
-    "Values in any form as a dict: name -> (xs, ys)."
+    "Values in any form as a dict: name -> (xs, ys)"
     out = {}
     for name, y in (ys if isinstance(ys, dict) else {"": ys}).items():
         pairs = isinstance(y, (list, tuple)) and y and all(isinstance(p, (tuple, list)) and len(p) == 2 for p in y)
@@ -318,7 +320,7 @@ def _series(ys, x):
     return out
 
 def _thin(xs, ys, most=600):
-    "At most `most` points, so that a long run stays a small file."
+    "At most `most` points, so that a long run stays a small file"
     keep = np.unique(np.linspace(0, len(xs) - 1, most).round().astype(int)) if len(xs) > most else slice(None)
     return xs[keep], ys[keep]
 
@@ -334,7 +336,7 @@ def curve(
     path: str | Path | None = None,  # save there too: .svg or .png
     marks: dict[float, str] | None = None,  # x -> name of what begins there, such as a phase
 ) -> Plot:
-    "One or more lines, with a legend below them when there are several."
+    "One or more lines, with a legend below them when there are several"
     import matplotlib
     series = _series(ys, x)
     with matplotlib.rc_context(_RC):
@@ -363,7 +365,7 @@ def bars(
     title: str = "",
     path: str | Path | None = None,  # save there too: .svg or .png
 ) -> Plot:
-    "Named numbers, written on their bars."
+    "Named numbers, written on their bars"
     import matplotlib
     if not values: raise DataError("found no values, expected a dict of names and numbers.")
     groups = {k: v if isinstance(v, dict) else {"": v} for k, v in values.items()}
@@ -392,7 +394,7 @@ def heat(
     numbers: bool | None = None,     # write the value into each cell; None: up to 100 cells
     path: str | Path | None = None,  # save there too: .svg or .png
 ) -> Plot:
-    "A matrix as colours."
+    "A matrix as colours"
     import matplotlib
     m = np.asarray(matrix.detach().float().cpu() if hasattr(matrix, "detach") else matrix, float)
     if m.ndim != 2 or not m.size: raise DataError(f"found shape {m.shape}, expected a matrix: (rows, columns).")

@@ -18,7 +18,7 @@ def test_files_can_be_read_by_all(tmp_path):
 
 
 def test_folders_replace_folders_and_leave_nothing_else(tmp_path):
-    for text in ("one", "two"): write(tmp_path / "folder", lambda p: (p.mkdir(), (p / "x").write_text(text)))
+    for text in ("one", "two"): write(tmp_path / "folder", lambda p, text=text: (p.mkdir(), (p / "x").write_text(text)))
     assert (tmp_path / "folder/x").read_text() == "two" and os.listdir(tmp_path) == ["folder"]
 
 
@@ -47,8 +47,9 @@ def test_missing_data_suggests_what_there_is():
     with pytest.raises(LoraError, match="Did you mean 'teapot'"): data_path("subjects", "teapott")
 
 
-@pytest.mark.parametrize("t, sound", [(torch.ones(3), True), (torch.tensor([1, torch.inf]), False), (torch.tensor([torch.inf, -torch.inf]), False),
-    (torch.full((60000,), 60000.).half(), True), (torch.full((4,), 3e38), True), (torch.empty(0), True), (torch.empty(3, device="meta"), True)],
+@pytest.mark.parametrize("t, sound", [(torch.ones(3), True), (torch.tensor([1, torch.inf]), False),
+    (torch.tensor([torch.inf, -torch.inf]), False), (torch.full((60000,), 60000.).half(), True), (torch.full((4,), 3e38), True),
+    (torch.empty(0), True), (torch.empty(3, device="meta"), True)],
     ids=str)
 def test_finite(t, sound): assert finite(t) is sound
 

@@ -183,7 +183,8 @@ def test_attention_includes_the_second_attention():
     assert len([n for n in find_targets(tiny_mmdit()) if "attn2" in n]) == 4
 
 
-@pytest.mark.parametrize("target, says", [("attention@22-24", "numbers from 0 to 1"), ("attention@detials", "Did you mean 'details'")])
+@pytest.mark.parametrize("target, says", [("attention@22-24", "numbers from 0 to 1"),
+                                          ("attention@detials", "Did you mean 'details'")])
 def test_blocks_that_are_not_there(target, says):
     with pytest.raises(ValueError, match=says): find_targets(tiny_mmdit(), target)
 

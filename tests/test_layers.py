@@ -26,7 +26,7 @@ def merged_copy(base, layer):
     return base
 
 
-@pytest.mark.parametrize("r, says", [(33, "less or equal than 32"), (0, "at least 1"), (2.5, "whole number"), (True, "whole number")])
+@pytest.mark.parametrize("r, says", [(33, "at most 32"), (0, "at least 1"), (2.5, "whole number"), (True, "whole number")])
 def test_impossible_ranks(r, says):
     with pytest.raises(ValueError, match=says): LoraInjectedLinear.from_base(nn.Linear(48, 32), r=r)
 
@@ -34,7 +34,7 @@ def test_impossible_ranks(r, says):
 def test_constructors_check_too():
     with pytest.raises(ValueError, match="rank 5"): LoraInjectedLinear(4, 4, r=5)
     with pytest.raises(ValueError, match="expected 'gaussian'"): LoraInjectedLinear(4, 4, r=2, init="zero")
-    with pytest.raises(ValueError, match="less or equal than 2"): LoraInjectedConv2d(2, 8, 3, r=4)
+    with pytest.raises(ValueError, match="at most 2"): LoraInjectedConv2d(2, 8, 3, r=4)
     base = nn.Linear(48, 32); LoraInjectedLinear.from_base(base)
     assert base.weight.requires_grad is False
 
@@ -108,7 +108,8 @@ def test_in_place_additions_stay_unseen_in_a_stack():
     check_nobody_notices(pretend_trained(LoraInjectedLinear.from_base(first, r=2, scale=.5)), x)
 
 
-@pytest.mark.parametrize("kw", [dict(kernel_size=1), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=3, groups=2)], ids=str)
+@pytest.mark.parametrize("kw", [dict(kernel_size=1), dict(kernel_size=3, padding=1, stride=2),
+                                dict(kernel_size=3, groups=2)], ids=str)
 @pytest.mark.parametrize("img", [torch.randn(2, 8, 6, 6), torch.randn(8, 6, 6), torch.randn(2, 6, 6, 8).permute(0, 3, 1, 2)],
                          ids=["batch", "single", "channels last"])
 def test_in_place_additions_stay_unseen_in_convolutions(kw, img):

@@ -85,7 +85,8 @@ def test_as_text():
 
 @pytest.mark.parametrize("loras, says", [([], "found none"), ([lora, "b.safetensors"], "found str"),
     ([lora, Lora({"unet.x": dora})], "cannot be summed"),
-    ([Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 8))}), Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 9))})],
+    ([Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 8))}),
+      Lora({"unet.x": Factors(torch.ones(6, 2), torch.ones(2, 9))})],
      "different bases")])
 def test_what_has_no_sum(loras, says):
     with pytest.raises(ValueError, match=says): gather(loras)
@@ -109,3 +110,11 @@ assert len(sum([a, b, -a / 2])) == 1 and not {"lora_nb.composition", "lora_nb.la
 try: a + "b"
 except TypeError: print("ok")"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "ok"
+
+
+def test_the_operators_are_what_compose_makes():
+    other = Lora({"unet.mid_block.resnets.0.conv1": Factors(torch.randn(16, 2, 1, 1), torch.randn(2, 8, 3, 3), alpha=1),
+                  "unet.x": Factors(torch.randn(4, 2), torch.randn(2, 3))}, metadata={"base": "tiny-sd", "trigger": "neon"})
+    made = [(lora + other, [1., 1.]), (lora - other, [1., -1.])]
+    from lora_nb.composition import compose
+    for total, weights in made: assert total == compose([lora, other], weights)

@@ -1,5 +1,3 @@
-import subprocess, sys
-
 import pytest
 
 from lora_nb.names import (BLOCK_LISTS, block_numbers, block_positions, fits_block, longest_key, named_positions, on_path,
@@ -31,12 +29,15 @@ def test_two_streams_are_no_pattern(): assert parse_pattern("text.picture") is N
 
 
 @pytest.mark.parametrize("keys, path, want", [
-    ({"B03-11", "B4"}, "transformer_blocks.4.attn.to_q", "B4"), ({"B03-11", "transformer_blocks.1"}, "transformer_blocks.1.ff", "transformer_blocks.1"),
-    ({"text", "B11.text"}, "transformer_blocks.11.attn.add_q_proj", "B11.text"), ({"text"}, "transformer_blocks.11.attn.to_q", None)])
+    ({"B03-11", "B4"}, "transformer_blocks.4.attn.to_q", "B4"),
+    ({"B03-11", "transformer_blocks.1"}, "transformer_blocks.1.ff", "transformer_blocks.1"),
+    ({"text", "B11.text"}, "transformer_blocks.11.attn.add_q_proj", "B11.text"),
+    ({"text"}, "transformer_blocks.11.attn.to_q", None)])
 def test_longest_key(keys, path, want): assert longest_key(keys, path) == want
 
 
-@pytest.mark.parametrize("blocks, says", [("22-24", "numbers from 0 to 23"), ("detials", "Did you mean 'details'"), ("3-1", "numbers"), ("", "numbers")])
+@pytest.mark.parametrize("blocks, says", [("22-24", "numbers from 0 to 23"), ("detials", "Did you mean 'details'"),
+                                          ("3-1", "numbers"), ("", "numbers")])
 def test_blocks_that_are_not_there(blocks, says):
     with pytest.raises(ValueError, match=says): block_numbers(blocks, 24)
 
@@ -60,7 +61,8 @@ def unets():
 
 def test_positions_of_sdxl(unets):
     sd, xl = unets
-    assert sorted({p for n, p in xl.items() if "attentions" in n}) == ["IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(6))]
+    attention = ["IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(6))]
+    assert sorted({p for n, p in xl.items() if "attentions" in n}) == attention
     assert (max(xl.values()), sd["time_embedding.linear_1"], sd["down_blocks.3.resnets.1.conv2"]) == ("OUT08", "", "IN11")
 
 

@@ -16,7 +16,8 @@ noisy = torch.stack([x * (1 - s) for s in (0, .2, .4, .6, .8, 1)])
 losses = torch.rand(300, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("a, pixel", [(np.ones((4, 5), bool), (255,) * 3), (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), (255,) * 3),
+@pytest.mark.parametrize("a, pixel", [(np.ones((4, 5), bool), (255,) * 3),
+    (Image.new("RGBA", (2, 2), (0, 0, 0, 0)), (255,) * 3),
     (torch.tensor([300, 0, 0]).view(3, 1, 1), (255, 0, 0)), (torch.full((3, 2, 2), 1.7), (255,) * 3)],
     ids=["bool", "transparent", "too bright", "a VAE overshoots a little"])
 def test_pictures_of_any_kind(a, pixel): assert to_image(a).getpixel((0, 0)) == pixel
@@ -25,7 +26,8 @@ def test_pictures_of_any_kind(a, pixel): assert to_image(a).getpixel((0, 0)) == 
 def test_size_of_a_plain_array(): assert to_image(np.zeros((4, 5))).size == (5, 4)
 
 
-@pytest.mark.parametrize("a, says", [(torch.zeros(2, 3, 4, 4), r"\(2, 3, 4, 4\)"), ("no/such.jpg", "cannot read"), (torch.zeros(3, 0, 4), "empty")])
+@pytest.mark.parametrize("a, says", [(torch.zeros(2, 3, 4, 4), r"\(2, 3, 4, 4\)"), ("no/such.jpg", "cannot read"),
+                                     (torch.zeros(3, 0, 4), "empty")])
 def test_what_is_not_a_picture(a, says):
     with pytest.raises(ValueError, match=says): to_image(a)
 
@@ -81,7 +83,8 @@ def test_plots_are_well_formed_and_small(tmp_path):
 
 
 @pytest.mark.parametrize("f, says", [(lambda: curve(losses, smooth=2), "smooth=2"), (lambda: curve({"a": "ab"}), "a: found"),
-    (lambda: curve([math.nan] * 3), "among 3"), (lambda: curve(None), "expected numbers"), (lambda: heat([1, 2]), r"found shape \(2,\)"),
+    (lambda: curve([math.nan] * 3), "among 3"), (lambda: curve(None), "expected numbers"),
+    (lambda: heat([1, 2]), r"found shape \(2,\)"),
     (lambda: heat(torch.ones(6, 6), ["a"]), "found 1 row titles, expected 6"), (lambda: bars({}), "found no values"),
     (lambda: bars({"a": "x"}), "expected numbers")])
 def test_what_cannot_be_drawn(f, says):

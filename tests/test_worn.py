@@ -70,7 +70,8 @@ def test_the_index_notices_what_came_and_went():
     assert set(branch_index(model)) == {"a", "c"}
 
 
-@pytest.mark.parametrize("options", [dict(), dict(alpha=8), dict(rslora=True, alpha=2), dict(scale=.3), dict(init="pissa")], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(alpha=8), dict(rslora=True, alpha=2), dict(scale=.3),
+                                     dict(init="pissa")], ids=str)
 def test_factors_of_a_layer(options):
     layer = LoraInjectedLinear.from_base(nn.Linear(8, 6), 2, **options)
     with torch.no_grad():
