@@ -1,5 +1,5 @@
-"""Low-rank adaptation of text-to-image diffusion models, as a book of notebooks and as the package that they write. Importing
-`lora_nb` loads nothing else; each public name is fetched at its first use.
+"""Low-rank adaptation of text-to-image diffusion models, as a book of notebooks that export a package. Importing `lora_nb` loads
+nothing else; each public name is fetched when it is first used.
 
 ```python
 from lora_nb import apply_lora, before_after, data_path, load_base, save_jpeg, train_dreambooth

@@ -19,7 +19,6 @@ import torch
 from .core import FormatError, LoraError, atomic_path
 from .injection import apply_lora, remove_lora
 from .layers import LoraLayer
-from .lora import Lora
 from .names import canonical
 from .core import some
 

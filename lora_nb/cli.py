@@ -180,7 +180,7 @@ SETTINGS = dict(max_train_steps="steps", train_batch_size="batch_size", prior_lo
 
 def recipe_from(a, base, pictures, processes=1):
     "The recipe that the flags `a` of `lora_dreambooth` ask for, with so many pictures and processes."
-    from lora_nb.training import recipe_for
+    from lora_nb.recipe import recipe_for
     given = {SETTINGS[k]: v for k, v in vars(a).items() if k in SETTINGS and v is not None and v is not False}
     if "," in given.get("encoders", ""): given["encoders"] = given["encoders"].split(",")
     r = recipe_for(base).replace(**given)
@@ -579,7 +579,7 @@ def together(
 ):          # {Lora: `LoraSchedule`} for `scheduled`
     "Several files worn together"
     from lora_nb.lora import Lora
-    from lora_nb.scheduling import LoraComposite, lora_switch
+    from lora_nb.schedule import LoraComposite, lora_switch
     values = {Lora.load(f): s for f, s in loras.items()}
     if mode == "sum": return values
     if mode == "composite": return LoraComposite(values)
@@ -621,7 +621,8 @@ def lora_generate(argv):
                    help="a LoRA to wear: FILE, FILE:0.8 or FILE:SCHEDULE, such as FILE:ramp:0:1, or FILE:0.8@B03-07.text=0 "
                         "for blocks and streams; may be repeated")
     a = p.parse_args(argv)
-    from lora_nb.scheduling import parse_lora, scheduled
+    from lora_nb.schedule import parse_lora
+    from lora_nb.scheduling import scheduled
     named = dict(map(parse_lora, a.lora))
     if len(named) < len(a.lora): p.error("the same file stands behind --lora twice: give it once, with its strength")
     plan = together(named, a.together)
@@ -837,7 +838,7 @@ def demo(argv):
 # %% ../nbs/19_cli.ipynb #3d0ddd7e
 def demo_recipe(base, a):
     "The recipe of the demo: the base's own, with previews on the way."
-    from lora_nb.training import recipe_for
+    from lora_nb.recipe import recipe_for
     own = {} if base.family == "sd3" else dict(learning_rate=1.5e-3)          # the card of tiny-sd3 has its own
     return recipe_for(base, seed=a.seed, steps=a.steps, lr_schedule="cosine", preview_every=math.ceil(a.steps / 4), **own)
 

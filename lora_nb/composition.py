@@ -13,14 +13,13 @@ __all__ = ['METHODS', 'gather', 'weight_of', 'as_weights', 'check_paths', 'join_
 
 # %% ../nbs/07_composition.ipynb #467148e3
 import json
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
 import torch
 
 from .core import DataError, FormatError, LoraError, ShapeError, TargetError, atomic_path, closest, patch_to
-from .lora import Factors, Lora, add_factors
+from .lora import Lora, add_factors
 from .core import some
 from .names import longest_key, on_path
 from .injection import apply_lora, remove_lora

@@ -20,7 +20,7 @@ from pathlib import Path
 from .core import FormatError
 from .lora import Lora
 from .core import human, table
-from .formats import (FORMATS, _filled_walk, check_tensors, fold_alpha, find_file, listing, load_lora, read_file,
+from .formats import (FORMATS, filled_walk, fold_alpha, find_file, listing, load_lora, read_file,
                              recognise, save_lora)
 from .kohya import family_of
 
@@ -185,7 +185,7 @@ def _gaps(lora, base):
     "component -> why its layers fill no list of positions"
     gaps = {}
     for c in {n.split(".")[0] for n in lora.layers}:
-        try: _filled_walk(c, {n.removeprefix(f"{c}.") for n in lora.layers if n.startswith(f"{c}.")}, base)
+        try: filled_walk(c, {n.removeprefix(f"{c}.") for n in lora.layers if n.startswith(f"{c}.")}, base)
         except FormatError as e: gaps[c] = str(e).split(" Nothing was written")[0]
     return gaps
 

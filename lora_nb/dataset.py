@@ -9,7 +9,7 @@ __all__ = ['HOLES', 'to_pixels', 'metadata_rows', 'read_metadata', 'captions_of'
            'TextCache', 'derive', 'order', 'order_by_size', 'random_hole', 'hole_for', 'drop_caption']
 
 # %% ../nbs/12_dataset.ipynb #fea29bdc
-import hashlib, json, math, random
+import hashlib, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 # %% ../nbs/12_dataset.ipynb #448d239c
 from .core import DataError, LoraError, patch_to
 from .bases import Cond
-from .preprocessing import bucket_sizes, find_pictures, nearest_bucket, open_picture, square, to_rgb
+from .preprocessing import bucket_sizes, find_pictures, nearest_bucket, open_picture, to_rgb
 
 # %% ../nbs/12_dataset.ipynb #01eae785
 def to_pixels(image):  # RGB

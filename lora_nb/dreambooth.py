@@ -6,21 +6,21 @@ Docs: https://lora-nb.github.io/lora_nb/dreambooth.html.md"""
 
 # %% auto #0
 __all__ = ['PRIORS', 'trigger_of', 'class_pictures', 'subject_stream', 'prior_stream', 'Concept', 'load_concepts',
-           'concept_streams', 'DreamBooth', 'warm_start', 'train_dreambooth']
+           'concept_streams', 'DreamBooth', 'check_prior', 'warm_start', 'train_dreambooth']
 
 # %% ../nbs/14_dreambooth.ipynb #d1206280
 import json, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from PIL import Image
 
 # %% ../nbs/14_dreambooth.ipynb #b778daa9
 from .core import DataError, LoraError, atomic_path, progress
 from .injection import inject_lora
 from .dataset import ConceptDataset, encode
 from .preprocessing import find_pictures
-from .training import Stream, Trainer, learning_encoders, recipe_for
+from .training import Stream, Trainer
+from .recipe import learning_encoders, recipe_for
 
 # %% ../nbs/14_dreambooth.ipynb #153aef63
 def trigger_of(
@@ -223,7 +223,7 @@ def _concepts(data, prompt, class_prompt, class_data, trigger):
     if not prompt: raise LoraError("No instance_prompt: expected words for the subject, such as 'a sks toy'.")
     return [Concept(data, prompt, class_prompt, class_data, trigger)]
 
-def _check_prior(prior, class_prompt):
+def check_prior(prior, class_prompt):
     "What `prior` means, or why it can not be"
     if prior == "auto": return "images" if class_prompt else None
     if prior not in PRIORS: raise LoraError(f"prior = {prior!r}: expected 'images', 'prediction', None or 'auto'.")
@@ -234,7 +234,7 @@ def _check_prior(prior, class_prompt):
 
 def _prior_of(prior, concepts):
     "The kind of prior for the concepts that have a class"
-    return next(filter(None, [_check_prior(prior, c.class_prompt) for c in concepts]), None)
+    return next(filter(None, [check_prior(prior, c.class_prompt) for c in concepts]), None)
 
 def _held(run, pictures, size, buckets):
     "Pictures held back, as `Trainer` takes them"

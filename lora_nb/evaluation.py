@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from PIL import Image, ImageOps
-from .core import DataError, atomic_path, closest, data_path, generator
+from .core import DataError, atomic_path, closest, data_path
 from .show import before_after
 from .core import quiet
 from .loading import load_base
-from .zoo.world import CLASS_OF, COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, an, backgrounds, stylize
+from .zoo.world import CLASS_OF, COLORS, OBJECTS, PATTERNS, STYLES, an, backgrounds, stylize
 from .zoo.subjects import STYLE_OBJECTS
 
 # %% ../nbs/09_evaluation.ipynb #9c0e564d

@@ -11,19 +11,26 @@ __all__ = ['UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTENDED_TARGET_REPLACE', 'TEXT_
            'monkeypatch_or_replace_lora', 'monkeypatch_or_replace_lora_extended', 'monkeypatch_replace_lora',
            'monkeypatch_lora', 'monkeypatch_add_lora', 'monkeypatch_remove_lora', 'tune_lora_scale', 'set_lora_diag',
            'collapse_lora', 'inspect_lora', 'weight_apply_lora', 'apply_learned_embed_in_clip',
-           'load_learned_embed_in_clip', 'monkeypatch_or_replace_safeloras', 'patch_pipe']
+           'load_learned_embed_in_clip', 'save_lora_weight', 'save_lora_as_json', 'save_safeloras_with_embeds',
+           'save_safeloras', 'convert_loras_to_safeloras_with_embeds', 'convert_loras_to_safeloras', 'parse_safeloras',
+           'parse_safeloras_embeds', 'load_safeloras', 'load_safeloras_embeds', 'load_safeloras_both', 'save_all',
+           'monkeypatch_or_replace_safeloras', 'patch_pipe']
 
 # %% ../nbs/new_lora_diffusion.ipynb #66f24944
-import re
+import json, re
+from pathlib import Path
 
+import safetensors
 import torch
 from torch import nn
 
-from .core import DataError, LoraError, ShapeError, TargetError, closest, free_name, some
+from .core import DataError, FormatError, LoraError, atomic_path, ShapeError, TargetError, closest, free_name, some
 from .injection import add_words, apply_lora, freeze_base, place_lora, remove_from_model, set_scale, word_rows
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
 from .lora import Factors, Lora
 from .worn import (Place, adapted_class, detach_branches, resolve_components, root_module, summed_weight, wears)
+from .formats import (WORD_FLAG, check_tensors, find_file, group_parts, index_key, legacy_order, place,
+                             pt_paths, read_safetensors, split_index, to_factors, unpickle, walks, write_safetensors)
 
 # %% ../nbs/new_lora_diffusion.ipynb #c03acc6a
 UNET_DEFAULT_TARGET_REPLACE = {"CrossAttention", "Attention", "GEGLU"}
@@ -31,7 +38,7 @@ UNET_EXTENDED_TARGET_REPLACE = {"ResnetBlock2D", "CrossAttention", "Attention", 
 TEXT_ENCODER_DEFAULT_TARGET_REPLACE = {"CLIPAttention"}
 TEXT_ENCODER_EXTENDED_TARGET_REPLACE = {"CLIPAttention"}
 DEFAULT_TARGET_REPLACE = UNET_DEFAULT_TARGET_REPLACE
-EMBED_FLAG = "<embed>"
+EMBED_FLAG = WORD_FLAG
 
 def find_in_classes(
     model,
@@ -263,13 +270,135 @@ def load_learned_embed_in_clip(learned_embeds_path, text_encoder, tokenizer, tok
     learned = torch.load(learned_embeds_path, weights_only=True, map_location="cpu")
     return apply_learned_embed_in_clip(learned, text_encoder, tokenizer, token, idempotent)
 
+# %% ../nbs/new_lora_diffusion.ipynb #00b38193
+_UNET_TARGETS, _TEXT_TARGETS = {"CrossAttention", "Attention", "GEGLU"}, {"CLIPAttention"}
+
+def save_lora_weight(model,             # with LoRA injected
+                     path="./lora.pt",  # where to
+                     target_replace_module=_UNET_TARGETS): # class names
+    "Write `[up, down, up, down, ...]` in fp16, scale not included"
+    pairs = extract_lora_ups_down(model, target_replace_module=target_replace_module)
+    with atomic_path(path) as tmp: torch.save([w.weight.detach().cpu().half() for pair in pairs for w in pair], tmp)
+
+def save_lora_as_json(model, path="./lora.json"):
+    "The same as nested lists of numbers"
+    pairs = extract_lora_ups_down(model)
+    with atomic_path(path) as tmp:
+        Path(tmp).write_text(json.dumps([w.weight.detach().cpu().float().tolist() for pair in pairs for w in pair]))
+
+# %% ../nbs/new_lora_diffusion.ipynb #aa530b10
+def _save_positional(lists, # component -> (target class names, [up, down, ...], ranks)
+                     embeds, outpath):
+    "Write lists of weights and tokens as safetensors"
+    tensors, metadata = {}, {}
+    for name, (targets, weights, ranks) in lists.items():
+        metadata[name] = json.dumps(sorted(targets))
+        metadata |= {f"{name}:{i}:rank": str(r) for i, r in enumerate(ranks)}
+        tensors |= {index_key(name, i): w for i, w in enumerate(weights)}
+    for token, t in embeds.items(): tensors[token], metadata[token] = t, EMBED_FLAG
+    check_tensors(tensors)
+    tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+    write_safetensors(outpath, tensors, metadata)
+
+def save_safeloras_with_embeds(modelmap={}, # name -> (model, target class names)
+                               embeds={},   # token -> tensor
+                               outpath="./lora.safetensors"):
+    "Write the injected LoRAs of several models, and tokens, in fp16 with the scale baked in"
+    pairs = {n: (t, extract_lora_as_tensor(m, t)) for n, (m, t) in modelmap.items()}
+    lists = {n: (t, [w for pair in ps for w in pair], [len(d) for _, d in ps]) for n, (t, ps) in pairs.items()}
+    _save_positional(lists, embeds, outpath)
+
+def save_safeloras(modelmap={}, outpath="./lora.safetensors"):
+    "The same without tokens"
+    return save_safeloras_with_embeds(modelmap=modelmap, outpath=outpath)
+
+# %% ../nbs/new_lora_diffusion.ipynb #6ad5df0b
+def convert_loras_to_safeloras_with_embeds(modelmap={}, # name -> (path of a .pt, target class names, rank)
+                                           embeds={}, outpath="./lora.safetensors"):
+    "`.pt` files into one safetensors file; ranks are those of the tensors"
+    lists = {}
+    for name, (path, targets, _) in modelmap.items():
+        weights = unpickle(find_file(path))
+        if not isinstance(weights, (list, tuple)) or len(weights) % 2:
+            raise FormatError(f"{path}: expected a list of pairs of tensors. Pass a file of save_lora_weight.")
+        lists[name] = targets, weights, [len(d) for d in weights[1::2]]
+    _save_positional(lists, embeds, outpath)
+
+def convert_loras_to_safeloras(modelmap={}, outpath="./lora.safetensors"):
+    "The same without tokens"
+    convert_loras_to_safeloras_with_embeds(modelmap=modelmap, outpath=outpath)
+
+# %% ../nbs/new_lora_diffusion.ipynb #ce1d29da
+def _todays_order(component, weights, ranks, targets):
+    "A list in the order of old diffusers, sorted for today's; other lists as they are"
+    pairs = [Factors(up, down, None) for up, down in zip(weights[::2], weights[1::2])]
+    try: found = list(place(component, pairs, targets))
+    except LoraError: return weights, ranks
+    if found != legacy_order(found): return weights, ranks
+    today = next(list(s) for _, _, s in walks(component, targets, None) if set(s) == set(found))
+    order = [found.index(p) for p in today]
+    return [w for i in order for w in weights[2*i:2*i+2]], [ranks[i] for i in order]
+
+def parse_safeloras(safeloras): # an open safetensors file
+    "`{name: ([up, down, ...], ranks, target class names)}`, in the order today's models are walked"
+    metadata, loras = safeloras.metadata() or {}, {}
+    tensors = {k: safeloras.get_tensor(k) for k in safeloras.keys() if metadata.get(k) != EMBED_FLAG}
+    groups = group_parts(tensors, split_index)
+    for name in dict.fromkeys(n for n, _ in groups):
+        if name not in metadata: raise FormatError(f"{name} has no metadata: expected target classes. Use load_lora.")
+        pairs = [to_factors(f"{name}:{i}", groups[name, i]) for i in range(sum(n == name for n, _ in groups))
+                 if (name, i) in groups]
+        weights, targets = [w for f in pairs for w in (f.up, f.down)], json.loads(metadata[name])
+        weights, ranks = _todays_order(name, weights, [f.rank for f in pairs], targets)
+        loras[name] = [nn.Parameter(w) for w in weights], ranks, targets
+    return loras
+
+def parse_safeloras_embeds(safeloras):
+    "`{token: tensor}`"
+    metadata = safeloras.metadata() or {}
+    return {k: safeloras.get_tensor(k) for k in safeloras.keys() if metadata.get(k) == EMBED_FLAG}
+
+# %% ../nbs/new_lora_diffusion.ipynb #8e7f3411
+def _open(path, device="cpu"):
+    check_tensors(read_safetensors(find_file(path))[0])
+    return safetensors.safe_open(path, framework="pt", device=device)
+
+def load_safeloras(path, device="cpu"):
+    "`parse_safeloras` of a file"
+    return parse_safeloras(_open(path, device))
+
+def load_safeloras_embeds(path, device="cpu"):
+    "`parse_safeloras_embeds` of a file"
+    return parse_safeloras_embeds(_open(path, device))
+
+def load_safeloras_both(path, device="cpu"):
+    "Weights and tokens of a file"
+    return load_safeloras(path, device), load_safeloras_embeds(path, device)
+
+# %% ../nbs/new_lora_diffusion.ipynb #38016ea7
+def save_all(unet, text_encoder, save_path, placeholder_token_ids=None, placeholder_tokens=None, save_lora=True,
+             save_ti=True, target_replace_module_text=_TEXT_TARGETS, target_replace_module_unet=_UNET_TARGETS,
+             safe_form=True):
+    "Everything that was trained: one safetensors file, or the `.pt` family (`safe_form=False`)"
+    table = text_encoder.get_input_embeddings().weight
+    tokens = zip(placeholder_tokens or [], placeholder_token_ids or []) if save_ti else []
+    embeds = {t: table[i].detach().cpu().clone() for t, i in tokens}
+    end = ".safetensors" if safe_form else ".pt"
+    if not str(save_path).endswith(end): raise FormatError(f"{save_path} should end with {end}, or change safe_form.")
+    models = {"unet": (unet, target_replace_module_unet), "text_encoder": (text_encoder, target_replace_module_text)}
+    if safe_form: return save_safeloras_with_embeds(models if save_lora else {}, embeds, save_path)
+    paths = pt_paths(save_path)
+    for name, (model, targets) in models.items() if save_lora else ():
+        save_lora_weight(model, str(paths[name]), targets)
+    if embeds:
+        with atomic_path(paths["tokens"]) as tmp: torch.save(embeds, tmp)
+
 # %% ../nbs/new_lora_diffusion.ipynb #58332064
 def monkeypatch_or_replace_safeloras(
     models,     # has the models as attributes, as a pipeline does
     safeloras,  # an open safetensors file of the reference's format
 ):
     "Wear every part of a file, in place of what is worn; all of it fits, or nothing changes"
-    from lora_nb.formats import parse_safeloras
     kinds, plans = (nn.Linear, nn.Conv2d, LoraLayer), []
     for name, (lora, ranks, target) in parse_safeloras(safeloras).items():
         model = getattr(models, name, None)

@@ -17,8 +17,10 @@ import torch
 from .core import LoraError, patch_to
 from .injection import inject_lora
 from .lora import Lora
-from .training import Recipe, TrainingLog, Trainer, Turn, learning_encoders, recipe_for, setting
-from .dreambooth import _check_prior, prior_stream
+from .recipe import learning_encoders, recipe_for, setting
+from .log import TrainingLog
+from .training import Trainer, Turn
+from .dreambooth import check_prior, prior_stream
 from .textual_inversion import (InversionRecipe, NewWords, concepts_of, inversion_recipe_for, pulled,
                                        word_streams)
 
@@ -78,7 +80,7 @@ class PivotalTuning:
         self.dir, self.previews, self.callback = output_dir, previews, callback
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = ", ".join(f"{t} {class_noun}".strip() for t in data), list(inits)
-        self.prior, self.class_prompt = _check_prior(prior, class_prompt), class_prompt
+        self.prior, self.class_prompt = check_prior(prior, class_prompt), class_prompt
         kw = dict(size=resolution, n=num_class_images, buckets=buckets, **(sampling or {}))
         self.streams = word_streams(base, data, self.recipe, prompt, resolution, class_noun, buckets)
         if self.prior: self.streams.append(self._prior(next(iter(data.values())), class_data, kw))

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import ipywidgets as widgets
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -33,9 +32,10 @@ from .lora import Lora
 from .core import human
 from .preprocessing import find_pictures
 from .pti import PivotalTuning, joined, pivotal_recipe_for
-from .scheduling import LoraComposite, LoraSchedule, WeightCache, parse_schedule, scheduled
+from .schedule import LoraComposite, LoraSchedule, parse_schedule
+from .scheduling import WeightCache, scheduled
 from .show import PALETTE, grid, to_image
-from .training import recipe_card, recipe_for
+from .recipe import recipe_card, recipe_for
 from .turbo import turbo_scheduler, turbo_settings
 
 # %% ../nbs/18_studio.ipynb #941598ed

@@ -10,7 +10,7 @@ __all__ = ['TEMPLATES', 'WordTable', 'first_vectors', 'NewWords', 'fingerprint',
            'train_textual_inversion', 'neighbours']
 
 # %% ../nbs/15_textual_inversion.ipynb #0fdfcf3e
-import hashlib, json, random
+import hashlib
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ from .core import DataError, LoraError, TargetError, generator, patch_to
 from .lora import Lora
 from .injection import apply_lora, remove_lora, vector_tokens
 from .dataset import ConceptDataset, encode
-from .training import Recipe, Stream, Trainer, learning_encoders, setting
+from .recipe import Recipe, learning_encoders, setting
+from .training import Stream, Trainer
 
 # %% ../nbs/15_textual_inversion.ipynb #b6b19b72
 class WordTable(nn.Module):
@@ -207,7 +208,7 @@ def inversion_recipe_for(base,              # a `Base`
                          intent="subject",  # 'subject', 'style' or 'face'
                          **changes):        # settings to replace
     "A sensible recipe of textual inversion for this base and intent"
-    from lora_nb.training import recipe_for
+    from lora_nb.recipe import recipe_for
     common = recipe_for(base, intent)
     large = dict(words_learning_rate=5e-4, steps=2000, lr_schedule="constant",
                  template=intent.replace("subject", "object"))

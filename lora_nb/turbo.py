@@ -25,7 +25,8 @@ from .composition import compose
 from .dataset import Examples
 from .injection import apply_lora, inject_lora, remove_lora
 from .lora import Lora
-from .training import Batch, Recipe, Stream, Trainer, recipe_for
+from .training import Batch, Stream, Trainer
+from .recipe import Recipe, recipe_for
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/17b_turbo.ipynb #737308c2

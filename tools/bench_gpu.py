@@ -79,7 +79,8 @@ def our_step(net, config, batch, checkpointing, device):
     from lora_nb.random_pipes import random_pipe
     from lora_nb.dataset import Examples
     from lora_nb.injection import inject_lora
-    from lora_nb.training import Recipe, Stream, Trainer
+    from lora_nb.recipe import Recipe
+    from lora_nb.training import Stream, Trainer
     pipe = random_pipe("sd3")                                     # its transformer is exchanged, the rest is not asked
     pipe.register_modules(transformer=net)
     base = as_base(pipe, "random")

@@ -22,7 +22,8 @@ from lora_nb.dreambooth import DreamBooth, class_pictures, prior_stream, subject
 from lora_nb.evaluation import Question, exam, read_background, wearing
 from lora_nb.pti import train_pti
 from lora_nb.textual_inversion import train_textual_inversion
-from lora_nb.training import Recipe, Trainer, recipe_for
+from lora_nb.recipe import Recipe, recipe_for
+from lora_nb.training import Trainer
 from lora_nb.zoo.world import CLASS_OF, COLORS, OBJECTS, PATTERNS, an
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,9 +21,10 @@ from lora_nb.evaluation import (exam, features, load_judge, obeys, overfitting, 
                                 similarity, thumbnails, to_batch)
 from lora_nb.lora import Factors, Lora
 from lora_nb.worn import places
-from lora_nb.scheduling import LoraComposite, LoraSchedule, lora_switch, ramp, scheduled, trained_schedule
+from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp
+from lora_nb.scheduling import scheduled, trained_schedule
 from lora_nb.show import grid, save_jpeg
-from lora_nb.training import recipe_for
+from lora_nb.recipe import recipe_for
 from lora_nb.zoo.world import CLASS_OF, stylize
 
 KEPT = Path(__file__).resolve().parent.parent / "nbs/results"

@@ -8,12 +8,11 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/judge.html.md"""
 __all__ = ['rand', 'place', 'blur', 'degrade', 'spoil', 'JudgeWorld', 'train_judge', 'judge_accuracy']
 
 # %% ../../nbs/zoo/04_judge.ipynb #d182ebd4
-import time
 import torch
 import torch.nn.functional as F
-from ..core import autocast, data_path
+from ..core import autocast
 from ..evaluation import Judge
-from .world import COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, backgrounds, glyph_atlas, have_font, stylize
+from .world import COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, backgrounds, glyph_atlas, stylize
 
 # %% ../../nbs/zoo/04_judge.ipynb #5beda526
 def rand(n, lo, hi, g=None):

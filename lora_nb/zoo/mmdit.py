@@ -16,7 +16,7 @@ import torch
 from ..core import autocast, data_path, default_device, generators, set_seed
 from . import scenes as sc, world as w
 from .clip import EXTRA, RARE
-from .unet import _save_sheet
+from .unet import save_sheet
 from .vae import Run, codec_batch, codec_loss, optimizers, psnr, reconstruct
 
 # %% ../../nbs/zoo/10_mmdit.ipynb #fd5d86b2
@@ -286,7 +286,7 @@ def train_mmdit(
     data = Scenery(sc.Scenes(device, shares, seed + run.n), vae, pool, seed)
     for hw in ((64, 64),) * max(1, pool // 2048) + SIZES: data.renew(min(512, pool // 4), hw)
     def measure():
-        _save_sheet(draw(pipe, sheet(previews)), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=previews)
+        save_sheet(draw(pipe, sheet(previews)), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=previews)
         pipe.save_pretrained(out / "tiny-sd3"); return {}
     for i in run.steps(measure):
         if i % 12 == 0: data.renew(256)

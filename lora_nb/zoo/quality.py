@@ -10,8 +10,7 @@ __all__ = ['plan', 'score', 'shares', 'measure_base', 'main']
 # %% ../../nbs/zoo/06_quality.ipynb #203f853d
 import json, random, time
 from pathlib import Path
-import torch
-from ..core import atomic_path, data_path, progress
+from ..core import atomic_path, progress
 from ..evaluation import load_judge, read_background, recognise
 from . import world as w
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core import quiet
-from ..core import atomic_path, data_path, set_seed
+from ..core import atomic_path, set_seed
 from .judge import degrade, place, rand
 from .vae import Run
 from .world import CLASS_OF, COLORS, HELD_OUT, OBJECTS, PATTERNS
-from .world import all_glyphs, backgrounds, glyph_atlas, have_font
+from .world import all_glyphs, backgrounds, glyph_atlas
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #a6b920d0
 def unlabelled():

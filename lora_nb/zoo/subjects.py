@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..core import data_path
 from .world import COLORS, HELD_OUT, OBJECTS, PATTERNS, STYLES, TEMPLATES
 from .world import an, backgrounds, composite, draw_glyph, stylize
 
