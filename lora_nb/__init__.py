@@ -44,6 +44,7 @@ def __getattr__(name):
     if find_spec(f"lora_nb.{name}"): return import_module(f"lora_nb.{name}")      # a module's name is always the module
     module = owners().get(name)
     if name in __all__ or module == _DROP_IN:
+        if module == "composition": import_module("lora_nb.mixing")                   # enters its methods for `compose`
         found = globals()[name] = described(getattr(import_module(f"lora_nb.{module}"), name))
         return found
     raise AttributeError(missing + (f"; it is in lora_nb.{module}: from lora_nb.{module} import {name}" if module else ""))

@@ -396,7 +396,7 @@ class LoraInjectedConv2d(LoraLayer):
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self._simple and x.dtype == y.dtype == a.dtype and not torch.compiler.is_compiling():
             h = parts["lora_down"].forward(x)
-            if y.ndim == 4 and base.groups == 1 and self._may_overwrite(base, y):
+            if self._may_overwrite(base, y) and y.ndim == 4 and base.groups == 1:
                 return _add_conv_branch(y, h, b, self._gain)
             return torch.add(y, parts["lora_up"].forward(h), alpha=self._gain)
         return self._general(x, y)

@@ -23,7 +23,8 @@ from .worn import places, resolve_components
 from .core import some
 from .injection import apply_lora, remove_lora
 from .extraction import low_rank
-from .composition import gather, join_words, method
+from .lora import gather, join_words
+from .composition import method
 
 # %% ../nbs/07b_mixing.ipynb #ca1df579
 def keep_out(

@@ -64,7 +64,7 @@ def _precision(recipe, device):
 def _accelerator(precision, device):
     "A fresh accelerator: accelerate's shared state would refuse a second run of another precision"
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if alone: AcceleratorState._reset_state(True)
     return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")

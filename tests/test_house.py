@@ -180,8 +180,7 @@ def test_every_name_at_the_front_door_is_shown_in_use():
     text = "\n".join(re.sub(r"^\s*from .*$", "", s, flags=re.M) for s in cells)
     commands = text + "\n".join("".join(c["source"]) for p in NBS.rglob("*.ipynb") if not p.name.startswith(".")
                                 for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown")
-    hidden = [n for topic, ns in front().items() for n in ns
-              if not re.search(rf"\b{n}\b", commands if topic in ("commands", "studio") else text)]
+    hidden = [n for topic, ns in front().items() for n in ns if not re.search(rf"\b{n}\b", commands if topic in ("commands", "studio") else text)]
     assert not hidden, hidden
 
 

@@ -4,7 +4,6 @@
 Sphinx with MyST-NB draws it (tools/site/conf.py). No notebook is run: what is stored in it is what is shown.
 """
 import ast, os, re, shutil, sys
-from functools import partial
 from pathlib import Path
 import yaml
 from fastcore.foundation import L

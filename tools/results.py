@@ -22,7 +22,7 @@ from lora_nb.dreambooth import DreamBooth, class_pictures, prior_stream, subject
 from lora_nb.evaluation import Question, exam, read_background, wearing
 from lora_nb.pti import train_pti
 from lora_nb.textual_inversion import train_textual_inversion
-from lora_nb.recipe import Recipe, recipe_for
+from lora_nb.recipe import recipe_for
 from lora_nb.training import Trainer
 from lora_nb.zoo.world import CLASS_OF, COLORS, OBJECTS, PATTERNS, an
 
@@ -286,11 +286,11 @@ def score(base):
     "Marks of all pictures"
     from lora_nb.evaluation import Clip, Dino, load_judge
     eyes = dict(judge=load_judge(), clip=Clip(), dino=Dino())
+    own = {n: load(p) for n in (*SUBJECTS, *STYLES)
+           if (p := OUT / "table" / f"base--{n.replace(' ', '_')}--0--__.npz").exists()}
     for stage in ("table", "clock"):
         paths = sorted((OUT / stage).glob("*.npz"))
         if not paths: continue
-        own = {n: load(OUT / "table" / f"base--{n.replace(' ', '_')}--0--__.npz") for n in (*SUBJECTS, *STYLES)} \
-            if stage == "table" else own
         rows = [marked(*load(p), own, eyes) for p in paths]
         write(f"{stage}.json", dict(command=f"python tools/results.py {stage} score", steps=STEPS, batch_size=BATCH,
                                     prior_batch=PRIOR, draw=DRAW, pictures=COUNTS, rows=rows))

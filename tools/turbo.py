@@ -16,6 +16,7 @@ from lora_nb.core import atomic_path, data_path
 from lora_nb.evaluation import Dino, load_judge
 from lora_nb.lora import Lora
 from lora_nb.show import grid, save_jpeg
+from lora_nb.zoo.scenes import world_prompts
 from lora_nb.turbo import TurboRun, even_sigmas, turbocharged
 from lora_nb.zoo import scenes as sc, world as w
 from lora_nb.zoo.adherence import score_scene_pairs, score_signs
@@ -37,7 +38,7 @@ def train(name):
     "Distil, and keep the course of the training beside the LoRA"
     base, t0 = load_base(name), time.time()
     say = lambda t: print(name, t.done, t.log, flush=True) if t.done % 20 == 0 else None
-    run = TurboRun(base, validate_every=40, validation_samples=12, callback=say)
+    run = TurboRun(base, world_prompts(base, 160), validate_every=40, validation_samples=12, callback=say)
     paths = time.time() - t0
     lora = run.fit().to(dtype=torch.float16)
     lora.save(OUT / f"turbo-{name}.safetensors")
