@@ -4,7 +4,7 @@
     python tools/browser.py lab voila7    some of: lab, voila, voila7
 Screenshots are left in out/browser/.
 """
-import contextlib, json, os, re, shutil, socket, subprocess, sys, sysconfig, tempfile, time, urllib.request, venv
+import contextlib, json, os, re, shutil, socket, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,7 @@ def draws(hand, times):
     assert "<neon>" in hand.field("Prompt").locator("textarea").input_value(), "the trigger did not insert itself"
     hand.click("Draw"); styled = hand.another(first)
     hand.fill("Steps", 25); styled = hand.another(styled)
-    began = time.time(); hand.slide(.45); moved = hand.another(styled); times["slider"] = round(time.time() - began, 2)
+    began = time.time(); hand.slide(.45); hand.another(styled); times["slider"] = round(time.time() - began, 2)
     hand.shot("slider")
     hand.find(".ls-thumb").last.click(); hand.hear("Recalled"); assert hand.pixels() == first, "recalled another picture"
     assert hand.field("Prompt").locator("textarea").input_value() == "a cat on a blue background"
@@ -177,7 +177,7 @@ def compares(hand):
     hand.field("Compare").locator("select").select_option("with and without")
     hand.find(".ls-strip input[type=checkbox]").first.check(); hand.slide(.667)
     hand.find(".ls-strip select").first.select_option("fade in"); hand.hear(r"^\d+\.\d\d s$")
-    was = hand.pixels(); hand.click("Draw"); hand.hear(r"^\d+\.\d\d s$")
+    hand.click("Draw"); hand.hear(r"^\d+\.\d\d s$")
     hand.page.wait_for_timeout(300); hand.page.mouse.wheel(0, -2000); hand.shot("compared")
 
 
