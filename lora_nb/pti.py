@@ -60,6 +60,7 @@ def pivotal_recipe_for(base,              # a `Base`
 # %% ../nbs/32_pti.ipynb #8e36063b
 class PivotalTuning:
     "A pivotal tuning: `fit()` trains it, `lora()` is what it has learned so far: words and LoRA in one value"
+    trainer: Trainer                                     # of the present phase; not set before `fit`
     def __init__(self,
                  base,                            # a `Base`
                  instance_data,                   # pictures, or a dict word -> pictures
@@ -78,6 +79,7 @@ class PivotalTuning:
                  **overrides):                    # settings of the recipe
         self.base, self.recipe = base, (recipe or pivotal_recipe_for(base)).replace(**overrides)
         self.dir, self.previews, self.callback = output_dir, previews, callback
+        self.words, self.worn, self.log, self.logs = None, None, None, []    # set when put in, and by `fit`
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = ", ".join(f"{t} {class_noun}".strip() for t in data), list(inits)
         self.prior, self.class_prompt = check_prior(prior, class_prompt), class_prompt

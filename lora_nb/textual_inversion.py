@@ -77,6 +77,7 @@ class NewWords:
                  seed=0,           # of random vectors
                  name="words"):    # the adapter's name
         self.base, self.name = base, name
+        self._means = {}          # component -> `mean_norm`, measured once
         self.encoders = _encoders(base, components)
         words = {w: i if isinstance(i, dict) else {c: first_vectors(m, t, i, vectors, seed)
                  for c, (m, t) in self.encoders.items()} for w, i in inits.items()}
@@ -153,7 +154,6 @@ def pull(self:NewWords,
 @patch_to(NewWords)
 def mean_norm(self:NewWords, component):
     "Mean length of the rows that were there before"
-    if not hasattr(self, "_means"): self._means = {}
     if component not in self._means:
         t = self.tables[component]
         old = torch.ones(len(t.weight), dtype=torch.bool, device=t.ids.device).index_fill(0, t.ids, False)
@@ -269,6 +269,7 @@ class TextualInversion:
                  previews=None, callback=None, resolution=None, buckets=None,
                  **overrides):                    # settings of the recipe
         self.base, self.recipe = base, (recipe or inversion_recipe_for(base)).replace(**overrides)
+        self.log = None                                  # a `TrainingLog` after `fit`
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger = ", ".join(f"{t} {class_noun}".strip() for t in data)
         encoders = components or learning_encoders(base, self.recipe.encoders)
