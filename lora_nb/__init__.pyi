@@ -31,7 +31,6 @@ from .injection import extract_lora as extract_lora
 from .worn import adapters as adapters
 from .injection import disabled as disabled
 from .injection import inject_lora as inject_lora
-from .injection import Injected as Injected
 from .injection import find_targets as find_targets
 from .injection import TARGETS as TARGETS
 from .injection import MMDIT_TARGETS as MMDIT_TARGETS
@@ -49,22 +48,18 @@ from .formats import save_lora as save_lora
 from .cli import FORMATS as FORMATS
 from .conversion import convert_lora as convert_lora
 from .conversion import fit_format as fit_format
-from .conversion import Conversion as Conversion
 from .conversion import lora_file_info as lora_file_info
-from .conversion import FileInfo as FileInfo
 from .conversion import trigger_words as trigger_words
 
 # extracting and merging
 from .extraction import distill as distill
 from .extraction import distillation as distillation
-from .extraction import Distillation as Distillation
 from .extraction import resize as resize
 from .checkpoints import save_checkpoint as save_checkpoint
 from .checkpoints import merge_checkpoint as merge_checkpoint
 
 # combining
 from .composition import compose as compose
-from .composition import METHODS as METHODS
 from .lora import triggers_of as triggers_of
 from .mixing import learn_weights as learn_weights
 from .mixing import zip_columns as zip_columns
@@ -78,14 +73,11 @@ from .schedule import parse_schedule as parse_schedule
 from .schedule import parse_lora as parse_lora
 from .schedule import lora_switch as lora_switch
 from .schedule import LoraComposite as LoraComposite
-from .schedule import Moment as Moment
 from .scheduling import trained_schedule as trained_schedule
 
 # pictures and captions
 from .preprocessing import preprocess as preprocess
-from .preprocessing import PreprocessSettings as PreprocessSettings
 from .preprocessing import settings_for as settings_for
-from .preprocessing import PreprocessReport as PreprocessReport
 from .preprocessing import find_pictures as find_pictures
 from .preprocessing import open_picture as open_picture
 from .dataset import ConceptDataset as ConceptDataset
@@ -102,12 +94,10 @@ from .dreambooth import load_concepts as load_concepts
 from .dreambooth import class_pictures as class_pictures
 from .textual_inversion import train_textual_inversion as train_textual_inversion
 from .textual_inversion import TextualInversion as TextualInversion
-from .textual_inversion import InversionRecipe as InversionRecipe
 from .textual_inversion import inversion_recipe_for as inversion_recipe_for
 from .textual_inversion import neighbours as neighbours
 from .pti import train_pti as train_pti
 from .pti import PivotalTuning as PivotalTuning
-from .pti import PivotalRecipe as PivotalRecipe
 from .pti import pivotal_recipe_for as pivotal_recipe_for
 from .training import Trainer as Trainer
 from .training import Stream as Stream
@@ -125,12 +115,9 @@ from .turbo import turbo_recipe as turbo_recipe
 from .turbo import turbocharged as turbocharged
 from .turbo import with_turbo as with_turbo
 from .turbo import turbo_settings as turbo_settings
-from .turbo import turbo_scheduler as turbo_scheduler
 
 # judging
 from .evaluation import evaluate as evaluate
-from .evaluation import Evaluation as Evaluation
-from .evaluation import METRICS as METRICS
 from .evaluation import Dino as Dino
 from .evaluation import Clip as Clip
 from .evaluation import diversity as diversity
@@ -139,6 +126,7 @@ from .evaluation import thumbnails as thumbnails
 from .evaluation import drift as drift
 from .evaluation import bootstrap as bootstrap
 from .evaluation import paired_bootstrap as paired_bootstrap
+from .evaluation import wearing as wearing
 
 # showing
 from .show import grid as grid
@@ -273,4 +261,4 @@ from . import turbo as turbo
 from . import worn as worn
 from . import zoo as zoo
 
-__all__ = ['load_base', 'as_base', 'Base', 'embedded_bases', 'random_pipe', 'estimate_memory', 'Memory', 'memory_bars', 'Lora', 'Factors', 'add_factors', 'canonical', 'block_of', 'COMPONENTS', 'STREAMS', 'BLOCKS', 'apply_lora', 'remove_lora', 'set_scale', 'extract_lora', 'adapters', 'disabled', 'inject_lora', 'Injected', 'find_targets', 'TARGETS', 'MMDIT_TARGETS', 'Report', 'LoraLayer', 'LoraInjectedLinear', 'LoraInjectedConv2d', 'set_scales', 'load_lora', 'save_lora', 'FORMATS', 'convert_lora', 'fit_format', 'Conversion', 'lora_file_info', 'FileInfo', 'trigger_words', 'distill', 'distillation', 'Distillation', 'resize', 'save_checkpoint', 'merge_checkpoint', 'compose', 'METHODS', 'triggers_of', 'learn_weights', 'zip_columns', 'LoraSchedule', 'scheduled', 'ramp', 'interpolate', 'parse_schedule', 'parse_lora', 'lora_switch', 'LoraComposite', 'Moment', 'trained_schedule', 'preprocess', 'PreprocessSettings', 'settings_for', 'PreprocessReport', 'find_pictures', 'open_picture', 'ConceptDataset', 'captions_of', 'recipe_card', 'recipe_for', 'Recipe', 'train_dreambooth', 'DreamBooth', 'Concept', 'load_concepts', 'class_pictures', 'train_textual_inversion', 'TextualInversion', 'InversionRecipe', 'inversion_recipe_for', 'neighbours', 'train_pti', 'PivotalTuning', 'PivotalRecipe', 'pivotal_recipe_for', 'Trainer', 'Stream', 'TrainingLog', 'attention_maps', 'shift_for', 'block_groups', 'TurboRun', 'turbo_plan', 'turbo_recipe', 'turbocharged', 'with_turbo', 'turbo_settings', 'turbo_scheduler', 'evaluate', 'Evaluation', 'METRICS', 'Dino', 'Clip', 'diversity', 'overfitting', 'thumbnails', 'drift', 'bootstrap', 'paired_bootstrap', 'grid', 'before_after', 'curve', 'bars', 'heat', 'to_image', 'save_jpeg', 'Studio', 'lora_studio', 'lesson_base', 'lesson_places', 'lesson_pictures', 'lesson_cost', 'at_once', 'for_diffusers', 'take_away', 'lora_ppim', 'lora_dreambooth', 'lora_ti', 'lora_pti', 'lora_generate', 'lora_evaluate', 'lora_info', 'lora_convert', 'lora_distill', 'lora_memory', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'data_path', 'set_seed', 'generator', 'generators', 'default_device', 'default_dtype', 'atomic_path']
+__all__ = ['load_base', 'as_base', 'Base', 'embedded_bases', 'random_pipe', 'estimate_memory', 'Memory', 'memory_bars', 'Lora', 'Factors', 'add_factors', 'canonical', 'block_of', 'COMPONENTS', 'STREAMS', 'BLOCKS', 'apply_lora', 'remove_lora', 'set_scale', 'extract_lora', 'adapters', 'disabled', 'inject_lora', 'find_targets', 'TARGETS', 'MMDIT_TARGETS', 'Report', 'LoraLayer', 'LoraInjectedLinear', 'LoraInjectedConv2d', 'set_scales', 'load_lora', 'save_lora', 'FORMATS', 'convert_lora', 'fit_format', 'lora_file_info', 'trigger_words', 'distill', 'distillation', 'resize', 'save_checkpoint', 'merge_checkpoint', 'compose', 'triggers_of', 'learn_weights', 'zip_columns', 'LoraSchedule', 'scheduled', 'ramp', 'interpolate', 'parse_schedule', 'parse_lora', 'lora_switch', 'LoraComposite', 'trained_schedule', 'preprocess', 'settings_for', 'find_pictures', 'open_picture', 'ConceptDataset', 'captions_of', 'recipe_card', 'recipe_for', 'Recipe', 'train_dreambooth', 'DreamBooth', 'Concept', 'load_concepts', 'class_pictures', 'train_textual_inversion', 'TextualInversion', 'inversion_recipe_for', 'neighbours', 'train_pti', 'PivotalTuning', 'pivotal_recipe_for', 'Trainer', 'Stream', 'TrainingLog', 'attention_maps', 'shift_for', 'block_groups', 'TurboRun', 'turbo_plan', 'turbo_recipe', 'turbocharged', 'with_turbo', 'turbo_settings', 'evaluate', 'Dino', 'Clip', 'diversity', 'overfitting', 'thumbnails', 'drift', 'bootstrap', 'paired_bootstrap', 'wearing', 'grid', 'before_after', 'curve', 'bars', 'heat', 'to_image', 'save_jpeg', 'Studio', 'lora_studio', 'lesson_base', 'lesson_places', 'lesson_pictures', 'lesson_cost', 'at_once', 'for_diffusers', 'take_away', 'lora_ppim', 'lora_dreambooth', 'lora_ti', 'lora_pti', 'lora_generate', 'lora_evaluate', 'lora_info', 'lora_convert', 'lora_distill', 'lora_memory', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'data_path', 'set_seed', 'generator', 'generators', 'default_device', 'default_dtype', 'atomic_path']

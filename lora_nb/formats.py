@@ -572,8 +572,13 @@ def place(component, pairs, targets=None, base=None):
 # %% ../nbs/14_formats.ipynb #5ef63057
 WORD_FLAG = "<embed>"
 _INDEXED = re.compile(r"(\w+):(\d+):(up|down)")
-def index_key(component, i): return f"{component}:{i//2}:{('up', 'down')[i%2]}"
-def split_index(key): return (m := _INDEXED.fullmatch(key)) and ((m[1], int(m[2])), m[3])
+def index_key(component, i):  # 'unet', position in [up, down, up, ...]
+    "The key of a tensor in a positional file"
+    return f"{component}:{i//2}:{('up', 'down')[i%2]}"
+
+def split_index(key):  # of a positional file
+    "((component, number of the pair), 'up' or 'down'), or None"
+    return (m := _INDEXED.fullmatch(key)) and ((m[1], int(m[2])), m[3])
 
 def read_lora_diffusion(tensors, metadata, base=None):
     "A `Lora` from positional keys"

@@ -28,21 +28,21 @@ class PivotalRecipe(InversionRecipe):
 
 def pivotal_recipe_for(base, intent='subject', **changes): ...
 class PivotalTuning:
+    trainer: Trainer
     base: Any
     recipe: Any
     dir: Any
     previews: Any
     callback: Any
+    words: Any
+    worn: Any
+    log: Any
+    logs: list[Any]
     trigger: Any
     tokens: Any
     prior: Any
     class_prompt: Any
     streams: Any
-    words: Any
-    worn: Any
-    logs: list[Any]
-    log: Any
-    trainer: Any
     def __init__(self, base, instance_data, placeholder_token='<subject>', initializer_token='<rand>', class_prompt=None, class_data=None, prior='auto', recipe=None, output_dir=None, prompt='a photo of a {trigger}', class_noun='', components=None, num_class_images=24, sampling=None, previews=None, callback=None, resolution=None, buckets=None, start=None, **overrides) -> None: ...
     def _prior(self, source, class_data, kw): ...
     def _wear(self, inits, components, start): ...

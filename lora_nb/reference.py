@@ -17,26 +17,26 @@ from pathlib import Path
 FRONT = {
     "models": "load_base as_base Base embedded_bases random_pipe estimate_memory Memory memory_bars",
     "the value": "Lora Factors add_factors canonical block_of COMPONENTS STREAMS BLOCKS",
-    "wearing a LoRA": "apply_lora remove_lora set_scale extract_lora adapters disabled inject_lora Injected find_targets "
+    "wearing a LoRA": "apply_lora remove_lora set_scale extract_lora adapters disabled inject_lora find_targets "
                       "TARGETS MMDIT_TARGETS Report",
     "layers": "LoraLayer LoraInjectedLinear LoraInjectedConv2d set_scales",
-    "files": "load_lora save_lora FORMATS convert_lora fit_format Conversion lora_file_info FileInfo trigger_words",
-    "extracting and merging": "distill distillation Distillation resize save_checkpoint merge_checkpoint",
-    "combining": "compose METHODS add_files triggers_of learn_weights zip_columns",
-    "schedules": "LoraSchedule scheduled ramp interpolate parse_schedule parse_lora lora_switch LoraComposite Moment "
+    "files": "load_lora save_lora FORMATS convert_lora fit_format lora_file_info trigger_words",
+    "extracting and merging": "distill distillation resize save_checkpoint merge_checkpoint",
+    "combining": "compose triggers_of learn_weights zip_columns",
+    "schedules": "LoraSchedule scheduled ramp interpolate parse_schedule parse_lora lora_switch LoraComposite "
                  "trained_schedule",
-    "pictures and captions": "preprocess PreprocessSettings settings_for PreprocessReport find_pictures open_picture "
+    "pictures and captions": "preprocess settings_for find_pictures open_picture "
                              "ConceptDataset captions_of",
 }
 
 # %% ../nbs/44_reference.ipynb #01d25625
 FRONT |= {
     "training": "recipe_card recipe_for Recipe train_dreambooth DreamBooth Concept load_concepts class_pictures "
-                "train_textual_inversion TextualInversion InversionRecipe inversion_recipe_for neighbours "
-                "train_pti PivotalTuning PivotalRecipe pivotal_recipe_for Trainer Stream TrainingLog",
+                "train_textual_inversion TextualInversion inversion_recipe_for neighbours "
+                "train_pti PivotalTuning pivotal_recipe_for Trainer Stream TrainingLog",
     "Stable Diffusion 3.5": "attention_maps shift_for block_groups",
-    "few steps": "TurboRun turbo_plan turbo_recipe turbocharged with_turbo turbo_settings turbo_scheduler",
-    "judging": "evaluate Evaluation METRICS Dino Clip diversity overfitting thumbnails drift bootstrap paired_bootstrap",
+    "few steps": "TurboRun turbo_plan turbo_recipe turbocharged with_turbo turbo_settings ",
+    "judging": "evaluate Dino Clip diversity overfitting thumbnails drift bootstrap paired_bootstrap wearing",
     "showing": "grid before_after curve bars heat to_image save_jpeg",
     "studio": "Studio lora_studio",
     "lessons": "lesson_base lesson_places lesson_pictures lesson_cost at_once for_diffusers take_away",
@@ -53,7 +53,8 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path(__import__("lo
 def owners() -> dict[str, str]:
     "Public name -> the module that defines it, read from each module's `__all__` without importing it."
     found = {}
-    for file in sorted(HERE.rglob("*.py")):
+    late = lambda file: file.relative_to(HERE).parts[0].split(".")[0] in ("cli", "zoo")      # other rooms' names come first
+    for file in sorted(HERE.rglob("*.py"), key=lambda file: (late(file), file)):
         module = ".".join(file.relative_to(HERE).with_suffix("").parts).removesuffix(".__init__")
         if module in ("__init__", "_modidx") or module.startswith("data."): continue
         listed = re.search(r"^__all__ = (\[.*?\])", file.read_text(encoding="utf-8"), re.S | re.M)

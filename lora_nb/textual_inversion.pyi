@@ -23,10 +23,10 @@ def first_vectors(encoder, tokenizer, init, n=1, seed=0): ...
 class NewWords:
     base: Any
     name: Any
+    _means: dict[Any, Any]
     encoders: Any
     counts: dict[Any, Any]
     tables: dict[Any, Any]
-    _means: dict[Any, Any]
     def __init__(self, base, inits, vectors=1, components=None, seed=0, name='words') -> None: ...
     def _learn(self, component, words): ...
     def params(self: NewWords): ...
@@ -52,10 +52,10 @@ def word_streams(base, data, recipe, prompt='a photo of a {trigger}', size=None,
 class TextualInversion:
     base: Any
     recipe: Any
+    log: Any
     trigger: Any
     words: Any
     trainer: Any
-    log: Any
     def __init__(self, base, instance_data, placeholder_token='<subject>', initializer_token='<rand>', recipe=None, output_dir=None, prompt='a photo of a {trigger}', class_noun='', components=None, previews=None, callback=None, resolution=None, buckets=None, **overrides) -> None: ...
     def lora(self: TextualInversion): ...
     def fit(self: TextualInversion, resume=False): ...
