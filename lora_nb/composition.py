@@ -91,8 +91,8 @@ def method(
 def find_method(name):
     "A method by its name"
     if name in METHODS: return METHODS[name]
-    raise LoraError(f"there is no method {name!r}: expected one of {', '.join(METHODS)}.{closest(name, METHODS)} The methods "
-                    "of the literature (ties, dare, zip ...) need `import lora_nb.mixing`")
+    more = "" if "ties" in METHODS else " The methods of the literature (ties, dare, zip ...) need `import lora_nb.mixing`"
+    raise LoraError(f"there is no method {name!r}: expected one of {', '.join(METHODS)}.{closest(name, METHODS)}{more}")
 
 @method("cat")
 def _cat(layers, loras):
