@@ -6,7 +6,7 @@ __all__ = ['Picture', 'PAPER', 'INK', 'FAINT', 'PALETTE', 'WIDTH', 'PAD', 'FONT_
 
 # %% ../nbs/01_show.ipynb #58a7a7f9
 import io, math, re, textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -212,7 +212,7 @@ def grid(
 
 # %% ../nbs/01_show.ipynb #291bc47b
 def before_after(
-    rows: dict[str, list],     # prompt -> pictures, one for each column
+    rows: Mapping[str, Sequence[Picture]],  # prompt -> pictures, one for each column
     columns: list[str],        # what changes from left to right, e.g. ["base", "50 steps", "100 steps"]
     size: int | None = None,   # width of one tile in pixels
 ) -> Image.Image:

@@ -1,7 +1,7 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
 import io, math, re, textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -31,7 +31,7 @@ class Jpeg:
 def show(x: 'Picture | Plot') -> 'Jpeg | Plot': ...
 def save_jpeg(image: 'Picture', path: str | Path, quality: int=85) -> Path: ...
 def grid(images: Any, rows: int | None=None, cols: int | None=None, titles: list | None=None, row_titles: list | None=None, col_titles: list | None=None, size: int | None=None, pad: int=...) -> Image.Image: ...
-def before_after(rows: dict[str, list], columns: list[str], size: int | None=None) -> Image.Image: ...
+def before_after(rows: Mapping[str, Sequence[Picture]], columns: list[str], size: int | None=None) -> Image.Image: ...
 class Plot:
     figure: Any
     title: str
