@@ -71,7 +71,7 @@ def _writable(folder):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-{os.getpid()}"
         probe.touch(); probe.unlink()
-    except OSError as e: raise LoraError(f"Can not write into {path} ({e.strerror}): choose another folder.") from e
+    except OSError as e: raise LoraError(f"Cannot write into {path} ({e.strerror}): choose another folder.") from e
     return path
 
 # %% ../nbs/42_cli.ipynb #79f5bcd0
@@ -715,7 +715,7 @@ def lora_convert(argv):
     "Write a LoRA file in another format."
     from lora_nb.formats import FORMATS
     from lora_nb.conversion import convert_lora
-    p = Parser("lora_convert", "Write a LoRA file in another format; what it can not carry is said.")
+    p = Parser("lora_convert", "Write a LoRA file in another format; what it cannot carry is said.")
     p.add_argument("source", metavar="IN", help="a LoRA in any format this package reads")
     p.add_argument("target", metavar="OUT", help="the file to write")
     add_flags(p, "conversion", [

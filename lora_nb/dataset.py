@@ -113,7 +113,7 @@ def _read_all(files):
     for f in files:
         try: images.append(to_rgb(f) if isinstance(f, Image.Image) else open_picture(f))
         except DataError as e: broken.append(str(e))
-    if broken: raise DataError(f"{len(broken)} of {len(files)} pictures can not be read. Mend or remove:\n  " +
+    if broken: raise DataError(f"{len(broken)} of {len(files)} pictures cannot be read. Mend or remove:\n  " +
                                "\n  ".join(broken))
     return images
 
@@ -133,7 +133,7 @@ def _read_masks(masks, paths, rows, images):
 def _read_mask(mask, image, name):
     "One mask as L, of its picture's size"
     try: m = mask if isinstance(mask, Image.Image) else Image.open(mask)
-    except OSError as e: raise DataError(f"The mask of {name} can not be read: {e}") from e
+    except OSError as e: raise DataError(f"The mask of {name} cannot be read: {e}") from e
     m = ImageOps.exif_transpose(m).convert("L")
     if m.size == image.size: return m
     raise DataError(f"The mask of {name} has {m.size} pixels, the picture {image.size}: expected the same size. Make "

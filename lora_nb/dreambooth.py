@@ -128,7 +128,7 @@ def load_concepts(
 ):         # list of `Concept`
     "Read the `concepts_list.json` of other trainers; folders are looked for beside the file, too."
     try: rows = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e: raise DataError(f"{path} can not be read as JSON: {e}") from e
+    except (OSError, ValueError) as e: raise DataError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(rows, list) or not rows: raise DataError(f"{path} holds no list of concepts.")
     keys = dict(instance_data_dir="data", instance_prompt="prompt", class_prompt="class_prompt",
                 class_data_dir="class_data")
@@ -224,7 +224,7 @@ def _concepts(data, prompt, class_prompt, class_data, trigger):
     return [Concept(data, prompt, class_prompt, class_data, trigger)]
 
 def check_prior(prior, class_prompt):
-    "What `prior` means, or why it can not be"
+    "What `prior` means, or why it cannot be"
     if prior == "auto": return "images" if class_prompt else None
     if prior not in PRIORS: raise LoraError(f"prior = {prior!r}: expected 'images', 'prediction', None or 'auto'.")
     if prior and not class_prompt:

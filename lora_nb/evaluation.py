@@ -346,7 +346,7 @@ class Clip(Describer):
     @torch.no_grad()
     def texts(self, texts):
         "Descriptions `(B, d)` of texts, of length one."
-        if self.tokenizer is None: raise DataError("A bare CLIPModel can not read: pass a folder or hub id to `Clip`.")
+        if self.tokenizer is None: raise DataError("A bare CLIPModel cannot read: pass a folder or hub id to `Clip`.")
         ids = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.device)
         return _unit(self.model.get_text_features(**ids)).float().cpu()
 
@@ -390,7 +390,7 @@ def thumbnails(
     images,   # pictures of any kind
     side=16,  # of the thumbnail
 ):            # `(B, 3 * side * side)`, each of length one
-    "A picture described by its own thumbnail: what a copy can not hide."
+    "A picture described by its own thumbnail: what a copy cannot hide."
     x = F.adaptive_avg_pool2d(to_batch(images, 64), side).flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 

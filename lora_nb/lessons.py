@@ -39,7 +39,7 @@ def lesson_base(
     embedded="tiny-sd",  # what to take where there is no GPU or no hub
     **options,           # of `load_base`: t5, offload
 ):                       # a `Base`
-    "The base that a lesson asks for; the embedded one, and a line that says why, where it can not be had"
+    "The base that a lesson asks for; the embedded one, and a line that says why, where it cannot be had"
     _hush()
     if Path(name).exists() or not (name in HUB or "/" in name): return load_base(name, **options)
     device = default_device()
@@ -51,7 +51,7 @@ def lesson_base(
             if hub_answers(): raise
             why = "The model hub does not answer"
     if why:
-        print(f"{why}, so {name} can not be used: this runs on {embedded}, the small base in the package.")
+        print(f"{why}, so {name} cannot be used: this runs on {embedded}, the small base in the package.")
         return load_base(embedded)
     base.vae.enable_slicing()                            # large pictures are decoded one by one
     return base

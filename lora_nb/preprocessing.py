@@ -51,7 +51,7 @@ def _to_8bit(image):
 
 # %% ../nbs/23_preprocessing.ipynb #df912527
 def profile_name(image):  # a PIL image
-    "What a picture's colour profile calls itself; empty where there is none or it can not be read"
+    "What a picture's colour profile calls itself; empty where there is none or it cannot be read"
     from PIL import ImageCms
     try: return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(_file(image.info["icc_profile"]))).strip()
     except (KeyError, OSError, TypeError, ImageCms.PyCMSError): return ""
@@ -73,7 +73,7 @@ def _to_srgb(image):
 
 # %% ../nbs/23_preprocessing.ipynb #6d0a3db4
 def open_picture(path):  # a .jpg, .png or .webp
-    "Read a file as upright RGB; what can not be read is a `DataError` with the reason"
+    "Read a file as upright RGB; what cannot be read is a `DataError` with the reason"
     return read_picture(path)[0]
 
 def read_picture(path,                         # of any picture file
@@ -108,7 +108,7 @@ def _notes(im):
         f"colours from {name}" if name and "sRGB" not in name else "") if n]
 
 def _advice(path, e):
-    "Why a file can not be read, and what to do"
+    "Why a file cannot be read, and what to do"
     text = f"{type(e).__name__}: {e}"
     try: start = Path(path).open("rb").read(32)
     except OSError: return text
@@ -277,7 +277,7 @@ def otsu(values,     # array
     return float(mid[between.argmax()])
 
 def fill_holes(mask):  # (h, w) boolean
-    "Also mark what can not be reached from the border without crossing the mask"
+    "Also mark what cannot be reached from the border without crossing the mask"
     free = torch.from_numpy(~mask).float()[None, None]
     seen = torch.zeros_like(free)
     seen[..., 0, :] = seen[..., -1, :] = 1; seen[..., 0] = seen[..., -1] = 1

@@ -25,8 +25,7 @@ FRONT = {
     "combining": "compose triggers_of learn_weights zip_columns",
     "schedules": "LoraSchedule scheduled ramp interpolate parse_schedule parse_lora lora_switch LoraComposite "
                  "trained_schedule",
-    "pictures and captions": "preprocess settings_for find_pictures open_picture "
-                             "ConceptDataset captions_of",
+    "pictures and captions": "preprocess settings_for find_pictures open_picture ConceptDataset captions_of",
 }
 
 # %% ../nbs/44_reference.ipynb #01d25625
@@ -35,7 +34,7 @@ FRONT |= {
                 "train_textual_inversion TextualInversion inversion_recipe_for neighbours "
                 "train_pti PivotalTuning pivotal_recipe_for Trainer Stream TrainingLog",
     "Stable Diffusion 3.5": "attention_maps shift_for block_groups",
-    "few steps": "TurboRun turbo_plan turbo_recipe turbocharged with_turbo turbo_settings ",
+    "few steps": "TurboRun turbo_plan turbo_recipe turbocharged with_turbo turbo_settings",
     "judging": "evaluate Dino Clip diversity overfitting thumbnails drift bootstrap paired_bootstrap wearing",
     "showing": "grid before_after curve bars heat to_image save_jpeg",
     "studio": "Studio lora_studio",
@@ -87,7 +86,7 @@ def parameters(
     "(name, annotation, what the source says) of each parameter that has a comment; of a class, those of `__init__` or its fields."
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(x)))
     node, said = ast.parse(source).body[0], comments(source)
-    rows = [(n, ast.unparse(a) if a else "", line) for n, a, line in arguments(node)]
+    rows = [(n, ast.unparse(a).strip("'") if a else "", line) for n, a, line in arguments(node)]
     last = {line: n for n, _, line in rows}                  # a comment belongs to the last parameter on its line
     return [(n, a, said[line]) for n, a, line in rows if line in said and last[line] == n]
 

@@ -1,4 +1,4 @@
-"""How every picture and every curve of this book is drawn: one style, small files, the same noise beside the same noise.
+"""The house style of every picture in this book: grids with readable titles, curves, bars and heat maps, in small files.
 
 Docs: https://lora-nb.github.io/lora_nb/show.html.md"""
 

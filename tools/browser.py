@@ -59,7 +59,7 @@ def old_widgets(folder):
     Path(site, "ours.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--ignore-installed", *OLD_WIDGETS]
     p = subprocess.run([str(x) for x in pip], capture_output=True, text=True)
-    if p.returncode: raise Missing(f"{', '.join(OLD_WIDGETS)} can not be installed: {p.stderr.strip()[-200:]}")
+    if p.returncode: raise Missing(f"{', '.join(OLD_WIDGETS)} cannot be installed: {p.stderr.strip()[-200:]}")
     return python
 
 

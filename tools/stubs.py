@@ -82,7 +82,7 @@ def own_attributes(functions):
                 if not (isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id == me): continue
                 said = ast.unparse(v.annotation) if isinstance(v, ast.AnnAssign) else \
                     given.get(v.id, "Any") if isinstance(v, ast.Name) else type_of(v) if v is not None else "Any"
-                if found.setdefault(t.attr, said) != said and f.name != "__init__": found[t.attr] = found[t.attr]
+                found.setdefault(t.attr, said)
     return found
 
 
