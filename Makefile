@@ -8,56 +8,69 @@
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
 # make bench / bench-gpu        the measured comparisons / the same for transformers of SD3.5's shapes, where there is a GPU
 # make turbo                    distil the few-step LoRAs again and measure them (half an hour)
+# make test-versions            the core with other versions, e.g. VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt (CONSTRAINTS= : newest)
+# make release-check            whether this tree can be released: version, changelog, tag, wheel, badges, lessons (TAG=v0.2.0)
 # make quality                  the measured quality of the embedded bases (minutes)
 # make base / base3             train tiny-sd / tiny-sd3 again, into out/base (hours on a CPU; needs the emoji font)
 PYTHON ?= python3
-BIN := .venv/bin
-PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt $(INDEX)
-META := constraints.txt settings.ini setup.py pyproject.toml
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(INDEX)
+META := $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 COLAB ?= $(CURDIR)/.venv-colab
 
-.PHONY: demo test test-browser test-colab bench bench-gpu results turbo quality base base3 docs readme picture export clean
+# what depends on the versions of torch, diffusers, transformers and peft: layers, files, families, one training of each kind
+CORE := nbs/0 nbs/1 nbs/2 39_dreambooth 40_textual_inversion 41_pti 42_sd3 34_scheduling tests/test_ editable
 
-demo: .venv/.run
+.PHONY: demo test test-versions test-browser test-colab release-check bench bench-gpu results turbo quality base base3 docs readme picture export clean
+
+demo: $(VENV)/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
 
-test: .venv/.dev
+test: $(VENV)/.dev
 	$(BIN)/python tools/test.py $(ONLY)
+
+test-versions: $(VENV)/.dev
+	$(BIN)/python tools/test.py $(or $(ONLY),$(CORE))
+
+release-check: $(VENV)/.dev
+	$(BIN)/python tools/release.py $(TAG)
 
 test-colab: $(COLAB)/.lessons
 	cd nbs/tutorials && for nb in *.ipynb; do echo $$nb; $(QUIET) $(COLAB)/bin/jupyter-execute $$nb || exit 1; done
 
-test-browser: .venv/.dev
+test-browser: $(VENV)/.dev
 	$(BIN)/python tools/browser.py $(ONLY)
 
-bench: .venv/.dev
+bench: $(VENV)/.dev
 	cd nbs/benchmarks && $(QUIET) ../../$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 *.ipynb
 	$(BIN)/nbdev-clean --fname nbs/benchmarks
 
-bench-gpu: .venv/.dev
+bench-gpu: $(VENV)/.dev
 	$(BIN)/python tools/bench_gpu.py
 
-results: .venv/.dev
+results: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py
 
-turbo: .venv/.dev
+turbo: $(VENV)/.dev
 	OMP_NUM_THREADS=2 $(BIN)/python tools/turbo.py train table
 
-quality: .venv/.dev
+quality: $(VENV)/.dev
 	$(BIN)/python -m lora_nb.zoo.quality tiny-sd --output nbs/zoo/logs/quality.json
 	$(BIN)/python -m lora_nb.zoo.adherence tiny-sd tiny-sd3 --output nbs/zoo/logs/adherence.json
 
-base: .venv/.run
+base: $(VENV)/.run
 	$(BIN)/python -m lora_nb.zoo.unet $(or $(OUT),out/base)
 
-base3: .venv/.run
+base3: $(VENV)/.run
 	$(BIN)/python -m lora_nb.zoo.mmdit $(or $(OUT),out/base)
 
-docs: .venv/.dev
+docs: $(VENV)/.dev
 	$(BIN)/python tools/docs.py
 
-readme: .venv/.dev
+readme: $(VENV)/.dev
 	$(QUIET) $(BIN)/nbdev-test nbs/index.ipynb --save && $(BIN)/nbdev-clean --fname nbs/index.ipynb
 	$(BIN)/python tools/readme.py README.md
 
@@ -65,21 +78,21 @@ picture: demo
 	cp out/demo/before_after.jpg out/demo/metrics.json nbs/images/
 	$(BIN)/python tools/card.py
 
-export: .venv/.dev
+export: $(VENV)/.dev
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 	$(BIN)/python tools/stubs.py
 
 # INDEX="--extra-index-url ..." adds a package index, e.g. one with CPU builds of torch
 INDEX ?=
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.run: .venv/bin/python $(META)
+$(VENV)/.run: $(BIN)/python $(META)
 	$(PIP) -e . && touch $@
 
-.venv/.dev: .venv/bin/python $(META)
-	$(PIP) -e '.[dev]' && touch $@ .venv/.run
+$(VENV)/.dev: $(BIN)/python $(META)
+	$(PIP) -e '.[dev]' && touch $@ $(VENV)/.run
 
 $(COLAB)/.lessons: constraints-colab.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv $(COLAB)
