@@ -1,4 +1,4 @@
-"What an editor sees: the README's program has no error, and typical mistakes are found."
+"What an editor sees: the programs of the README and the guide have no error, and typical mistakes are found."
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -14,23 +14,38 @@ MISTAKES = {
 }
 
 
-def errors(folder, program):
-    "Messages of the type checker about a program."
-    (folder / "program.py").write_text(program)
+def errors(folder, programs):
+    "Messages of the type checker about each program; `programs` maps a name to Python, all are checked in one run."
+    for i, program in enumerate(programs.values()): (folder / f"program{i}.py").write_text(program)
     (folder / "pyrightconfig.json").write_text(json.dumps(dict(typeCheckingMode="standard", extraPaths=[str(ROOT)])))
     checker = shutil.which("basedpyright", path=str(Path(sys.executable).parent)) or shutil.which("basedpyright")
     if not checker: pytest.fail("basedpyright is missing: pip install -e '.[dev]'")
     p = subprocess.run([checker, "--outputjson", "--pythonpath", sys.executable, "-p", str(folder)], capture_output=True, text=True)
-    return [d["message"] for d in json.loads(p.stdout)["generalDiagnostics"] if d["severity"] == "error"]
+    report = json.loads(p.stdout)
+    assert report["summary"]["filesAnalyzed"] == len(programs), report["summary"]
+    found = {name: [] for name in programs}
+    for d in report["generalDiagnostics"]:
+        if d["severity"] == "error": found[list(programs)[int(Path(d["file"]).stem[7:])]].append(d["message"])
+    return found
 
 
-def test_the_programs_of_the_readme_have_no_error(tmp_path):
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert programs
-    assert not (found := errors(tmp_path, "\n".join(programs))), found
+def programs(page):
+    "The Python of a page: its code cells, one program, and each program shown in its text."
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    text = lambda kind: ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
+    shown = [p for t in text("markdown") for p in re.findall(r"```python\n(.*?)```", t, re.S)]
+    return ["\n".join(s for s in text("code") if not s.startswith(("!", "%"))), *shown]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_typical_mistake_is_found(tmp_path, mistake):
-    program, word = MISTAKES[mistake]
-    assert any(word in m for m in errors(tmp_path, program)), errors(tmp_path, program)
+def test_the_programs_of_the_readme_and_the_guide_have_no_error(tmp_path):
+    guide = {f"{page.stem} {i}": p for page in sorted((ROOT / "nbs/guide").glob("*.ipynb")) for i, p in enumerate(programs(page)) if p.strip()}
+    readme = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert readme and len(guide) >= 5
+    found = errors(tmp_path, guide | {"README": "\n".join(readme)})
+    assert not any(found.values()), "\n".join(f"{name}: {m}" for name, ms in found.items() for m in ms)
+
+
+def test_typical_mistakes_are_found(tmp_path):
+    found = errors(tmp_path, {name: program for name, (program, _) in MISTAKES.items()})
+    missed = {name: found[name] for name, (_, word) in MISTAKES.items() if not any(word in m for m in found[name])}
+    assert not missed, missed
