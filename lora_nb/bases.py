@@ -122,6 +122,14 @@ def _scale_and_shift(vae):
     "The VAE's (scale, shift) of latents."
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.
 
+@contextmanager
+def _upcast(vae):
+    "A context in which a VAE in fp16 whose configuration says `force_upcast` has fp32 weights; afterwards it is as it was."
+    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False): yield; return
+    vae.to(torch.float32)
+    try: yield
+    finally: vae.to(torch.float16)                  # exact: every fp16 number is an fp32 number
+
 @patch_to(Base)
 @torch.no_grad()
 def encode_images(
@@ -131,7 +139,7 @@ def encode_images(
 ) -> torch.Tensor:                              # (B, C, h, w)
     "Pictures as latents, scaled and shifted as the denoiser expects, in fp32."
     scale, shift = _scale_and_shift(self.vae)
-    post = self.vae.encode(pixels.to(runs_on(self.vae), self.vae.dtype)).latent_dist
+    with _upcast(self.vae): post = self.vae.encode(pixels.to(runs_on(self.vae), self.vae.dtype)).latent_dist
     z = post.mean if generator is None else post.sample(generator)
     return (z.float() - shift) * scale
 
@@ -144,7 +152,7 @@ def decode_latents(
     "Latents as pictures, in fp32."
     scale, shift = _scale_and_shift(self.vae)
     z = latents.to(runs_on(self.vae), torch.float32) / scale + shift
-    return self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+    with _upcast(self.vae): return self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
 # %% ../nbs/09_bases.ipynb #2779be30
 @patch_to(Base, as_prop=True)

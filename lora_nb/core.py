@@ -48,10 +48,10 @@ def default_device(
 def default_dtype(
     device: torch.device | str | None = None,  # a device or its name; None: the best there is
 ) -> torch.dtype:
-    "Precision of frozen weights: bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU"
-    kind = default_device(device).type
-    if kind == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float16 if kind == "mps" else torch.float32
+    "Precision of frozen weights and of training: bf16 from compute capability 8.0 on, fp16 on older cards, else fp32"
+    device = default_device(device)
+    if device.type != "cuda": return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 # %% ../nbs/00_core.ipynb #8d3435e9
 def fast_bf16(
@@ -59,7 +59,7 @@ def fast_bf16(
 ) -> bool:
     "Does this device multiply bfloat16 in hardware?"
     kind = default_device(device).type
-    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cuda": return default_dtype(device) == torch.bfloat16
     ask = [getattr(torch.cpu, f"_is_{n}_supported", None) for n in ("avx512_bf16", "amx_tile")]
     return kind == "cpu" and any(f() for f in ask if f)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_nb.core import LoraError, atomic_path, data_path, finite, finite_number, free_name, quick, quiet, some
+from lora_nb.core import LoraError, atomic_path, data_path, default_dtype, fast_bf16, finite, finite_number, free_name, quick, quiet, some
 
 
 def write(path, make):
@@ -84,3 +84,12 @@ def test_quiet_restores_even_after_an_error():
     before = log.get_verbosity(), log.is_progress_bar_enabled()
     with pytest.raises(ValueError), quiet(): raise ValueError
     assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+                                               ((8, 9), torch.bfloat16), ((12, 0), torch.bfloat16)], ids=str)
+def test_precision_follows_what_the_card_multiplies(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)      # counts emulation: not asked
+    assert default_dtype("cuda") == dtype and fast_bf16("cuda") == (dtype == torch.bfloat16)
+    assert default_dtype("mps") == default_dtype("cpu") == torch.float32

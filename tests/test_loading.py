@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from lora_nb.families import as_base
 from lora_nb.checkpoints import save_checkpoint, vae_key
 from lora_nb.core import LoraError, quiet
-from lora_nb.loading import load_base
+from lora_nb.loading import load_base, variants_in
 from lora_nb.random_pipes import random_pipe
 
 CPU = dict(device="cpu")
@@ -38,10 +38,69 @@ def test_a_single_file_without_its_configurations(tmp_path):
     fails("config=", tmp_path/"whole.safetensors", config=f"{tmp_path}/empty")
 
 
-def test_a_hub_id_that_cannot_be_reached(): fails("hub", "nobody/no-such-model")
+def test_a_hub_id_that_cannot_be_reached(): fails("HF_HUB_OFFLINE is set|hub", "nobody/no-such-model")
+
+
+@pytest.mark.parametrize("shards", ["10GB", "20KB"], ids=["whole", "shards"])
+def test_a_folder_of_fp16_files_only(tmp_path, shards):
+    pipe = random_pipe("sdxl").to(torch.float16)
+    with quiet(): pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size=shards)
+    names = [f.name for f in (tmp_path/"unet").iterdir()]
+    assert not any(f == "diffusion_pytorch_model.safetensors" for f in names) and (len(names) > 3) == (shards == "20KB")
+    base = load_base(tmp_path, **CPU)
+    assert base.dtype == torch.float32                      # computes in fp32 on a CPU
+    for name, p in pipe.unet.named_parameters(): assert p.float().equal(base.pipe.unet.get_parameter(name)), name
+    assert load_base(tmp_path, variant="fp16", dtype=torch.float16, **CPU).dtype == torch.float16
+    fails("variant='bf16'.* has fp16", tmp_path, variant="bf16")
+
+
+def test_a_folder_with_both_is_loaded_as_it_was(tmp_path):
+    pipe = random_pipe("sd")
+    with quiet():
+        pipe.save_pretrained(tmp_path)
+        random_pipe("sd").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert variants_in(tmp_path)["unet"] == {"", "fp16"}
+    w = pipe.unet.conv_in.weight
+    assert load_base(tmp_path, **CPU).pipe.unet.conv_in.weight.equal(w)
+    fails("no variants", "tiny-sd", variant="fp16")
+
+
+@pytest.mark.parametrize("dtype, has, asked", [(torch.float16, True, ["fp16"]), (torch.bfloat16, False, ["fp16", None]),
+                                               (torch.float32, True, [None])], ids=str)
+def test_the_hub_is_asked_for_half_the_bytes_first(monkeypatch, dtype, has, asked):
+    import diffusers
+    seen, pipe = [], random_pipe("sd")
+    def fetch(source, variant=None, **kw):
+        assert source == "someone/model" and kw["revision"] == "v2"
+        seen.append(variant)
+        if variant and not has: raise ValueError(f"You are trying to load the model files of the `variant={variant}`, but no such files")
+        return pipe
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", staticmethod(fetch))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda *a, **kw: {"_class_name": "StableDiffusionPipeline"})
+    load_base("someone/model", dtype=dtype, revision="v2", **CPU)
+    assert seen == asked
+
+
+def test_a_hub_that_refuses_says_what_to_do(monkeypatch):
+    import diffusers, httpx
+    from huggingface_hub import errors
+    reply = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+    def refuse(kind, *args, **kw):
+        def load(*a, **k):
+            try: raise kind(*args, **kw)
+            except Exception: raise OSError("someone/model is not a local folder")
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    refuse(errors.GatedRepoError, "gated", response=reply); fails("Accept its licence on https://huggingface.co/someone/model", "someone/model")
+    refuse(errors.RepositoryNotFoundError, "none", response=reply); fails("no such repository", "someone/model")
+    refuse(errors.RevisionNotFoundError, "none", response=reply); fails("no such revision", "someone/model", revision="x")
+    refuse(httpx.ConnectError, "down"); fails("hf download someone/model --local-dir", "someone/model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1"); fails("HF_HUB_OFFLINE is set", "someone/model")
 
 
 def test_wishes_are_checked(sd3):
+    fails("is not one", "tiny-sd", revision="main")
+    fails("loaded already", sd3, variant="fp16")
     fails("expected True, False or '8bit'", "tiny-sd", t5="no")
     fails("'sequential'", "tiny-sd", offload="disk")
     fails("loaded already", sd3, t5=False)
