@@ -53,6 +53,11 @@ def test_files_that_cannot_be_read(tmp_path, name, words):
     with pytest.raises(DataError, match=words): open_picture(broken_files(tmp_path)/name)
 
 
+def test_a_file_that_is_cut_in_its_header(tmp_path):
+    scene().save(tmp_path/"a.jpg"); (tmp_path/"a.jpg").write_bytes((tmp_path/"a.jpg").read_bytes()[:300])
+    with pytest.raises(DataError, match="damaged"): open_picture(tmp_path/"a.jpg")
+
+
 def test_large_files_are_read_small(tmp_path):
     scene(1200, 800).save(tmp_path/"large.png")
     assert read_picture(tmp_path/"large.png", at_least=100)[0].size == (150, 100)
