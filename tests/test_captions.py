@@ -8,7 +8,7 @@ from lora_nb.captions import (PHOTO, blip_captions, captioner_for, captions_of, 
                               edited_captions, give_captions, metadata_rows, own_caption, phrases_of, read_metadata,
                               sentence)
 from lora_nb.core import DataError, data_path
-from lora_nb.evaluation import Clip
+from lora_nb.similarity import Clip
 from lora_nb.zoo.world import PHRASES
 
 
