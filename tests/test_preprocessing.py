@@ -23,7 +23,8 @@ def files_of(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() f
 @pytest.mark.parametrize("bad, words", [
     (dict(crop="middle"), "crop"), (dict(masks="clipseg"), "mask_prompt"), (dict(zoom=.2), "salience"), (dict(copies=2), "flip"),
     (dict(sise=64), "Did you mean 'size'"), (dict(fill="reddish"), "colour"), (dict(size=4), "at least 8"),
-    (dict(temperature=0.), "more than 0"), (dict(mask_floor=2.), "up to 1"), (dict(size=32, buckets=True), "above size")])
+    (dict(temperature=0.), "more than 0"), (dict(mask_floor=2.), "up to 1"), (dict(jitter=1.), "less than 1"),
+    (dict(size=32, buckets=True), "at most size")])
 def test_settings_that_are_refused(bad, words):
     with pytest.raises(LoraError, match=words): settings_for(**bad)
 
