@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from lora_nb.loading import load_base
 from lora_nb.composition import compose
-from lora_nb.core import atomic_path, data_path
+from lora_nb.core import atomic_path
 from lora_nb.evaluation import load_judge, questions, recognise, to_batch, wearing
-from lora_nb.lora import Lora
 from lora_nb.mixing import (Mixture, composite, grams_of, keep_loss, klora, learn_weights, samples, switch, zip_columns)
 from lora_nb.show import grid, save_jpeg
+from lora_nb.zoo.loras import bundled_lora
 from lora_nb.zoo.world import an
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ class Pair:
     "Two LoRAs, the prompts that each answers to alone, and what is asked of their composition"
     def __init__(self, name):
         self.name, self.parts = name, PAIRS[name]
-        self.loras = [Lora.load(data_path("loras", f"{p.replace(' ', '_')}.safetensors")) for p in self.parts]
+        self.loras = [bundled_lora(p) for p in self.parts]
         self.triggers = [l.metadata["trigger"] for l in self.loras]
         self.style = self.parts[1] in STYLES
         self.hash = "-".join(l.content_hash()[:8] for l in self.loras)

@@ -17,14 +17,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from lora_nb.loading import load_base
-from lora_nb.core import atomic_path, data_path
+from lora_nb.core import atomic_path
 from lora_nb.dreambooth import DreamBooth, class_pictures, prior_stream, subject_stream
 from lora_nb.evaluation import Question, exam, read_background, wearing
 from lora_nb.pti import train_pti
 from lora_nb.textual_inversion import train_textual_inversion
 from lora_nb.recipe import recipe_for
 from lora_nb.training import Trainer
-from lora_nb.zoo.world import CLASS_OF, COLORS, OBJECTS, PATTERNS, an
+from lora_nb.zoo.world import CLASS_OF, COLORS, OBJECTS, PATTERNS, an, find_material
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, KEPT = ROOT / "out/results", ROOT / "nbs/results"
@@ -43,7 +43,7 @@ class Concept:
     name: str
     style = property(lambda self: self.name in (*STYLES, "pixel art"))
     noun = property(lambda self: "style" if self.style else CLASS_OF[self.name])
-    folder = property(lambda self: data_path("styles" if self.style else "subjects", self.name.replace(" ", "_")))
+    folder = property(lambda self: find_material(self.name)[0])
 
     def trigger(self, word, noun=False):
         "How prompts name it"

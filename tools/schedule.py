@@ -25,7 +25,7 @@ from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp
 from lora_nb.scheduling import scheduled, trained_schedule
 from lora_nb.show import grid, save_jpeg
 from lora_nb.recipe import recipe_for
-from lora_nb.zoo.world import CLASS_OF, stylize
+from lora_nb.zoo.world import CLASS_OF, find_material, stylize
 
 KEPT = Path(__file__).resolve().parent.parent / "nbs/results"
 SUBJECT, STYLE, LEARNER = "jack-o-lantern", "neon", "teapot"
@@ -41,7 +41,7 @@ FINE = {"IN03": 0, "MID": 0, "OUT00-01": 0}
 
 def asked(trigger, name=SUBJECT, n=12):
     "The exam's questions about a subject"
-    folder = data_path("subjects", name.replace(" ", "_"))
+    folder, *_ = find_material(name)
     return exam(trigger, name, CLASS_OF[name], n, read_background(folder), groups=("subject",))["subject"][:n]
 
 

@@ -24,7 +24,7 @@ nitpicky = True
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}                                                           # no script from elsewhere
-myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath", "html_image"]
 card = f"{SITE['site-url']}/_static/{Path(SITE['image']).name}"
 myst_html_meta = {"description": SITE["description"], "property=og:title": project, "property=og:image": card,
                   "property=og:description": SITE["description"], "twitter:card": "summary_large_image"}
