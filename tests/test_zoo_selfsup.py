@@ -40,5 +40,5 @@ def test_a_class_test_has_the_pictures_it_says():
 
 
 def test_the_shipped_encoder_describes_with_192_numbers():
-    from lora_nb.evaluation import Dino
+    from lora_nb.similarity import Dino
     assert Dino().images(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
