@@ -18,7 +18,10 @@ from PIL import Image
 from lora_nb.loading import load_base
 from lora_nb.composition import compose
 from lora_nb.core import atomic_path
-from lora_nb.evaluation import load_judge, questions, recognise, to_batch, wearing
+from lora_nb.zoo.judge import load_judge, recognise
+from lora_nb.zoo.subjects import questions
+from lora_nb.similarity import to_batch
+from lora_nb.evaluation import wearing
 from lora_nb.mixing import (Mixture, composite, grams_of, keep_loss, klora, learn_weights, samples, switch, zip_columns)
 from lora_nb.show import grid, save_jpeg
 from lora_nb.zoo.loras import bundled_lora

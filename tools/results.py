@@ -19,7 +19,9 @@ import torch
 from lora_nb.loading import load_base
 from lora_nb.core import atomic_path
 from lora_nb.dreambooth import DreamBooth, class_pictures, prior_stream, subject_stream
-from lora_nb.evaluation import Question, exam, read_background, wearing
+from lora_nb.evaluation import Question, wearing
+from lora_nb.zoo.subjects import exam
+from lora_nb.zoo.judge import read_background
 from lora_nb.pti import train_pti
 from lora_nb.textual_inversion import train_textual_inversion
 from lora_nb.recipe import recipe_for
@@ -64,7 +66,7 @@ class Concept:
 
 def style_exam(trigger, seed):
     "Known objects in the style, and the same objects without its name"
-    from lora_nb.evaluation import questions
+    from lora_nb.zoo.subjects import questions
     asked = questions(list(OBJECTS), COUNTS["subject"] + COUNTS["others"], (), seed)
     ours = [Question(f"{q.prompt}, in {trigger} style", q.obj, q.color, q.pattern, q.seed)
             for q in asked[:COUNTS["subject"]]]
@@ -235,7 +237,7 @@ def search(base):
 
 def settle(base=None):
     "The best of each grid, by the judge's certainty that subject and background are both right"
-    from lora_nb.evaluation import load_judge, obeys, recognise
+    from lora_nb.zoo.judge import load_judge, obeys, recognise
     judge, found = load_judge(), {}
     for path in sorted((OUT / "search").glob("*.npz")):
         about, paper, drawn = load(path)
@@ -284,7 +286,8 @@ def clock(base):
 
 def score(base):
     "Marks of all pictures"
-    from lora_nb.evaluation import Clip, Dino, load_judge
+    from lora_nb.similarity import Clip, Dino
+    from lora_nb.zoo.judge import load_judge
     eyes = dict(judge=load_judge(), clip=Clip(), dino=Dino())
     own = {n: load(p) for n in (*SUBJECTS, *STYLES)
            if (p := OUT / "table" / f"base--{n.replace(' ', '_')}--0--__.npz").exists()}
@@ -314,7 +317,9 @@ def sheet(name, n=6):
 
 def marked(about, paper, drawn, own, eyes):
     "One row of the table: what was run, and the means of its marks"
-    from lora_nb.evaluation import diversity, drift, features, score_pictures, shows, styles_seen
+    from lora_nb.similarity import diversity, drift
+    from lora_nb.zoo.judge import features, shows, styles_seen
+    from lora_nb.evaluation import score_pictures
     concept, judge = Concept(about["concept"]), eyes["judge"]
     pictures = sorted(concept.folder.glob("*.jpg"))
     kind, name = ("style", concept.name) if concept.style else ("subject", None)

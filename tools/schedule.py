@@ -17,8 +17,9 @@ import torch
 from lora_nb.loading import load_base
 from lora_nb.core import atomic_path, data_path
 from lora_nb.dreambooth import DreamBooth
-from lora_nb.evaluation import (exam, features, load_judge, obeys, overfitting, read_background, recognise,
-                                similarity, thumbnails, to_batch)
+from lora_nb.zoo.subjects import exam
+from lora_nb.zoo.judge import features, load_judge, obeys, read_background, recognise
+from lora_nb.similarity import overfitting, similarity, thumbnails, to_batch
 from lora_nb.lora import Factors, Lora
 from lora_nb.worn import places
 from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp

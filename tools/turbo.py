@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from lora_nb.loading import load_base
 from lora_nb.core import atomic_path, data_path
-from lora_nb.evaluation import Dino, load_judge
+from lora_nb.similarity import Dino
+from lora_nb.zoo.judge import load_judge
 from lora_nb.lora import Lora
 from lora_nb.show import grid, save_jpeg
 from lora_nb.zoo.scenes import world_prompts
