@@ -1,14 +1,15 @@
-"LoRAManager, lora_join, lora_add and svd_distill: what readers of the chapter skip."
+"LoRAManager, lora_join, lora_add, svd_distill and collapse_lora: what readers of the chapter skip."
 import pytest
 import safetensors
 import torch
 
-from lora_nb import LoRAManager, lora_add, lora_join, svd_distill
+from lora_nb import (LoRAManager, collapse_lora, extract_lora_ups_down, inject_trainable_lora_extended, lora_add, lora_join,
+                     monkeypatch_remove_lora, svd_distill)
 from lora_nb.core import FormatError, LoraError, data_path
-from lora_nb.injection import inject_lora
+from lora_nb.injection import apply_lora, inject_lora, remove_lora
 from lora_nb.lora import Lora
 from lora_nb.random_pipes import random_pipe
-from lora_nb.worn import branches
+from lora_nb.worn import branches, places
 
 close = lambda a, b, eps=1e-5: torch.allclose(a, b, atol=eps, rtol=eps)
 
@@ -74,3 +75,59 @@ def test_distilling_from_folder_to_file(tmp_path):
     (name, f), = Lora.load(tmp_path / "x.safetensors").layers.items()
     assert name == "unet.mid_block.attentions.0.proj_in" and list(made.layers) == [name]
     assert close(f.delta(), (w - base.unet.mid_block.attentions[0].proj_in.weight).detach(), 1e-4)
+
+
+# Collapsing: once is once
+
+def near(a, b, eps=1e-5): return (a - b).norm() <= eps * b.norm()
+
+@torch.no_grad()
+def collapses(net, x):
+    "Collapse twice: the first time the output stays, the second time everything stays"
+    before = net.eval()(*x)[0]
+    collapse_lora(net)
+    once = {n: p.clone() for n, p in net.state_dict().items()}
+    assert near(net(*x)[0], before)
+    collapse_lora(net)
+    assert all(torch.equal(p, once[n]) for n, p in net.state_dict().items())
+    monkeypatch_remove_lora(net)
+    assert near(net(*x)[0], before)
+
+def inputs(unet): return torch.randn(1, 4, 8, 8), torch.tensor(5), torch.randn(1, 7, unet.config.cross_attention_dim)
+
+
+@pytest.mark.parametrize("kw", [{}, dict(dora=True), dict(rslora=True, alpha=2.), dict(init="pissa"), dict(dropout=.5)], ids=str)
+def test_collapse_in_every_mode_of_the_branches(kw):
+    net = random_pipe().unet
+    for m in inject_lora(net, "extended", rank=2, **kw).layers.values(): m.lora_up.weight.data += .1
+    collapses(net, inputs(net))
+
+
+def test_collapse_with_custom_targets():
+    net = random_pipe().unet
+    inject_trainable_lora_extended(net, {"ResnetBlock2D", "GEGLU"}, r=2)
+    pairs = extract_lora_ups_down(net, {"ResnetBlock2D", "GEGLU"})
+    assert {type(up).__name__ for up, _ in pairs} == {"Conv2d", "Linear"}
+    for up, _ in pairs: up.weight.data += .1
+    collapses(net, inputs(net))
+
+
+def test_collapse_between_a_merged_lora_and_a_selector():
+    net, name = random_pipe().unet, "mid_block.resnets.0.conv1"
+    layer = lambda: places(net)[name].module
+    root = layer()
+    old = root.weight.detach().clone()
+    below = inject_lora(net, ["ResnetBlock2D"], rank=3)
+    for p in below.params(): p.data.normal_(std=.1)
+    merged = below.lora(); below.remove()
+    apply_lora(net, merged, .5, name="merged")
+    for m in inject_lora(net, ["ResnetBlock2D"], rank=2).layers.values():
+        m.lora_up.weight.data += .1
+        m.set_selector_from_diag(torch.tensor([1., 3.]))
+    plus = layer().delta_weight()
+    for _ in range(2): collapse_lora(net)
+    assert close(root.weight, old + .5 * merged.layers[f"unet.{name}"].delta() + plus)
+    remove_lora(net, "merged")
+    assert close(root.weight, old + plus)
+    monkeypatch_remove_lora(net)
+    with pytest.raises(LoraError, match="No lora injected"): extract_lora_ups_down(net)

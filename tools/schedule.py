@@ -22,8 +22,8 @@ from lora_nb.zoo.judge import features, load_judge, obeys, read_background, reco
 from lora_nb.similarity import overfitting, similarity, thumbnails, to_batch
 from lora_nb.lora import Factors, Lora
 from lora_nb.worn import places
-from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp
-from lora_nb.scheduling import scheduled, trained_schedule
+from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp, trained_schedule
+from lora_nb.scheduling import scheduled
 from lora_nb.show import grid, save_jpeg
 from lora_nb.recipe import recipe_for
 from lora_nb.zoo.world import CLASS_OF, find_material, stylize
