@@ -1,0 +1,356 @@
+"The commands at their edges: every flag is used or refused, wrong usage is found before a model is loaded, help needs no PyTorch."
+import ast, json, os, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+import torch
+from PIL import Image
+
+from lora_nb.cli import main
+from lora_nb.cli.draw import lora_evaluate, lora_generate
+from lora_nb.cli.files import add_command, lora_convert, lora_distill, lora_info, lora_memory, lora_ppim
+from lora_nb.cli.flags import COMMANDS, REQUIRED, asks_for_the_same, terminal
+from lora_nb.cli.train import lora_dreambooth, lora_pti, lora_ti
+from lora_nb.core import data_path
+from lora_nb.lora import Lora
+from lora_nb.random_pipes import random_pipe
+
+ROOT = Path(__file__).resolve().parent.parent
+BEAR = data_path("subjects", "teddy_bear")
+NEON, PUMPKIN = (data_path("loras", f"{n}.safetensors") for n in ("neon", "jack-o-lantern"))
+SUBJECT = ("--instance_data_dir", BEAR, "--instance_prompt", "a sks toy", "--device", "cpu", "--train_batch_size", 1, "--max_train_steps", 1)
+WORDS = ("--instance_data_dir", BEAR, "--device", "cpu", "--train_batch_size", 1, "--max_train_steps_ti", 1, "--initializer_tokens", "toy")
+NAMES = ("lora_dreambooth", "lora_ti", "lora_pti", "lora_generate", "lora_evaluate", "lora_ppim", "lora_info", "lora_convert", "lora_add",
+         "lora_distill", "lora_memory", "demo")
+
+
+def works(command, *argv):
+    code, text = terminal(command, *argv)
+    assert code == 0, text
+    return text
+
+
+def refused(command, *argv):
+    "What the command says, in one line and with exit code 2."
+    code, text = terminal(command, *argv)
+    assert code == 2 and text and "\n" not in text and "Traceback" not in text, (code, text)
+    return text
+
+
+@pytest.fixture
+def no_base(monkeypatch):
+    "Loading a base fails the test."
+    import lora_nb.checkpoints, lora_nb.evaluation, lora_nb.loading      # these import `load_base`, so before it is replaced
+    def load_base(*a, **kw): pytest.fail("a base was loaded")
+    monkeypatch.setattr(lora_nb.loading, "load_base", load_base)
+
+
+# ------------------------------------------------------------------------------------------ flags
+def uses(node):
+    "Attributes read from `a` in a function, and whether it reads all of them."
+    names = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "a"}
+    return names, any(isinstance(n, ast.Call) and ast.unparse(n) == "vars(a)" for n in ast.walk(node))
+
+
+def functions():
+    trees = [ast.parse((ROOT / "lora_nb/cli" / f"{m}.py").read_text()) for m in ("flags", "train", "draw", "files", "demo")]
+    return {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_flag_is_accepted_and_forgotten(name):
+    c, found = COMMANDS[name], functions()
+    reached, todo = set(), [c.work.__name__]
+    while todo:
+        f = todo.pop()
+        if f in reached or f not in found: continue
+        reached.add(f)
+        todo += [n.id for n in ast.walk(found[f]) if isinstance(n, ast.Name)]
+    read, everything = set(), False
+    for f in reached:
+        names, whole = uses(found[f])
+        read |= names; everything |= whole
+    settings = bool({"given", "settings_of"} & reached)
+    unread = [f.name for flags in c.groups.values() for f in flags
+              if not everything and f.name not in read and not (settings and f.sets)]
+    assert not unread, unread
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_is_explained_once(name):
+    c = COMMANDS[name]
+    rows = [f for flags in c.groups.values() for f in flags]
+    names = [*(f.name for f in rows), *c.old]
+    assert len(set(names)) == len(names) and all(f.help for f in rows) and all(o.why and o.do for o in c.old.values())
+    text = works(c, "--help").replace("\n", " ")
+    assert "usage" in text and all(f"--{n}" in text for n in [*c.old, *(f.name for f in rows if not f.place)])
+
+
+def recipes():
+    from lora_nb.pti import PivotalRecipe
+    from lora_nb.recipe import Recipe
+    from lora_nb.textual_inversion import InversionRecipe
+    return {"lora_dreambooth": Recipe, "lora_ti": InversionRecipe, "lora_pti": PivotalRecipe}
+
+
+@pytest.mark.parametrize("name", ("lora_dreambooth", "lora_ti", "lora_pti"))
+def test_flags_set_settings_that_exist(name):
+    recipe = recipes()[name]()
+    unknown = [f.sets for flags in COMMANDS[name].groups.values() for f in flags if f.sets and not hasattr(recipe, f.sets)]
+    assert not unknown, unknown
+
+
+OLD = [(n, flag) for n in ("lora_dreambooth", "lora_ti", "lora_pti") for flag in COMMANDS[n].old]
+
+
+@pytest.mark.parametrize("name, flag", OLD, ids=lambda x: x)
+def test_flags_of_the_reference_are_refused_or_named(name, flag, no_base):
+    c, old = COMMANDS[name], COMMANDS[name].old[flag]
+    need = SUBJECT if name == "lora_dreambooth" else (*WORDS, "--output_dir", "unused")
+    for value in old.same:
+        code, text = terminal(c.parser().parse_args, *need, f"--{flag}={'x' if value == 'any' else value}")
+        assert code == 0 and text == f"{name}: --{flag} changes nothing: {old.why}.", text
+    if old.same == ("any",): return
+    other = (f"--{flag}",) if not asks_for_the_same(old, True) else (f"--{flag}=False",)
+    for spelled in (other, (f"--{flag}", "0.123")):
+        text = refused(c, *need, *spelled)
+        assert f"--{flag} cannot be honoured: {old.why}. {old.do}." in text, text
+
+
+@pytest.mark.parametrize("words, expected", [
+    (("--train_text_encoder",), True), (("--train_text_encoder=True",), True), (("--train_text_encoder", "False"), False), ((), None)])
+def test_switches_are_written_as_people_write_them(words, expected):
+    for c, need in ((lora_dreambooth, SUBJECT), (lora_pti, (*WORDS, "--output_dir", "x"))):
+        assert c.parser().parse_args([str(w) for w in (*need, *words)]).train_text_encoder is expected
+
+
+def test_a_setting_that_no_flag_names_is_the_recipes():
+    from types import SimpleNamespace
+    from lora_nb.cli.train import dreambooth_recipe, pti_recipe
+    from lora_nb.pti import pivotal_recipe_for
+    from lora_nb.recipe import recipe_for
+    base = SimpleNamespace(family="sd3", resolution=1024, name="x", denoiser=None)
+    a = lora_pti.parser().parse_args([str(w) for w in (*WORDS[:2], "--output_dir", "x")])
+    assert pti_recipe(a, base) == pivotal_recipe_for(base).replace(seed=42)
+    a = lora_dreambooth.parser().parse_args([str(w) for w in SUBJECT[:4]])
+    assert dreambooth_recipe(a, base, 5) == recipe_for(base)
+    a = lora_dreambooth.parser().parse_args([*(str(w) for w in SUBJECT[:4]), "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "7"])
+    r = dreambooth_recipe(a, base, 5)
+    assert (r.lr_schedule, r.warmup) == ("constant", 7)
+
+
+def test_pti_flags_depend_on_each_other():
+    from types import SimpleNamespace
+    from lora_nb.cli.train import pti_recipe
+    base = SimpleNamespace(family="sd", resolution=512, name="x")
+    def recipe(*words): return pti_recipe(lora_pti.parser().parse_args([str(w) for w in (*WORDS[:2], "--output_dir", "x", *words)]), base)
+    assert recipe("--perform_inversion=False").ti_steps == 0
+    assert recipe("--lr_scheduler", "linear").lr_schedule == "linear" == recipe("--lr_scheduler", "linear").ti_lr_schedule
+    assert recipe("--lr_scheduler", "linear", "--lr_scheduler_lora", "cosine").lr_schedule == "cosine"
+    assert (recipe("--lr_warmup_steps", 5).warmup, recipe("--lr_warmup_steps", 5, "--lr_warmup_steps_lora", 0).warmup) == (5, 0)
+    assert recipe("--continue_inversion", "--learning_rate_ti", "3e-4").tuning_words_learning_rate == 3e-4
+    assert recipe("--continue_inversion_lr", "3e-4").tuning_words_learning_rate == recipe().tuning_words_learning_rate
+    assert recipe("--lora_scale", "0.5", "--lora_rank", 8).alpha == 4 and recipe("--use_extended_lora").targets == "extended"
+    assert recipe("--clip_ti_decay=False").norm_prior == 0 and recipe("--use_mask_captioned_data").mask_floor == 0
+
+
+# ------------------------------------------------------------------------------------------ wrong usage, before a base is loaded
+WRONG = {
+    "no folder": (lora_dreambooth, (*SUBJECT, "--instance_data_dir", "nowhere"), "No folder nowhere"),
+    "prior without class": (lora_dreambooth, (*SUBJECT, "--with_prior_preservation"), "--class_prompt"),
+    "class folder without prior": (lora_dreambooth, (*SUBJECT, "--class_data_dir", "x"), "--with_prior_preservation"),
+    "resolution": (lora_dreambooth, (*SUBJECT, "--resolution", 100), "multiple of 8"),
+    "epochs": (lora_dreambooth, (*SUBJECT, "--num_train_epochs", 0), "at least 1"),
+    "rank": (lora_dreambooth, (*SUBJECT, "--lora_rank", "1.5"), "whole number"),
+    "rate": (lora_dreambooth, (*SUBJECT, "--learning_rate", "nan"), "at least 0"),
+    "half a name": (lora_dreambooth, (*SUBJECT, "--lora_ran", 4), "Did you mean --lora_rank?"),
+    "resume file": (lora_dreambooth, (*SUBJECT, "--resume_unet", "absent.safetensors"), "absent.safetensors"),
+    "schedule": (lora_ti, (*WORDS, "--output_dir", "x", "--lr_scheduler", "zigzag"), "invalid choice"),
+    "words folder": (lora_ti, (*WORDS, "--output_dir", "x", "--instance_data_dir", "nowhere"), "No folder nowhere"),
+    "initialisers": (lora_pti, (*WORDS, "--output_dir", "x", "--initializer_tokens", "a|b|c"), "3 initialisers for 1 words"),
+    "no word": (lora_pti, (*WORDS, "--output_dir", "x", "--placeholder_tokens", "<a>||<b>"), "<s1>|<s2>"),
+    "switch": (lora_pti, (*WORDS, "--output_dir", "x", "--clip_ti_decay", "perhaps"), "True or False"),
+    "template": (lora_pti, (*WORDS, "--output_dir", "x", "--use_template", "objct"), "object"),
+    "class": (lora_pti, (*WORDS, "--output_dir", "x", "--class_data_dir", "y"), "--class_prompt"),
+    "decay": (lora_pti, (*WORDS, "--output_dir", "x", "--weight_decay_ti", "0.1"), "--clip_ti_decay"),
+    "floor": (lora_pti, (*WORDS, "--output_dir", "x", "--mask_floor", "0.1"), "--use_mask_captioned_data"),
+    "turn": (lora_pti, (*WORDS, "--output_dir", "x", "--words_turn", 2), "--mode joint"),
+    "alpha twice": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_alpha", 4, "--lora_scale", .5), "give one of them"),
+    "layers twice": (lora_pti, (*WORDS, "--output_dir", "x", "--use_extended_lora", "--targets", "attention"), "give one of them"),
+    "old words": (lora_pti, (*WORDS, "--output_dir", "x", "--load_pretrained_inversion_embeddings_path", "absent.pt"), "absent.pt"),
+    "plain strength": (lora_generate, ("--prompt", "x", "--lora", f"{NEON}:ramp:0:1", "--together", "switch"), "plain strength"),
+    "half a ramp": (lora_generate, ("--prompt", "x", "--lora", f"{NEON}:ramp:0"), "ramp"),
+    "no LoRA": (lora_generate, ("--prompt", "x", "--lora", "none.safetensors"), "none.safetensors"),
+    "LoRA twice": (lora_generate, ("--prompt", "x", "--lora", NEON, "--lora", f"{NEON}:2"), "same file twice"),
+    "size": (lora_generate, ("--prompt", "x", "--size", "wide"), "1024x768"),
+    "no eyes": (lora_evaluate, ("--pretrained_model_name_or_path", "a/b", "--lora", NEON, "--instance_data_dir", BEAR), "--clip"),
+    "no pictures": (lora_evaluate, ("--lora", NEON, "--instance_data_dir", "nowhere"), "No folder nowhere"),
+    "nothing to measure": (lora_evaluate, ("--lora", "none.safetensors", "--instance_data_dir", BEAR), "none.safetensors"),
+    "dialect": (lora_convert, (NEON, "x.safetensors", "--dialect", "sgm", "--base", "tiny-sd"), "--format kohya"),
+    "absent": (lora_convert, ("absent", "x.safetensors"), "absent"),
+    "mode": (add_command, (PUMPKIN, NEON, "x.safetensors", "--mode", "ljl", "--method", "ties"), "--mode lpl"),
+    "text": (add_command, ("tiny-sd", NEON, "x.safetensors", "--mode", "upl-ckpt-v2", "--with_text_lora"), "--mode lpl"),
+    "rank of a merge": (add_command, ("tiny-sd", NEON, "x", "--mode", "upl", "--rank", 4), "leave it out"),
+    "ending": (add_command, ("tiny-sd", NEON, "x.bin", "--mode", "upl-ckpt-v2"), ".ckpt or .safetensors"),
+    "ranks twice": (lora_distill, ("--base_model", "a", "--target_model", "b", "--rank", 4, "--energy", .9), "give one of them"),
+    "no file": (lora_info, ("absent.safetensors",), "absent.safetensors"),
+    "no base": (lora_memory, ("sd9",), "sd3.5-medium"),
+    "no command": (main, ("lora_paint",), "lora_paint"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage_is_refused_before_a_base_is_loaded(case, no_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, words, said = WRONG[case]
+    assert said in refused(command, *words)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_what_only_the_base_can_tell(tmp_path):
+    out = ("--output_dir", tmp_path / "out")
+    assert "100000" in refused(lora_dreambooth, *SUBJECT, *out, "--lora_rank", 100000)
+    assert "channels for a hole" in refused(lora_pti, *WORDS, *out, "--train_inpainting")
+    assert "offload" in refused(lora_generate, "--prompt", "x", "--offload", "model", "--device", "cpu", *out)
+    sd3 = ("--pretrained_model_name_or_path", "tiny-sd3", "--device", "cpu")
+    refused(lora_generate, *sd3, "--prompt", "a cat", "--lora", PUMPKIN, *out)           # a UNet's LoRA on a transformer
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------------------------------ training
+def test_dreambooth_writes_old_formats_previews_and_checkpoints_and_goes_on(tmp_path):
+    out = tmp_path / "old"
+    works(lora_dreambooth, *SUBJECT, "--output_dir", out, "--output_format", "both", "--targets", "attention",
+          "--preview_prompt", "a sks toy", "--save_steps", 1)
+    assert {"previews.jpg", "lora.safetensors", "lora.pt", "loss.svg", "log.json"} <= {p.name for p in out.iterdir()}
+    works(lora_dreambooth, *SUBJECT, "--output_dir", out, "--output_format", "both", "--targets", "attention", "--resume",
+          "--max_train_steps", 2)
+    assert json.loads((out / "log.json").read_text())
+    works(lora_dreambooth, *SUBJECT, "--output_dir", tmp_path / "warm", "--resume_unet", PUMPKIN, "--lora_rank", 8)
+    assert Lora.load(tmp_path / "warm/lora.safetensors").layers
+
+
+def test_words_then_both_in_turns_around_them(tmp_path):
+    works(lora_ti, *WORDS, "--output_dir", tmp_path / "ti", "--placeholder_tokens", "<bear>|<toy2>")
+    made = sorted(p.name for p in (tmp_path / "ti").glob("*.safetensors"))
+    assert made == ["learned_embeds-1.safetensors", "learned_embeds-2.safetensors"]
+    works(lora_pti, *WORDS, "--output_dir", tmp_path / "pti", "--max_train_steps_tuning", 2, "--mode", "joint", "--words_turn", 2,
+          "--class_prompt", "a toy", "--num_class_images", 2, "--output_format", "both", "--targets", "attention", "--out_name", "bear",
+          "--placeholder_tokens", "<bear>", "--load_pretrained_inversion_embeddings_path", tmp_path / "ti/learned_embeds-1.safetensors")
+    assert {"bear.pt", "bear.safetensors"} <= {p.name for p in (tmp_path / "pti").iterdir()}
+
+
+# ------------------------------------------------------------------------------------------ drawing
+def test_several_loras_take_turns_or_are_averaged(tmp_path):
+    for mode in ("switch", "composite"):
+        works(lora_generate, "--prompt", "x", "--lora", PUMPKIN, "--lora", f"{NEON}:0.5", "--together", mode, "--num_images", 1,
+              "--num_inference_steps", 2, "--device", "cpu", "--output_dir", tmp_path / mode)
+    works(lora_generate, "--prompt", "x", "--size", "80x64", "--num_images", 1, "--num_inference_steps", 2, "--output_dir", tmp_path / "wide")
+    assert Image.open(tmp_path / "wide/000000.png").size == (80, 64)
+
+
+def test_a_word_without_the_encoder_that_was_dropped(tmp_path):
+    sd3 = ("--pretrained_model_name_or_path", "tiny-sd3")
+    works(lora_ti, *WORDS, *sd3, "--encoders", "all", "--output_dir", tmp_path)
+    works(lora_generate, *sd3, "--device", "cpu", "--t5", "drop", "--prompt", "a <s1>", "--num_images", 1, "--num_inference_steps", 1,
+          "--lora", tmp_path / "learned_embeds.safetensors", "--output_dir", tmp_path)
+
+
+def test_an_evaluation_saves_its_numbers(tmp_path):
+    works(lora_evaluate, "--lora", NEON, "--subject", "neon", "--instance_data_dir", data_path("styles", "neon"), "--num_images", 2,
+          "--num_inference_steps", 1, "--output_dir", tmp_path, "--device", "cpu")
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert "subject_fidelity" in saved["metrics"] and saved["about"]["trigger"]
+
+
+# ------------------------------------------------------------------------------------------ files
+def test_ppim_refuses_what_it_cannot_do(tmp_path):
+    raw = tmp_path / "raw"; raw.mkdir()
+    Image.open(BEAR / "0.jpg").resize((300, 200)).save(raw / "0.png")
+    ppim = ("--instance_data_dir", raw, "--output_dir", tmp_path / "ready", "--preset", "embedded", "--subject", "{trigger}")
+    for flags, said in ((("--instance_data_dir", "nowhere"), "nowhere"), (("--output_dir", raw), "originals are never"),
+                        (("--crop", "middle"), "invalid choice"), (("--zoom", ".2", "--crop", "pad"), "salience"),
+                        (("--min_side", "9000"), "too small"), (("--use_8bit", "1"), "unrecognized")):
+        assert said in refused(lora_ppim, *ppim, *flags)
+    assert not [p for p in raw.iterdir() if p.suffix == ".jsonl"]
+    assert "98 %" in works(lora_ppim, "--help")
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    (tmp_path / "folder").mkdir(); (tmp_path / "folder/keep.txt").write_text("mine")
+    for out in ("folder", "no_suffix", "wrong.txt"):
+        assert out in refused(add_command, PUMPKIN, NEON, tmp_path / out)
+        refused(lora_convert, PUMPKIN, tmp_path / out)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["keep.txt"]
+
+
+def test_broken_files_are_named(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
+    assert "broken.safetensors" in refused(lora_info, tmp_path / "broken.safetensors")
+
+
+def test_a_lora_goes_into_a_base(tmp_path):
+    works(add_command, "tiny-sd", NEON, tmp_path / "merged", "1", "--mode", "upl")
+    assert (tmp_path / "merged/model_index.json").exists()
+    works(add_command, PUMPKIN, NEON, tmp_path / "joined.safetensors", "--mode", "ljl")
+    assert list(Lora.load(tmp_path / "joined.safetensors").embeddings) == ["<s1-0>"]
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    random_pipe().save_pretrained(tmp_path / "plain")
+    assert "absent" in refused(lora_distill, "--base_model", tmp_path / "plain", "--target_model", tmp_path / "absent", "--device", "cpu",
+                               "--save_path", tmp_path / "x.safetensors")
+
+
+# ------------------------------------------------------------------------------------------ the door
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_help_needs_no_pytorch_and_is_quick():
+    program = ("import sys, time; began = time.perf_counter(); from lora_nb.cli import COMMANDS\n"
+               "for c in COMMANDS.values(): c.parser().format_help()\n"
+               "print([m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules], time.perf_counter() - began)")
+    heavy, seconds = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENV, check=True).stdout.rsplit(" ", 1)
+    assert heavy == "[]" and float(seconds) < 1, (heavy, seconds)
+
+
+def test_the_door_knows_every_command():
+    assert set(COMMANDS) == set(NAMES)
+    text = works(main, "--help")
+    assert all(n in text for n in NAMES)
+    r = subprocess.run([sys.executable, "-m", "lora_nb.cli", "lora_info", "absent"], capture_output=True, text=True, env=ENV)
+    assert r.returncode == 2 and r.stderr.startswith("lora_info: ") and r.stderr.count("\n") == 1, r.stderr
+
+
+def test_entry_points_are_the_commands():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    import lora_nb.cli
+    for line in ini["DEFAULT"]["console_scripts"].split():
+        name, target = line.split("=")
+        if target.startswith("lora_nb.cli:"): assert getattr(lora_nb.cli, target.split(":")[1]) is COMMANDS[name]
+    assert set(COMMANDS) - {"demo"} == {s.split("=")[0] for s in ini["DEFAULT"]["console_scripts"].split() if "lora_nb.cli:" in s}
+
+
+def test_required_flags_are_asked_for():
+    for c in COMMANDS.values():
+        need = [f.place or f.name for flags in c.groups.values() for f in flags if f.default is REQUIRED]
+        if need:
+            text = refused(c)
+            assert all(n in text for n in need), text
+
+
+def test_choices_are_those_of_the_chapters():
+    "Choices are written out in the tables, so that help needs no PyTorch."
+    from lora_nb.recipe import LR_SCHEDULES, WEIGHTINGS
+    from lora_nb.textual_inversion import TEMPLATES
+    kind = lambda c, name: next(f.kind for flags in c.groups.values() for f in flags if f.name == name)
+    assert set(kind(lora_pti, "lr_scheduler")) == {*LR_SCHEDULES, "constant_with_warmup"}
+    assert set(kind(lora_pti, "weighting")) == set(WEIGHTINGS) - {None} and set(kind(lora_pti, "use_template")) == set(TEMPLATES)
+
+
+def test_a_gpu_that_is_not_here_is_replaced(capsys):
+    from lora_nb.cli.flags import available_device
+    if torch.cuda.is_available(): pytest.skip("there is one")
+    assert available_device("cuda:0") is None and "cuda:0 is not there" in capsys.readouterr().err
+    assert available_device("cpu") == "cpu" and available_device(None) is None
