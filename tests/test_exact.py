@@ -114,10 +114,12 @@ def raw_module(draw, shape):
     alpha = {} if draw(st.booleans()) else {"alpha": torch.tensor(draw(st.sampled_from([.5, 1., 3., 8., .1])))}
     ones = (1,) * len(kernel)
     if kind == "lora": return alpha | {"lora_up.weight": rand(out, r, *ones), "lora_down.weight": rand(r, n, *kernel)}
-    if kind == "cp": return alpha | {"lora_up.weight": rand(out, r, 1, 1), "lora_down.weight": rand(r, n, 1, 1), "lora_mid.weight": rand(r, r, *kernel)}
+    if kind == "cp":
+        return alpha | {"lora_up.weight": rand(out, r, 1, 1), "lora_down.weight": rand(r, n, 1, 1), "lora_mid.weight": rand(r, r, *kernel)}
     if kind == "loha": return alpha | {f"hada_w{i}_{x}": rand(*s) for i in (1, 2) for x, s in (("a", (out, r)), ("b", (r, n * area)))}
     if kind == "loha cp":
-        return alpha | {f"hada_{x}": rand(*s) for i in (1, 2) for x, s in ((f"w{i}_a", (r, out)), (f"w{i}_b", (r, n)), (f"t{i}", (r, r, *kernel)))}
+        sizes = {f"{x}{i}{y}": s for i in (1, 2) for x, y, s in (("w", "_a", (r, out)), ("w", "_b", (r, n)), ("t", "", (r, r, *kernel)))}
+        return alpha | {f"hada_{k}": rand(*s) for k, s in sizes.items()}
     a, b = (draw(st.sampled_from([x for x in (1, 2, 4) if size % x == 0])) for size in (out, n))
     c, d = out // a, n // b
     w1 = {"lokr_w1": rand(a, b)} if draw(st.booleans()) else {"lokr_w1_a": rand(a, r), "lokr_w1_b": rand(r, b)}

@@ -112,7 +112,8 @@ def test_wishes_that_cannot_be_met(tmp_path):
 
 def test_places_that_cannot_be_written(tmp_path):
     save_lora(small_lora(), tmp_path/"mascot.safetensors")
-    for place in (tmp_path/"mascot.safetensors"/"x.safetensors", Path("/proc/none/x.safetensors")): refused("x.safetensors", save_lora, small_lora(), place)
+    for place in (tmp_path/"mascot.safetensors"/"x.safetensors", Path("/proc/none/x.safetensors")):
+        refused("x.safetensors", save_lora, small_lora(), place)
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), safetensors.SafetensorError("broken")])
