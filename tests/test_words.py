@@ -33,7 +33,7 @@ def test_what_a_file_of_one_word_cannot_hold(tmp_path):
     refused("one file each", save, Lora({}, {"<a>": word, "<b>": word}))
     refused("part's name", save, Lora({}, {"clip_l": word}))
     refused("other encoders", save, Lora({}, {"<a>": {"image_encoder": torch.ones(1, 8)}}))
-    refused("no token", save, Lora())
+    refused("no word to write", save, Lora())
     for lora in (XL, SD3, T5): refused("several text encoders", save, lora, "a1111", "x.pt")
     assert not list(tmp_path.iterdir())
 
