@@ -1,0 +1,154 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_files import pair, random_lora
+from safetensors.torch import save_file
+
+from lora_nb.containers import read_safetensors
+from lora_nb.core import FormatError, LoraError, ShapeError
+from lora_nb.kohya import assemble, family_of, fuse_projections, kohya_name, split_fused, to_sgm
+from lora_nb.lora import Factors, Lora
+from lora_nb.random_pipes import random_pipe
+
+torch.manual_seed(0)
+Q, K, V = (f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv")
+SHARED = Factors(torch.randn(48, 3), torch.randn(3, 16), 1.5)
+COMMON = Lora(dict(zip((Q, K, V), split_fused(SHARED))))
+
+
+def refused(match, f, *args, exc=LoraError, **kw):
+    with pytest.raises(exc, match=match): f(*args, **kw)
+
+
+def close(a, b, eps=1e-5): assert torch.allclose(a, b, atol=eps, rtol=eps), (a - b).abs().max()
+
+
+@pytest.fixture(scope="module")
+def sd(): return random_pipe("sd")
+
+
+@pytest.fixture
+def written(tmp_path):
+    "Load a file of these tensors"
+    def load(tensors, **kw):
+        save_file(tensors, tmp_path/"w.safetensors")
+        return Lora.load(tmp_path/"w.safetensors", **kw)
+    return load
+
+
+def trip(lora, tmp_path, base=None, **kw):
+    lora.save(tmp_path/"t.safetensors", "kohya", base=base, **kw)
+    return Lora.load(tmp_path/"t.safetensors", base=base)
+
+
+def test_fused_projections():
+    shared = Factors(torch.randn(24, 2), torch.randn(2, 8), 1.)
+    assert [f.rank for f in split_fused(shared)] == [2, 2, 2]
+    back, none = fuse_projections(dict(enumerate(split_fused(shared))))
+    assert back.up.equal(shared.up) and none is None
+    qkv = {i: pair(8, r, 8, r / 2) for i, r in enumerate((1, 3, 2))}
+    kv, two = fuse_projections({1: qkv[1], 2: qkv[2]})
+    assert kv.delta()[:8].eq(0).all() and two == [0, 3, 2]
+    assert split_fused(kv, two)[0] is None
+    assert [f.rank for f in split_fused(replace(shared, up=torch.zeros(24, 2)))] == [2, 2, 2]
+    refused("three equal", split_fused, Factors(torch.ones(4, 1), torch.ones(1, 4)), exc=ShapeError)
+
+
+def test_fused_files(tmp_path):
+    assert trip(COMMON, tmp_path) == COMMON
+    dora = COMMON.map(lambda f: replace(f, magnitude=torch.rand(len(f.up))))
+    assert trip(dora, tmp_path) == dora
+    strengths = Lora({n: replace(f, alpha=a * f.rank) for (n, f), a in zip(COMMON.layers.items(), (.5, 1., 4.))})
+    assert trip(strengths, tmp_path) == strengths
+    types = (torch.float16, torch.float32, torch.float32)
+    mixed = Lora({n: f.to(dtype=d) for (n, f), d in zip(strengths.layers.items(), types)})
+    for n, f in trip(mixed, tmp_path).layers.items(): close(f.delta(), mixed.layers[n].delta(), 1e-6)
+    for drop in ({Q}, {K}, {Q, V}):
+        fewer = Lora({n: f for n, f in COMMON.layers.items() if n not in drop})
+        assert trip(fewer, tmp_path) == fewer
+        refused("query, key and value", trip, fewer.map(lambda f: replace(f, magnitude=torch.ones(len(f.up)))), tmp_path)
+    torn = Lora({n: replace(f, magnitude=torch.ones(16) if n == Q else None) for n, f in COMMON.layers.items()})
+    refused("query, key and value", trip, torn, tmp_path)
+
+
+def test_what_a_kohya_file_cannot_hold(tmp_path):
+    refused("without a name", trip, Lora({"unet.conv_in.x": pair(4, 1, 4)}), tmp_path)
+    refused("'diffusers' or 'sgm'", trip, COMMON, tmp_path, dialect="sd3")
+    refused("grouped", trip, Lora({"unet.conv_in": Factors(torch.ones(4, 2, 1, 1), torch.ones(2, 2, 1, 1), None, groups=2)}), tmp_path)
+    refused("dot", trip, Lora({}, {"a.b": {"text_encoder": torch.ones(1, 2)}}), tmp_path, bundle=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_middle_factor(sd, written, tmp_path):
+    name, ours, mid = "lora_unet_down_blocks_0_resnets_0_conv1", "unet.down_blocks.0.resnets.0.conv1", torch.randn(4, 4, 3, 3)
+    cp = {f"{name}.lora_up.weight": torch.randn(16, 4, 1, 1), f"{name}.lora_down.weight": torch.randn(4, 16, 1, 1),
+          f"{name}.lora_mid.weight": mid, f"{name}.alpha": torch.tensor(2.)}
+    f = written(cp, base=sd).layers[ours]
+    up, down = (cp[f"{name}.lora_{x}.weight"].flatten(1) for x in ("up", "down"))
+    close(f.delta(), torch.einsum("nmkl,in,mj->ijkl", mid, up, down) / 2, 1e-4)
+    assert trip(Lora({ours: f}), tmp_path) == Lora({ours: f})
+    refused("lora_mid", written, {**cp, f"{name}.lora_mid.weight": torch.ones(3, 4, 3, 3)})
+    refused("no known place", written, {**cp, f"{name}.lora_mid.bias": torch.ones(3)})
+
+
+def test_broken_modules(written):
+    half = lambda n, out: {f"{n}.lora_up.weight": torch.ones(out, 1), f"{n}.lora_down.weight": torch.ones(1, 4)}
+    refused("expected the parts", written, {"lora_unet_conv_in.alpha": torch.ones(1)})
+    refused("no known place", written, {"lora_unet_x.lora_up.weight": torch.ones(1, 1)})
+    big = torch.ones(700, 700)
+    refused("GB", written, {"lora_unet_conv_in.lokr_w1": big, "lora_unet_conv_in.lokr_w2": big.clone()})
+    fused, alone = "lora_unet_joint_blocks_0_x_block_attn_qkv", "lora_transformer_transformer_blocks_0_attn_to_q"
+    refused("twice", written, half(fused, 12) | half(alone, 4))
+    te = "text_model_encoder_layers_0_mlp_fc1"
+    refused("two tensors", written, half(f"lora_te_{te}", 4) | half(f"lora_te1_{te}", 4))
+    refused("one number", written, half("lora_unet_conv_in", 4) | {"lora_unet_conv_in.alpha": torch.ones(2)})
+    refused("do not fit together", assemble, "m", dict(hada_w1_a=torch.ones(4, 2), hada_w1_b=torch.ones(3, 4), hada_w2_a=torch.ones(4, 2),
+                                                       hada_w2_b=torch.ones(2, 4)), exc=ShapeError)
+    refused("no whole number of 3x3 kernels", assemble, "m", dict(lokr_w1=torch.ones(2, 2), lokr_w2=torch.ones(2, 4)), (3, 3), exc=ShapeError)
+
+
+@pytest.mark.parametrize("part, what", [("oft_blocks", "OFT"), ("diff", "whole differences"), ("diff_b", "whole differences"),
+                                        ("w_norm", "norms"), ("on_input", "IA3"), ("a1.weight", "GLoRA"), ("lora_up.bias", "biases")])
+def test_adapters_that_are_no_products_are_named(part, what, written):
+    refused(what, written, {f"lora_unet_conv_in.{part}": torch.ones(2, 2)}, exc=FormatError)
+
+
+def test_words_in_bundles(sd, tmp_path):
+    attn = random_lora(sd, lambda n: "unet" in n and ".attn" in n)
+    one = Lora(attn.layers, {"cat": {"text_encoder": torch.randn(2, 32)}})
+    assert trip(one, tmp_path, sd, bundle=True) == one
+    assert "bundle_emb.cat.string_to_param.*" in read_safetensors(tmp_path/"t.safetensors")[0]
+    assert trip(one, tmp_path, sd) == one
+    xl = Lora(attn.layers, {"cat": {"text_encoder": torch.randn(2, 32), "text_encoder_2": torch.randn(2, 40)}})
+    assert trip(xl, tmp_path, sd, bundle=True) == xl
+
+
+def test_a_word_that_is_no_tensor_of_vectors(written):
+    for bad in (torch.ones(1, 2, 8), torch.ones(2, 8).int()): refused(r"expected one \(n, d\) tensor", written, {"bundle_emb.cat.clip_l": bad})
+    refused("expected one", written, {"bundle_emb.cat.clip_l": torch.ones(1, 8), "bundle_emb.cat.string_to_param.*": torch.ones(1, 8)})
+
+
+def test_alpha_keeps_its_digits(tmp_path):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for alpha in (.1, 1 / 3, 1e-12, 16.): assert trip(Lora({name: pair(8, 2, 8, alpha)}), tmp_path).layers[name].alpha == alpha
+
+
+def test_families_from_text_encoders():
+    text = lambda c, w: Lora({f"{c}.encoder.layers.0.self_attn.q_proj": pair(w, 1, w)})
+    told = {("text_encoder", 768): "SD1", ("text_encoder", 1024): "SD2", ("text_encoder_2", 1280): "SDXL", ("text_encoder_3", 4096): "SD3",
+            ("text_encoder", 32): "unknown"}
+    assert {k: family_of(text(*k)) for k in told} == told
+    assert family_of(Lora({"unet.mid_block.attentions.0.transformer_blocks.7.ff.net.2": pair(8, 1, 8)})) == "SDXL"
+    assert family_of(Lora({"unet.x.proj_in": Factors(torch.ones(4, 1, 1, 1), torch.ones(1, 4, 1, 1))})) == "SD1"
+    assert family_of(Lora()) == "unknown"
+
+
+def test_names_of_text_encoders():
+    q = "encoder.layers.0.self_attn.q_proj"
+    assert kohya_name(f"text_encoder.{q}") == "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    assert kohya_name(f"text_encoder.{q}", many=True).startswith("lora_te1_")
+    assert kohya_name(f"text_encoder_2.{q}").startswith("lora_te2_text_model_")
+    assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
+    assert kohya_name("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q") == "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    assert to_sgm("up_blocks_0_upsamplers_0_conv", attentive=(1, 2, 3)) == "output_blocks_2_1_conv"     # SD1
