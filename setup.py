@@ -22,7 +22,7 @@ setup(
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=["lora_nb", "lora_nb.studio", "lora_nb.zoo", "lora_nb.data"],
     package_dir={"lora_nb.data": "data"},
-    package_data={"lora_nb": ["py.typed", "*.pyi"], "lora_nb.studio": ["*.pyi"], "lora_nb.zoo": ["*.pyi"], "lora_nb.data": data},
+    package_data={"lora_nb": ["py.typed", "*.pyi"], "lora_nb.studio": ["*.pyi", "*.css"], "lora_nb.zoo": ["*.pyi"], "lora_nb.data": data},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["lora_nb = lora_nb._modidx:d"]},
