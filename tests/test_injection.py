@@ -233,3 +233,10 @@ def test_extract_sums_what_is_worn():
     remove_lora(unet)
     apply_lora(unet, total)
     assert close(look(unet), want)
+
+
+def test_magnitudes_are_never_lost_on_the_way_into_branches():
+    unet = tiny_unet(); worn = inject_lora(unet, dora=True); taught = worn.lora(); worn.remove()
+    worn = inject_lora(unet)
+    with pytest.raises(ValueError, match="inject with dora=True"): worn.load(taught)
+    assert all(not m.lora_up.weight.any() for m in worn.layers.values())          # nothing was written before the error

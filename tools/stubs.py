@@ -1,8 +1,9 @@
 """Type stubs for editors and type checkers: python tools/stubs.py [folder of the package]
 
-Two things are invisible to them: names that `lora_nb` fetches when they are first used, and methods that a chapter adds to a
-class with `@patch_to`. This writes `__init__.pyi`, and beside each module one of whose classes is patched a `.pyi` in which
-the class has all its methods. Other modules are read as they are. Nothing is imported: it works on the source alone.
+Three things are invisible to them: names that `lora_nb` fetches when they are first used, methods that a chapter adds to a
+class with `@patch_to`, and options that a function takes by `@delegates`. This writes `__init__.pyi`, and a `.pyi` beside each
+module that has one of the latter, in which classes have all their methods and functions all their options. Other modules are
+read as they are. Nothing is imported: it works on the source alone.
 """
 import ast, re, sys
 from pathlib import Path
@@ -142,9 +143,55 @@ def read(package):
     return {module_name(f, package): (f, ast.parse(f.read_text(encoding="utf-8"))) for f in files}
 
 
+def delegated(f):
+    "X of a function that is decorated with `delegates(X)`, else None."
+    return next((ast.unparse(d.args[0]) for d in f.decorator_list if ast.unparse(d).startswith("delegates(")), None)
+
+
+def options_of(name, trees):
+    "(module, annotated parameter, default) of what a class or function takes by name; fields of a dataclass with those of its bases."
+    m, node = next((m, n) for m, (_, t) in trees.items() for n in t.body
+                   if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name)
+    inside = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"] if isinstance(node, ast.ClassDef) else [node]
+    if not inside:
+        found = {a.arg: (at, a, d) for base in node.bases[::-1] for at, a, d in options_of(ast.unparse(base), trees)}
+        for n in (n for n in node.body if isinstance(n, ast.AnnAssign)):
+            plain = n.value.args[0] if isinstance(n.value, ast.Call) and n.value.args else n.value     # of setting(default, doc)
+            found[n.target.id] = m, ast.arg(n.target.id, n.annotation), plain
+        return list(found.values())
+    f = inside[0]
+    spread(m, f, trees)
+    named = [*zip(f.args.args[::-1], [*f.args.defaults[::-1], *[None] * len(f.args.args)]), *zip(f.args.kwonlyargs, f.args.kw_defaults)]
+    return [(m, a, d) for a, d in named if d is not None]
+
+
+def spread(m, f, trees):
+    "Write the options that a function of module `m` takes by `delegates` into its signature; the (module, parameter) that were added."
+    if not hasattr(f, "brought"):
+        name, own = delegated(f), {a.arg for a in [*f.args.args, *f.args.kwonlyargs]}
+        more = [(at, a, d) for at, a, d in options_of(name, trees) if a.arg not in own] if name else []
+        f.args.kwonlyargs += [a for _, a, _ in more]
+        f.args.kw_defaults += [d or ast.Constant(...) for _, _, d in more]
+        f.brought = [(at, a) for at, a, _ in more if at != m]
+    return f.brought
+
+
+def spread_all(trees):
+    "module -> [(module of origin, function)] for the annotations that options bring with them, of every module that has options."
+    found = {}
+    for m, (_, tree) in trees.items():
+        for f in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and delegated(n)]:
+            found.setdefault(m, [])
+            for at, a in spread(m, f, trees):
+                carrier = ast.arguments(posonlyargs=[], args=[a], kwonlyargs=[], kw_defaults=[], defaults=[])
+                found[m].append((at, ast.FunctionDef(name="options", args=carrier, body=[], decorator_list=[], returns=None)))
+    return found
+
+
 def stubs(package):
     "path -> text of every stub."
     trees = read(package)
+    brought = spread_all(trees)
     home = {n.name: m for m, (_, t) in trees.items() for n in t.body if isinstance(n, ast.ClassDef)}
     patches, needed = {}, {}
     for m, (_, tree) in trees.items():
@@ -160,8 +207,10 @@ def stubs(package):
             if home.get(cls) != m: needed.setdefault(home.get(cls), []).append((m, copy))
     made = {}
     for m, (file, tree) in trees.items():
-        if m == "__init__" or not any(isinstance(n, ast.ClassDef) and patches.get(n.name) for n in tree.body): continue
-        made[file.with_suffix(".pyi")] = module_stub(tree, patches, foreign_imports(m, needed.get(m, []), trees, home))
+        if m == "__init__": continue
+        if m not in brought and not any(isinstance(n, ast.ClassDef) and patches.get(n.name) for n in tree.body): continue
+        more = foreign_imports(m, [*needed.get(m, []), *brought.get(m, [])], trees, home)
+        made[file.with_suffix(".pyi")] = module_stub(tree, patches, more)
     made[package / "__init__.pyi"] = front_stub(trees)
     return made
 
