@@ -45,7 +45,7 @@ from .layers import set_scales as set_scales
 # files
 from .formats import load_lora as load_lora
 from .formats import save_lora as save_lora
-from .cli import FORMATS as FORMATS
+from .formats import FORMATS as FORMATS
 from .conversion import convert_lora as convert_lora
 from .conversion import fit_format as fit_format
 from .conversion import lora_file_info as lora_file_info
@@ -73,15 +73,15 @@ from .schedule import parse_schedule as parse_schedule
 from .schedule import parse_lora as parse_lora
 from .schedule import lora_switch as lora_switch
 from .schedule import LoraComposite as LoraComposite
-from .scheduling import trained_schedule as trained_schedule
+from .schedule import trained_schedule as trained_schedule
 
 # pictures and captions
 from .preprocessing import preprocess as preprocess
 from .preprocessing import settings_for as settings_for
-from .preprocessing import find_pictures as find_pictures
-from .preprocessing import open_picture as open_picture
+from .pictures import find_pictures as find_pictures
+from .pictures import open_picture as open_picture
 from .dataset import ConceptDataset as ConceptDataset
-from .dataset import captions_of as captions_of
+from .captions import captions_of as captions_of
 
 # training
 from .recipe import recipe_card as recipe_card
@@ -118,12 +118,12 @@ from .turbo import turbo_settings as turbo_settings
 
 # judging
 from .evaluation import evaluate as evaluate
-from .evaluation import Dino as Dino
-from .evaluation import Clip as Clip
-from .evaluation import diversity as diversity
-from .evaluation import overfitting as overfitting
-from .evaluation import thumbnails as thumbnails
-from .evaluation import drift as drift
+from .similarity import Dino as Dino
+from .similarity import Clip as Clip
+from .similarity import diversity as diversity
+from .similarity import overfitting as overfitting
+from .similarity import thumbnails as thumbnails
+from .similarity import drift as drift
 from .evaluation import bootstrap as bootstrap
 from .evaluation import paired_bootstrap as paired_bootstrap
 from .evaluation import wearing as wearing
@@ -151,16 +151,16 @@ from .lessons import for_diffusers as for_diffusers
 from .lessons import take_away as take_away
 
 # commands
-from .cli import lora_ppim as lora_ppim
-from .cli import lora_dreambooth as lora_dreambooth
-from .cli import lora_ti as lora_ti
-from .cli import lora_pti as lora_pti
-from .cli import lora_generate as lora_generate
-from .cli import lora_evaluate as lora_evaluate
-from .cli import lora_info as lora_info
-from .cli import lora_convert as lora_convert
-from .cli import lora_distill as lora_distill
-from .cli import lora_memory as lora_memory
+from .cli.files import lora_ppim as lora_ppim
+from .cli.train import lora_dreambooth as lora_dreambooth
+from .cli.train import lora_ti as lora_ti
+from .cli.train import lora_pti as lora_pti
+from .cli.draw import lora_generate as lora_generate
+from .cli.draw import lora_evaluate as lora_evaluate
+from .cli.files import lora_info as lora_info
+from .cli.files import lora_convert as lora_convert
+from .cli.files import lora_distill as lora_distill
+from .cli.files import lora_memory as lora_memory
 
 # errors
 from .core import LoraError as LoraError
@@ -218,12 +218,23 @@ from .lora_diffusion import load_safeloras_both as load_safeloras_both
 from .lora_diffusion import save_all as save_all
 from .lora_diffusion import monkeypatch_or_replace_safeloras as monkeypatch_or_replace_safeloras
 from .lora_diffusion import patch_pipe as patch_pipe
+from .lora_diffusion import LoRAManager as LoRAManager
+from .lora_diffusion import lora_join as lora_join
+from .lora_diffusion import lora_add as lora_add
+from .lora_diffusion import svd_distill as svd_distill
+from .lora_diffusion import clipseg_mask_generator as clipseg_mask_generator
+from .lora_diffusion import blip_captioning_dataset as blip_captioning_dataset
+from .lora_diffusion import face_mask_google_mediapipe as face_mask_google_mediapipe
+from .lora_diffusion import swin_ir_sr as swin_ir_sr
+from .lora_diffusion import load_and_save_masks_and_captions as load_and_save_masks_and_captions
 
 # modules
 from . import bases as bases
+from . import captions as captions
 from . import checkpoints as checkpoints
 from . import cli as cli
 from . import composition as composition
+from . import containers as containers
 from . import conversion as conversion
 from . import core as core
 from . import dataset as dataset
@@ -241,23 +252,30 @@ from . import loading as loading
 from . import log as log
 from . import lora as lora
 from . import lora_diffusion as lora_diffusion
+from . import masks as masks
 from . import memory as memory
 from . import mixing as mixing
 from . import names as names
+from . import peft_files as peft_files
+from . import pictures as pictures
+from . import positional as positional
 from . import preprocessing as preprocessing
 from . import pti as pti
 from . import random_pipes as random_pipes
 from . import recipe as recipe
 from . import reference as reference
 from . import report as report
+from . import run as run
 from . import schedule as schedule
 from . import scheduling as scheduling
 from . import sd3 as sd3
 from . import show as show
+from . import similarity as similarity
 from . import studio as studio
 from . import textual_inversion as textual_inversion
 from . import training as training
 from . import turbo as turbo
+from . import words as words
 from . import worn as worn
 from . import zoo as zoo
 

@@ -10,17 +10,22 @@ __all__ = ['unet_key', 'vae_key', 'single_file_tensors', 'read_single_file', 'sa
 
 # %% ../nbs/23_checkpoints.ipynb #152b64fd
 import contextlib, json, re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 
-from .core import FormatError, LoraError, atomic_path
-from .injection import apply_lora, remove_lora
-from .layers import LoraLayer
+from .core import FormatError, LoraError, atomic_path, some
 from .names import canonical
-from .core import some
+from .layers import LoraLayer
+from .lora import Lora
+from .injection import apply_lora, remove_lora
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from lora_nb.bases import Base
 
 # %% ../nbs/23_checkpoints.ipynb #0b5fd53d
 _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -31,11 +36,11 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 
 # %% ../nbs/23_checkpoints.ipynb #3caf9dff
 def unet_key(
-    name,    # of a parameter of an SD UNet, in diffusers' names
-    layers,  # `layers_per_block`
-    plain,   # indices of the up blocks without attention
-):
-    "Its name in a single file, without prefix"
+    name: str,         # of a parameter of an SD UNet, in diffusers' names
+    layers: int,       # `layers_per_block`
+    plain: list[int],  # indices of the up blocks without attention
+) -> str:              # without prefix
+    "The parameter's name in a single file"
     stem, kind = name.rsplit(".", 1)
     if stem in _ENDS: return f"{_ENDS[stem]}.{kind}"
     side, *rest = stem.split(".")
@@ -52,10 +57,10 @@ def unet_key(
 
 # %% ../nbs/23_checkpoints.ipynb #3f85d6fe
 def vae_key(
-    name,  # of a parameter of the autoencoder, in diffusers' names
-    ups,   # how many up blocks it has
-):
-    "Its name in a single file, without prefix"
+    name: str,  # of a parameter of the autoencoder, in diffusers' names
+    ups: int,   # how many up blocks it has
+) -> str:       # without prefix
+    "The parameter's name in a single file"
     name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"mid_block\.attentions\.0\.(.+)\.", lambda m: f"mid.attn_1.{_ATTENTION[m[1]]}.", name)
@@ -64,8 +69,8 @@ def vae_key(
 
 # %% ../nbs/23_checkpoints.ipynb #e70d6ad9
 def single_file_tensors(
-    pipe,  # a StableDiffusionPipeline of the SD1.x family
-):
+    pipe: "DiffusionPipeline",  # of the SD1.x family
+) -> dict[str, torch.Tensor]:
     "name -> tensor, as a single-file checkpoint holds them"
     _check_family(pipe)
     unet, vae, text = pipe.unet.state_dict(), pipe.vae.state_dict(), pipe.text_encoder.state_dict()
@@ -83,7 +88,7 @@ def single_file_tensors(
 
 # %% ../nbs/23_checkpoints.ipynb #45ab481c
 def _check_family(pipe):
-    "Raise unless a single file can hold it"
+    "Raise unless a single file can hold this pipeline"
     want = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
             "text_encoder_2": "NoneType", "transformer": "NoneType"}
     kinds = {n: type(getattr(pipe, n, None)).__name__ for n in want}
@@ -93,10 +98,10 @@ def _check_family(pipe):
 
 # %% ../nbs/23_checkpoints.ipynb #527f8600
 def read_single_file(
-    path,  # .safetensors or .ckpt of the SD1.x family
-    like,  # a pipeline of the same shape, for its configs
-):
-    "({component: {name: tensor}}, names of the tensors that no component uses)"
+    path: str | Path,           # .safetensors or .ckpt of the SD1.x family
+    like: "DiffusionPipeline",  # of the same shape, for its configs
+) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:  # component -> {name: tensor}; tensors that no component uses
+    "The weights of a single-file checkpoint, by component and in diffusers' names"
     from diffusers.loaders.single_file_utils import (convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint,
                                                      convert_ldm_vae_checkpoint)
     held = _read(Path(path))
@@ -131,13 +136,13 @@ def _check_complete(path, parts, like):
 
 # %% ../nbs/23_checkpoints.ipynb #c49c709d
 def save_checkpoint(
-    pipe,             # a pipeline, or a loaded base
-    path,             # a folder, or a .safetensors or .ckpt file
-    format="folder",  # "folder" (diffusers), or "single_file" (SD1.x)
-    dtype=None,       # of the weights; None: as they are
-    words=None,       # learned words in a single file: None is an error; "separate": into PATH.words.safetensors
-):
-    "Write a pipeline as it is worn now (merged LoRAs and words included), atomically; returns the path"
+    pipe: "DiffusionPipeline | Base",
+    path: str | Path,                # a folder, or a .safetensors or .ckpt file
+    format: Literal["folder", "single_file"] = "folder",  # diffusers' folder, or one file (SD1.x)
+    dtype: torch.dtype | None = None,  # of the weights; None: as they are
+    words: Literal["separate"] | None = None,  # learned words in a single file: None is an error; "separate": PATH.words.safetensors
+) -> Path:
+    "Write a pipeline as it is worn now (merged LoRAs and words included), atomically"
     pipe, path = getattr(pipe, "pipe", pipe), Path(path)
     _check_worn(pipe)
     if format == "folder": _save_folder(pipe, path, dtype)
@@ -147,7 +152,7 @@ def save_checkpoint(
 
 # %% ../nbs/23_checkpoints.ipynb #476cf553
 def _check_worn(pipe):
-    "Raise if LoRAs hang in it as branches: their weights would get names that nobody knows"
+    "Raise if it wears LoRAs as branches: these weights would get names that no other program knows"
     for c, m in getattr(pipe, "components", {}).items():
         if isinstance(m, torch.nn.Module) and any(isinstance(x, LoraLayer) for x in m.modules()):
             raise LoraError(f"{c} wears a LoRA as branches: use merge_checkpoint, or apply_lora(..., mode='merge'), or "
@@ -155,7 +160,7 @@ def _check_worn(pipe):
 
 # %% ../nbs/23_checkpoints.ipynb #9356a907
 @contextlib.contextmanager
-def no_bars():
+def no_bars() -> Iterator[None]:
     "No progress bars of diffusers and transformers inside the block"
     import diffusers, transformers
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
@@ -179,7 +184,7 @@ def _save_folder(pipe, path, dtype):
 
 # %% ../nbs/23_checkpoints.ipynb #c4f307d0
 def _cast_folder(folder, dtype):
-    "Rewrite the weights of a new folder in another precision"
+    "Rewrite the weights of a new folder in another precision, and its configs"
     for f in folder.rglob("*.safetensors"):
         with safetensors.safe_open(f, "pt") as opened: about = opened.metadata()
         tensors = {k: _as(t, dtype) for k, t in safetensors.torch.load_file(f).items()}
@@ -189,14 +194,13 @@ def _cast_folder(folder, dtype):
         for k in {"dtype", "torch_dtype"} & said.keys(): said[k] = str(dtype).removeprefix("torch.")
         if said: config.write_text(json.dumps(said, indent=2))
 
-# %% ../nbs/23_checkpoints.ipynb #64b8e8f1
+# %% ../nbs/23_checkpoints.ipynb #5c9588c2
 def _as(t, dtype): return t.to(dtype) if dtype is not None and t.is_floating_point() else t
 
-# %% ../nbs/23_checkpoints.ipynb #5c9588c2
 def _save_single_file(pipe, path, dtype, words):
     "One file in the names of the first release"
     if path.suffix not in (".safetensors", ".ckpt"):
-        raise FormatError(f"{path}: a single file ends in .safetensors or .ckpt")
+        raise FormatError(f"{path}: expected a name that ends in .safetensors or .ckpt")
     tensors, learned = single_file_tensors(pipe), learned_words(pipe)
     if learned and words != "separate":
         raise FormatError(f"a single file cannot hold the learned words {', '.join(learned)}: programs bring their own "
@@ -209,17 +213,11 @@ def _save_single_file(pipe, path, dtype, words):
         else: safetensors.torch.save_file(tensors, tmp, {"format": "pt"})
     if learned: _save_words(learned, path.with_suffix(".words.safetensors"))
 
-# %% ../nbs/23_checkpoints.ipynb #c239684c
-def _save_words(learned, path):
-    "An embeddings file: token -> (n, d)"
-    with atomic_path(path) as tmp:
-        safetensors.torch.save_file({t: e.cpu().contiguous() for t, e in learned.items()}, tmp, {"format": "pt"})
-
 # %% ../nbs/23_checkpoints.ipynb #23a6dd9c
 def learned_words(
-    pipe,  # with tokenizer and text encoder
-):
-    "token -> (n, d): the words behind the end of the tokenizer's own vocabulary; `<cat>`, `<cat>_1` are one"
+    pipe: "DiffusionPipeline",  # with tokenizer and text encoder
+) -> dict[str, torch.Tensor]:   # token -> (n, d)
+    "The words beyond the end of the tokenizer's own vocabulary; `<cat>` and `<cat>_1` are one"
     known, rows = pipe.tokenizer.vocab_size, pipe.text_encoder.get_input_embeddings().weight.detach()
     new = {t: i for t, i in sorted(pipe.tokenizer.get_vocab().items(), key=lambda x: x[1]) if known <= i < len(rows)}
     words = {}
@@ -228,17 +226,22 @@ def learned_words(
         words.setdefault(head[1] if head and head[1] in new else t, []).append(i)
     return {t: rows[ids].clone() for t, ids in words.items()}
 
+def _save_words(learned, path):
+    "An embeddings file: token -> (n, d)"
+    with atomic_path(path) as tmp:
+        safetensors.torch.save_file({t: e.cpu().contiguous() for t, e in learned.items()}, tmp, {"format": "pt"})
+
 # %% ../nbs/23_checkpoints.ipynb #a55359cd
 def merge_checkpoint(
-    base,             # pipeline or loaded base (left as it is), or a folder, file or name to load in single precision
-    loras,            # a Lora or its file, or a list of them
-    path,             # where to
-    format="folder",  # or "single_file"
-    scale=1.,         # strength, or one for each LoRA
-    dtype=None,       # of the written weights; None: as the base's
-    words=None,       # see `save_checkpoint`
-):
-    "Write a base with LoRAs merged into it as a standalone checkpoint; returns the path"
+    base: "DiffusionPipeline | Base | str | Path",  # left as it is; a folder, file or name is loaded in single precision
+    loras: Lora | str | Path | list,                # a LoRA or its file, or a list of them
+    path: str | Path,                               # where to
+    format: Literal["folder", "single_file"] = "folder",
+    scale: float | list[float] = 1.,                # strength, or one for each LoRA
+    dtype: torch.dtype | None = None,               # of the written weights; None: as the base's
+    words: Literal["separate"] | None = None,       # see `save_checkpoint`
+) -> Path:
+    "Write a base with LoRAs merged into it as a standalone checkpoint"
     loras = list(loras) if isinstance(loras, (list, tuple)) else [loras]
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
     if len(scales) != len(loras): raise LoraError(f"{len(scales)} scales for {len(loras)} LoRAs: expected one for each")

@@ -1,4 +1,4 @@
-"""Look at a LoRA without a pipeline, and convert it, told plainly what the other format could not carry.
+"""Look into a LoRA file without a pipeline, and convert it to another format with a list of everything that does not fit.
 
 `lora_file_info(path)` tells what is in a file without a base: format, family, ranks, norms by block, trigger words,
 recipe. `convert_lora(src, dst, format)` writes another format; what that cannot hold is an error that lists it, unless
@@ -17,19 +17,29 @@ import json, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import FormatError
-from .lora import Lora
-from .core import human, table
-from .formats import (FORMATS, filled_walk, fold_alpha, find_file, listing, load_lora, read_file,
-                             recognise, save_lora)
+from typing import TYPE_CHECKING, Any
+
+from .containers import find_file
+from .core import FormatError, human, patch_to, some, table
+from .formats import FORMATS, format_of, load_lora, read_file, save_lora
 from .kohya import family_of
+from .lora import Lora
+from .peft_files import fold_alpha
+from .positional import filled_walk
+from .show import Plot, bars
+
+if TYPE_CHECKING:
+    from lora_nb.worn import Wearer
 
 # %% ../nbs/21_conversion.ipynb #ce63bd70
 _BASE = ("base", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 _RECIPE = ("recipe", "ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_optimizer", "ss_steps", "ss_num_epochs",
            "ss_lr_scheduler", "ss_network_module", "ss_resolution", "ss_noise_offset", "ss_min_snr_gamma")
 
-def frequent_tags(metadata, n=5):
+def frequent_tags(
+    metadata: dict[str, str],
+    n: int = 5,  # how many
+) -> list[str]:
     "The commonest words of the captions that sd-scripts counted"
     try: counts = json.loads(metadata.get("ss_tag_frequency") or "{}")
     except ValueError: return []
@@ -38,8 +48,10 @@ def frequent_tags(metadata, n=5):
         if isinstance(tags, dict): total.update({k.strip(): v for k, v in tags.items() if isinstance(v, int)})
     return [t for t, _ in total.most_common(n)]
 
-def trigger_words(lora):
-    "Words that may call it, the surest first"
+def trigger_words(
+    lora: Lora,
+) -> list[str]:
+    "Words that may call a LoRA, the surest first"
     m = lora.metadata
     sure = [*lora.embeddings, m.get("trigger"), m.get("modelspec.trigger_phrase")]
     return list(dict.fromkeys(w for w in [*sure, *frequent_tags(m)] if w))
@@ -49,21 +61,21 @@ def trigger_words(lora):
 class FileInfo:
     "What a LoRA file holds"
     path: str
-    format: str
+    format: str                                    # a key of `FORMATS`
     size: int                                      # bytes
-    family: str                                    # as `family_of` tells it
-    components: dict                               # component -> number of layers
-    ranks: dict                                    # rank -> number of layers
-    alphas: dict                                   # alpha (None: the rank) -> number of layers
-    targets: dict                                  # kind of module -> number of layers
-    norms: dict                                    # block -> norm of its differences (without DoRA's magnitudes)
-    dtypes: dict                                   # dtype -> number of layers
+    family: str                                    # as `family_of` gives it
+    components: dict[str, int]                     # component -> number of layers
+    ranks: dict[int, int]                          # rank -> number of layers
+    alphas: dict[float | None, int]                # alpha (None: the rank) -> number of layers
+    targets: dict[str, int]                        # kind of module -> number of layers
+    norms: dict[str, float]                        # block -> norm of its differences (without DoRA's magnitudes)
+    dtypes: dict[str, int]                         # dtype -> number of layers
     dora: int = 0                                  # layers with a magnitude
-    triggers: list = field(default_factory=list)   # words that may call it
-    tokens: dict = field(default_factory=dict)     # learned word -> {component: number of vectors}
+    triggers: list[str] = field(default_factory=list)   # words that may call it
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # learned word -> {component: number of vectors}
     base: str = ""                                 # what it was trained on, if the file says so
-    recipe: dict = field(default_factory=dict)     # how it was trained, if the file says so
-    metadata: dict = field(default_factory=dict)   # everything the file notes
+    recipe: dict[str, str] = field(default_factory=dict)     # how it was trained, if the file says so
+    metadata: dict[str, str] = field(default_factory=dict)   # everything that the file notes
 
 # %% ../nbs/21_conversion.ipynb #b3e6b307
 def _kind(name):
@@ -72,12 +84,14 @@ def _kind(name):
 
 def _counts(xs): return dict(Counter(xs).most_common())
 
-def lora_file_info(path,      # a file of any format, or a folder
-                   base=None): # pipeline, for files without names that are not SD1's or SD2's
-    "What is in the file: a `FileInfo`"
+def lora_file_info(
+    path: str | Path,              # a file of any format, or a folder
+    base: "Wearer | None" = None,  # pipeline, for files without names that are not SD1's or SD2's
+) -> FileInfo:
+    "What is in a LoRA file"
     lora = load_lora(path, base)                               # first: its errors name the file
     path, m, layers = find_file(path), lora.metadata, lora.layers
-    kind = recognise(*read_file(path))
+    kind = format_of(*read_file(path))
     return FileInfo(str(path), kind, Path(path).stat().st_size, family_of(lora),
                     _counts(n.split(".")[0] for n in layers), _counts(f.rank for f in layers.values()),
                     _counts(f.alpha for f in layers.values()), _counts(map(_kind, layers)), lora.norms(),
@@ -87,8 +101,10 @@ def lora_file_info(path,      # a file of any format, or a folder
                     next((m[k] for k in _BASE if m.get(k)), ""), {k: m[k] for k in _RECIPE if m.get(k)}, m)
 
 # %% ../nbs/21_conversion.ipynb #767a39b6
-def text_bars(values, # name -> number, none negative
-              width=32):
+def text_bars(
+    values: dict[str, float],  # name -> number, none negative
+    width: int = 32,           # of the longest bar, in characters
+) -> str:
     "A bar chart of characters, in eighths"
     top, longest = max(values.values(), default=0) or 1, max(map(len, values), default=0)
     def bar(v):
@@ -102,14 +118,18 @@ _SHORT = [(re.compile(a), b) for a, b in [
     (r"^transformer\.transformer_blocks\.(\d+)$", r"block \1"), (r"^transformer\.", ""),
     (r"^(text_encoder)(_\d)?\.encoder\.(layers|block)\.(\d+)$", r"text\2 \4"), (r"^text_encoder(_\d)?\.", r"text\1 ")]]
 
-def short(block): # as `block_of` names it
+def short(
+    block: str,  # as `block_of` names it
+) -> str:
     "A block's name for a chart"
     for pattern, name in _SHORT: block = pattern.sub(name, block)
     return block
 
-def coarse(norms, # block -> norm
-           most=14):
-    "At most about `most` bars: text encoders become one bar each, and neighbouring blocks are joined"
+def coarse(
+    norms: dict[str, float],  # block -> norm
+    most: int = 14,           # about how many bars
+) -> dict[str, float]:
+    "Norms for a chart: with many blocks, text encoders become one bar each, and neighbouring blocks are joined"
     if len(norms) <= most: return {short(b): v for b, v in norms.items()}
     blocks = [b for b in norms if re.search(r"transformer_blocks\.\d+$", b)]
     size, joined = -(-len(blocks) // 8), {}
@@ -145,37 +165,41 @@ def _facts(info):
                  base=info.base, recipe=", ".join(recipe))
     return [(k, v if len(v) <= 400 else v[:400] + " ...") for k, v in facts.items() if v]
 
-def _repr(self):
+# %% ../nbs/21_conversion.ipynb #ef5a9712
+@patch_to(FileInfo)
+def __repr__(self) -> str:
     "The facts, and a bar for each block"
     lines = [f"{k:<8} {v}" for k, v in _facts(self)]
     chart = ["", "norm of the change by block", text_bars({short(b): v for b, v in self.norms.items()})]
     return "\n".join([Path(self.path).name, *lines, *(chart if self.norms else [])])
 
-def _markdown(self):
+@patch_to(FileInfo)
+def _repr_markdown_(self) -> str:
     "The same as a table"
     return table(["", Path(self.path).name], _facts(self)) + "\n\n```\n" + text_bars(coarse(self.norms)) + "\n```"
 
-def _plot(self, path=None): # save there too: .svg or .png
+@patch_to(FileInfo)
+def plot(self,
+    path: str | Path | None = None,  # save there too: .svg or .png
+) -> Plot:
     "Norm of the change by block, as a picture"
-    from lora_nb.show import bars
     return bars(coarse(self.norms), ylabel="norm of the change", title=Path(self.path).name, path=path)
-
-FileInfo.__repr__, FileInfo._repr_markdown_, FileInfo.plot = _repr, _markdown, _plot
 
 # %% ../nbs/21_conversion.ipynb #24d4b096
 @dataclass
 class Conversion:
-    "What a conversion wrote, and what it could not carry"
+    "What a conversion wrote, and what did not fit"
     path: str
     format: str
-    lora: Lora                                 # what the file holds
-    lost: list = field(default_factory=list)   # sentences: left out
-    notes: list = field(default_factory=list)  # sentences: held in another form
+    lora: Lora                                      # what the file holds
+    lost: list[str] = field(default_factory=list)   # sentences: left out
+    notes: list[str] = field(default_factory=list)  # sentences: held in another form
 
     def __repr__(self):
         said = [*(f"lost: {s}" for s in self.lost), *(f"note: {s}" for s in self.notes)]
         return "\n".join([f"{self.path}: {self.format}", repr(self.lora), *(said or ["nothing was lost"])])
 
+# %% ../nbs/21_conversion.ipynb #c5649fbc
 def _without(lora, names):
     "`lora` without some layers and words"
     return Lora({n: f for n, f in lora.layers.items() if n not in names},
@@ -190,9 +214,13 @@ def _gaps(lora, base):
     return gaps
 
 # %% ../nbs/21_conversion.ipynb #e11f2332
-def fit_format(lora, format,
-               base=None, **options): # as for `save_lora`
-    "`(what the format can hold of lora, sentences on what it cannot, sentences on what changes its form)`"
+def fit_format(
+    lora: Lora,
+    format: str,                   # one of `FORMATS` that can be written
+    base: "Wearer | None" = None,  # as for `save_lora`
+    **options: Any,                # as for `save_lora`
+) -> tuple[Lora, list[str], list[str]]:  # what fits; sentences on what does not; sentences on what changes its form
+    "The part of a LoRA that a format can hold"
     lost, notes = [], []
     mids = [n for n, f in lora.layers.items() if f.mid is not None]
     if mids and format != "kohya":
@@ -200,26 +228,28 @@ def fit_format(lora, format,
         notes.append(f"{len(mids)} middle factors are multiplied into down; the differences are the same.")
     for what, names in FORMATS[format].faults(lora, base, **options).items():
         if names:
-            lost.append(f"{len(names)} x {what}: {listing(names)}.")
+            lost.append(f"{len(names)} x {what}: {some(names)}.")
             lora = _without(lora, set(names))
     for c, why in (_gaps(lora, base) if format in ("lora_diffusion", "pt") else {}).items():
         lost.append(f"all layers of {why}")
         lora = lora.only(*[x for x in lora.components if x != c])
     odd = [n for n, f in lora.layers.items() if f.alpha is not None and format != "kohya" and fold_alpha(f)[1] is None]
-    if odd: notes.append(f"alpha of {len(odd)} layers is multiplied into up, rounded to its precision: {listing(odd)}.")
+    if odd: notes.append(f"alpha of {len(odd)} layers is multiplied into up, rounded to its precision: {some(odd)}.")
     if lora.embeddings and format in ("peft", "kohya") and not options.get("bundle"):
-        notes.append(f"the words {listing(lora.embeddings)} are in the file's note, which only lora_nb reads: write "
+        notes.append(f"the words {some(lora.embeddings)} are in the file's note, which only lora_nb reads: write "
                      "them with format='textual_inversion' for other programs.")
     return lora, lost, notes
 
 # %% ../nbs/21_conversion.ipynb #407c0305
-def convert_lora(src,           # file, folder or `Lora`
-                 dst,           # where to
-                 format="peft", # one of `FORMATS` that can be written
-                 base=None,     # pipeline, where names or positions need one
-                 drop=False,    # leave out what the format cannot hold, instead of an error
-                 **options):    # of the writer, and `dtype`
-    "Write a LoRA in another format; a `Conversion` says what it could not carry"
+def convert_lora(
+    src: str | Path | Lora,        # file, folder or `Lora`
+    dst: str | Path,               # where to
+    format: str = "peft",          # one of `FORMATS` that can be written
+    base: "Wearer | None" = None,  # pipeline, where names or positions need one
+    drop: bool = False,            # leave out what the format cannot hold, instead of an error
+    **options: Any,                # of the writer, and `dtype`
+) -> Conversion:
+    "Write a LoRA in another format, and report what did not fit"
     if format not in FORMATS or FORMATS[format].write is None:
         known = ", ".join(n for n, f in FORMATS.items() if f.write)
         raise FormatError(f"cannot write {format!r}: expected one of {known}.")

@@ -3,18 +3,25 @@ from typing import Any, Iterator
 import json, re
 from dataclasses import dataclass, replace
 from pathlib import Path
-import torch
-from .core import DataError, LoraError, atomic_path, progress
-from .injection import inject_lora
+from typing import Any, Literal
+from .core import DataError, LoraError, atomic_path, patch_to, progress
+from .bases import Base
+from .lora import Lora
 from .dataset import ConceptDataset, encode
-from .preprocessing import find_pictures
-from .training import Stream, Trainer
-from .recipe import learning_encoders, recipe_for
+from .pictures import find_pictures
+from .recipe import Recipe, recipe_for
+from .run import PriorOptions, TrainingRun, delegates
+from .training import Stream
+from typing import Any
+from collections.abc import Callable
+from .training import Trainer
 
-__all__ = ['PRIORS', 'trigger_of', 'class_pictures', 'subject_stream', 'prior_stream', 'Concept', 'load_concepts', 'concept_streams', 'DreamBooth', 'check_prior', 'warm_start', 'train_dreambooth']
+__all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'subject_stream', 'prior_stream', 'Concept', 'load_concepts', 'concept_streams', 'DreamBooth', 'check_prior', 'train_dreambooth']
 def trigger_of(prompt): ...
 def class_pictures(base, prompts, n=24, folder=None, seed=0, batch_size=24, **kw): ...
 PRIORS: tuple[Any, ...]
+PriorKind = Literal['images', 'prediction'] | None
+Prior = Literal['images', 'prediction', 'auto'] | None
 def subject_stream(base, source, prompt, recipe, trigger=None, size=None, name='subject', **data): ...
 def prior_stream(base, kind, source, prompts, recipe, n=24, size=None, name='prior', buckets=None, **kw): ...
 @dataclass
@@ -28,17 +35,15 @@ class Concept:
 
 def load_concepts(path): ...
 def concept_streams(base, concepts, prior, recipe, n=24, size=None, sampling=None, **data): ...
-class DreamBooth:
-    base: Any
-    recipe: Any
+class DreamBooth(TrainingRun):
     concepts: Any
     prior: Any
     streams: Any
     trainer: Any
-    worn: Any
-    def __init__(self, base, instance_data, instance_prompt=None, class_prompt=None, class_data=None, prior='auto', recipe=None, output_dir=None, num_class_images=24, trigger=None, previews=None, callback=None, sampling=None, resolution=None, start=None, masks=None, buckets=None, held_back=None, **overrides) -> None: ...
-    def _wear(self): ...
+    def __init__(self, base: Base, instance_data: Any, instance_prompt: str | None=None, class_prompt: str | list[str] | None=None, class_data: str | Path | None=None, prior: Prior='auto', recipe: Recipe | None=None, output_dir: str | Path | None=None, trigger: str | None=None, start: Lora | None=None, masks: Any=None, held_back: Any=None, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, resolution: int | None=None, buckets: Any=None, num_class_images: int=24, sampling: dict[str, Any] | None=None, **options: Any) -> None: ...
+    def _held(self, pictures): ...
+    def phases(self) -> dict[str, Any]: ...
+    def lora(self) -> Lora: ...
 
-def check_prior(prior, class_prompt): ...
-def warm_start(worn, lora): ...
-def train_dreambooth(base, instance_data, instance_prompt=None, class_prompt=None, class_data=None, recipe=None, output_dir=None, prior='auto', resume=False, **overrides): ...
+def check_prior(prior: Prior, class_prompt: str | list[str] | None) -> PriorKind: ...
+def train_dreambooth(base: Base, instance_data: Any, instance_prompt: str | None=None, class_prompt: str | list[str] | None=None, class_data: str | Path | None=None, recipe: Recipe | None=None, output_dir: str | Path | None=None, prior: Prior='auto', resume: bool=False, *, held_back: Any=None, masks: Any=None, start: Lora | None=None, trigger: str | None=None, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, resolution: int | None=None, buckets: Any=None, num_class_images: int=24, sampling: dict[str, Any] | None=None, **options: Any) -> Lora: ...

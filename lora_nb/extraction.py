@@ -1,4 +1,4 @@
-"""A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
+"""A LoRA from a model whose weights were all fine-tuned, and a small LoRA from a large one, with an error that you can trust.
 
 `distill(base, tuned, rank=...)` turns the difference of two models into a LoRA by truncated SVD; `energy=` or `bytes=`
 choose the ranks instead. `resize(lora, rank=...)` makes a LoRA smaller, without a base.
@@ -10,21 +10,23 @@ Docs: https://lora-nb.github.io/lora_nb/extraction.html.md"""
 # %% auto #0
 __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_product', 'Core', 'core_of_product',
            'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation',
-           'distillation', 'distill', 'svd_distill']
+           'distillation', 'distill']
 
 # %% ../nbs/22_extraction.ipynb #43ddbd02
 import json, os, re, warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core import LoraError, ShapeError, TargetError, default_device, patch_to
-from .injection import find_targets
+from .core import LoraError, ShapeError, TargetError, default_device, human, patch_to, some
+from .names import canonical
 from .layers import LoraLayer
 from .lora import Factors, Lora
-from .names import canonical
-from .core import human, some
-from .worn import places, resolve_components
+from .worn import Wearer, places, resolve_components
+from .injection import find_targets
+if TYPE_CHECKING: from pathlib import Path
 
 # %% ../nbs/22_extraction.ipynb #476648c7
 @dataclass
@@ -37,23 +39,24 @@ class Truncated:
     tail: torch.Tensor  # (...,) Frobenius norm of what is left out
 
     @property
-    def rank(self): return self.s.shape[-1]
+    def rank(self) -> int: return self.s.shape[-1]
 
     @property
-    def error(self): return self.tail / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
+    def error(self) -> torch.Tensor:
+        "The tail as a share of the norm"
+        return self.tail / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> "Truncated":
         "One matrix of the stack"
         return Truncated(self.u[i], self.s[i], self.v[i], self.norm[i], self.tail[i])
 
-# %% ../nbs/22_extraction.ipynb #4233b181
+# %% ../nbs/22_extraction.ipynb #49a06800
 def _double(t): return (t.cpu() if t.device.type == "mps" else t).double()
 
-# %% ../nbs/22_extraction.ipynb #49a06800
 @patch_to(Truncated)
 def cut(self,
-    r,  # how many triples to keep
-):
+    r: int,  # how many triples to keep
+) -> Truncated:
     "The first `r` triples"
     lost = _double(self.s[..., r:]).square().sum(-1).to(self.tail.device)
     tail = (self.tail**2 + lost).sqrt()
@@ -62,11 +65,11 @@ def cut(self,
 # %% ../nbs/22_extraction.ipynb #6c854571
 @patch_to(Truncated)
 def factors(self,
-    shape=None,  # of the weight: (out, in), or (out, in/groups, kh, kw)
-    groups=1,    # of the convolution
-    dtype=None,  # of the factors; None: as computed
-):
-    "As a pair of thin matrices of equal size: each takes the root of the singular values"
+    shape: tuple[int, ...] | None = None,  # of the weight: (out, in), or (out, in/groups, kh, kw)
+    groups: int = 1,                       # of the convolution
+    dtype: torch.dtype | None = None,      # of the factors; None: as computed
+) -> Factors:
+    "A pair of thin matrices of equal size: each takes the root of the singular values"
     root = self.s.sqrt()
     up, down = self.u * root, root[:, None] * self.v
     if shape is not None and len(shape) > 2: up, down = up.view(*up.shape, 1, 1), down.view(-1, *shape[1:])
@@ -93,10 +96,10 @@ def _truncated(a, norm, u, s2, v):
 
 # %% ../nbs/22_extraction.ipynb #3e94500f
 def svd_by_gram(
-    a,     # (..., m, n), m <= n
-    rank,  # how many triples
-    norm,  # (...,) of `a`
-):
+    a: torch.Tensor,     # (..., m, n), m <= n
+    rank: int,           # how many triples
+    norm: torch.Tensor,  # (...,) of `a`
+) -> Truncated:
     "The exact way: eigenvectors of `a @ a.T`, in double precision"
     twice = _double(a)
     s2, u = torch.linalg.eigh(twice @ twice.mT)
@@ -105,12 +108,12 @@ def svd_by_gram(
 
 # %% ../nbs/22_extraction.ipynb #fd9fd40d
 def svd_by_krylov(
-    a,               # (..., m, n), m <= n
-    rank,            # how many triples
-    norm,            # (...,) of `a`
-    tolerance=.01,   # energy still to come, as a share of the squared tail
-    seed=0,          # of the random start
-):
+    a: torch.Tensor,         # (..., m, n), m <= n
+    rank: int,               # how many triples
+    norm: torch.Tensor,      # (...,) of `a`
+    tolerance: float = .01,  # energy still missing, as a share of the squared tail
+    seed: int = 0,           # of the random start
+) -> Truncated | None:
     "The quick way, or None if it needs too large a space"
     (m, n), b = a.shape[-2:], rank + 8
     w = torch.randn(n, b, generator=torch.Generator().manual_seed(seed)).to(a)
@@ -134,7 +137,7 @@ def _orthonormal(y, q):
 
 # %% ../nbs/22_extraction.ipynb #55bcabee
 def _converged(energies, norm, tolerance):
-    "Is the energy still to come small beside what is left?"
+    "Is the energy still missing small beside the tail?"
     if len(energies) < 2: return False
     gain = (energies[-1] - energies[-2]).clamp(min=0)
     ratio = .5
@@ -144,12 +147,12 @@ def _converged(energies, norm, tolerance):
 
 # %% ../nbs/22_extraction.ipynb #f71b8928
 def low_rank(
-    matrix,         # (..., m, n): one matrix or a stack
-    rank=None,      # how many triples
-    energy=None,    # or the share of the squared norm to keep, 0..1
-    tolerance=.01,  # see `svd_by_krylov`
-    seed=0,         # of the random start
-):
+    matrix: torch.Tensor,         # (..., m, n): one matrix or a stack
+    rank: int | None = None,      # how many triples
+    energy: float | None = None,  # or the share of the squared norm to keep, 0..1
+    tolerance: float = .01,       # see `svd_by_krylov`
+    seed: int = 0,                # of the random start
+) -> Truncated:
     "The largest singular triples; the error is within 1 % of the best that this rank can do"
     _one_of(rank=rank, energy=energy)
     a = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
@@ -182,15 +185,15 @@ def _by_energy(a, energy, tolerance, seed, rank=16):
 
 # %% ../nbs/22_extraction.ipynb #7e2d1683
 def _needed(s, norm, energy):
-    "(...,) how many singular values hold this share of the energy; one more than there are: not enough of them"
+    "(...,) how many singular values hold this share of the energy; one more than there are if they are too few"
     have = _double(s).square().cumsum(-1)
     return (have < energy * (1 - 1e-6) * (norm.to(have.device)**2)[..., None]).sum(-1) + 1
 
 # %% ../nbs/22_extraction.ipynb #be54cd08
 def svd_of_product(
-    up,    # (..., out, R)
-    down,  # (..., R, in)
-):
+    up: torch.Tensor,    # (..., out, R)
+    down: torch.Tensor,  # (..., R, in)
+) -> Truncated:
     "The clear way to the singular triples of `up @ down`: QR of both, SVD of the small core"
     (qu, ru), (qd, rd) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
     u, s, v = torch.linalg.svd(ru @ rd.mT, full_matrices=False)
@@ -207,9 +210,9 @@ class Core:
 
 # %% ../nbs/22_extraction.ipynb #eecc44e2
 def core_of_product(
-    up,    # (B, out, R)
-    down,  # (B, R, in)
-):
+    up: torch.Tensor,    # (B, out, R)
+    down: torch.Tensor,  # (B, R, in)
+) -> Core:
     "The quick way to the singular values of `up @ down`"
     u, d = _double(up), _double(down)
     gu, gd = u.mT @ u, d @ d.mT
@@ -246,7 +249,7 @@ def _check_sum(name, factors):
 
 # %% ../nbs/22_extraction.ipynb #56e4265c
 def _stacks(layers, limit=2**23):
-    "Lists of names whose factors have the same shapes, few enough to be stacked in `limit` bytes"
+    "Lists of names whose factors have the same shapes, few enough for a stack of `limit` bytes"
     groups = {}
     for n, fs in layers.items():
         _check_sum(n, fs)
@@ -259,11 +262,11 @@ def _stacks(layers, limit=2**23):
 
 # %% ../nbs/22_extraction.ipynb #06d9ccc2
 def recompress_layers(
-    layers,        # name -> list of Factors whose sum is wanted
-    rank=None,     # of the result, or a dict name -> rank
-    energy=None,   # or the share of each layer's energy to keep
-    dtype=None,    # of the result; None: as the factors
-):
+    layers: dict[str, list[Factors]],           # name -> factors whose sum is wanted
+    rank: int | dict[str, int] | None = None,   # of the result, or name -> rank
+    energy: float | None = None,                # or the share of each layer's energy to keep
+    dtype: torch.dtype | None = None,           # of the result; None: as the factors
+) -> dict[str, Factors]:
     "The best approximation of each sum by one pair of factors"
     if not isinstance(rank, dict): _one_of(rank=rank, energy=energy)
     found = {}
@@ -295,12 +298,12 @@ def _like(factors, up, down, dtype):
 
 # %% ../nbs/22_extraction.ipynb #f0606a67
 def recompress(
-    factors,        # `Factors`, or a list of them for the same weight
-    rank=None,      # of the result
-    energy=None,    # or the share of the energy to keep
-    weights=None,   # one number for each of the factors
-    dtype=None,     # of the result; None: as the factors
-):
+    factors: Factors | list[Factors],     # one or several, for the same weight
+    rank: int | None = None,              # of the result
+    energy: float | None = None,          # or the share of the energy to keep
+    weights: list[float] | None = None,   # one number for each of the factors
+    dtype: torch.dtype | None = None,     # of the result; None: as the factors
+) -> Factors:
     "The best approximation of a (weighted) sum of low-rank differences by one of lower rank"
     factors = [factors] if isinstance(factors, Factors) else list(factors)
     if weights is not None and len(weights) != len(factors):
@@ -310,12 +313,12 @@ def recompress(
 
 # %% ../nbs/22_extraction.ipynb #437b055e
 def allocate(
-    spectra,   # name -> singular values, falling
-    costs,     # name -> bytes of one rank
-    budget,    # bytes for all
-    first=None,  # name -> bytes that a layer's first rank costs besides
-):
-    "name -> rank: the most energy for the bytes, taken greedily by energy per byte"
+    spectra: dict[str, torch.Tensor],  # name -> singular values, falling
+    costs: dict[str, int],             # name -> bytes of one rank
+    budget: int,                       # bytes for all
+    first: dict[str, int] | None = None,  # name -> bytes that a layer's first rank costs besides
+) -> dict[str, int]:                   # name -> rank
+    "The ranks with the most energy for the bytes, taken greedily by energy per byte"
     ranks, names = dict.fromkeys(spectra, 0), list(spectra)
     gain = [_per_byte(spectra[n].double().cpu()**2, costs[n], (first or {}).get(n, 0)) for n in names]
     owner = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(g) for g in gain]))
@@ -355,8 +358,8 @@ def _fit(spectra, costs, size, lora):
 
 # %% ../nbs/22_extraction.ipynb #4546262f
 def spectra(
-    lora,  # without DoRA layers
-):
+    lora: Lora,  # without DoRA layers
+) -> dict[str, torch.Tensor]:
     "name -> singular values of each layer's difference"
     found = {}
     for names in _stacks({n: [f] for n, f in lora.layers.items()}):
@@ -366,12 +369,12 @@ def spectra(
 
 # %% ../nbs/22_extraction.ipynb #81fc547e
 def resize(
-    lora,         # a Lora
-    rank=None,    # of every layer, at most
-    energy=None,  # or the share of each layer's energy to keep
-    bytes=None,   # or the size of its file in peft's format
-    dtype=None,   # of the factors; None: as they are
-):
+    lora: Lora,
+    rank: int | None = None,      # of every layer, at most
+    energy: float | None = None,  # or the share of each layer's energy to keep
+    bytes: int | None = None,     # or the size of its file in peft's format
+    dtype: torch.dtype | None = None,  # of the factors; None: as they are
+) -> Lora:
     "The best approximation of a LoRA by a smaller one; embeddings and metadata stay"
     _one_of(rank=rank, energy=energy, bytes=bytes)
     layers = {n: f for n, f in lora.check().layers.items() if rank is None or f.rank > rank}
@@ -392,17 +395,18 @@ def _costs(layers, dtype):
 @dataclass
 class Changes:
     "What differs between a base and a model tuned from it"
-    weights: dict = field(default_factory=dict)     # "unet.path" -> (base's weight, tuned weight)
-    groups: dict = field(default_factory=dict)      # "unet.path" -> groups of the convolution
-    lost: dict = field(default_factory=dict)        # what factors cannot hold: name -> (norm of change, base's norm)
-    embeddings: dict = field(default_factory=dict)  # token -> {component: (n, d)}
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # "unet.path" -> (base's, tuned)
+    groups: dict[str, int] = field(default_factory=dict)   # "unet.path" -> groups of the convolution
+    lost: dict[str, tuple[float, float]] = field(default_factory=dict)  # not for factors: name -> norms of change and base
+    embeddings: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # token -> {component: (n, d)}
 
 # %% ../nbs/22_extraction.ipynb #d58d68cf
 def changes(
-    base, tuned,   # pipelines, bases, models, dicts component -> model, folders, single files, names
-    targets=None,  # what may be carried: as `find_targets` takes it, or a dict; None: every linear and convolution
-):
-    "Hold a tuned model against its base"
+    base: "Wearer | str | Path",   # pipeline, base, model, component -> model, folder, single file, or name
+    tuned: "Wearer | str | Path",  # the same, tuned
+    targets: Any = None,  # what may be carried: as `find_targets` takes it, or a dict; None: every linear and convolution
+) -> Changes:
+    "Compare a tuned model with its base"
     base, tuned = _opened(base), _opened(tuned)
     ours, theirs = _networks(base), _networks(tuned)
     found = Changes()
@@ -453,7 +457,7 @@ def _compare(found, c, base, tuned, targets):
 
 # %% ../nbs/22_extraction.ipynb #14f1c71a
 def _table_name(model):
-    "The name of a text encoder's token table: new words make it longer"
+    "The name of a text encoder's token table, which new words make longer"
     if not hasattr(model, "get_input_embeddings"): return None
     table = model.get_input_embeddings().weight
     return next(canonical(n) for n, p in model.named_parameters() if p is table)
@@ -485,7 +489,7 @@ def _new_words(found, base, tuned):
 
 # %% ../nbs/22_extraction.ipynb #7bc70b2f
 def _chunks(weights, limit=2**27):
-    "Lists of names of equal shape, few enough to be stacked in `limit` bytes"
+    "Lists of names of equal shape, few enough for a stack of `limit` bytes"
     groups = {}
     for n, (old, _) in weights.items(): groups.setdefault(old.shape, []).append(n)
     for shape, names in groups.items():
@@ -508,12 +512,8 @@ def _triples(weights, device, **kw):
     return {n: found[n] for n in weights}
 
 # %% ../nbs/22_extraction.ipynb #447a3ca1
-def _by_bytes(
-    weights, size,  # name -> (old, new); bytes of the file
-    lora, dtype,    # holds what else goes into the file; of the factors
-    device,
-):
-    "name -> `Truncated` for a file of `size` bytes: look deeper where all that was looked at is taken"
+def _by_bytes(weights, size, lora, dtype, device):
+    "name -> `Truncated` for a file of `size` bytes that also holds the words and metadata of `lora`"
     costs = {n: dtype.itemsize * (w.shape[0] + w[0].numel()) for n, (w, _) in weights.items()}
     start = max(8, 2 * size // sum(costs.values()))
     found, todo = {}, dict.fromkeys(weights, start)
@@ -527,13 +527,13 @@ def _by_bytes(
 # %% ../nbs/22_extraction.ipynb #563239a5
 @dataclass
 class Distillation:
-    "A LoRA made from a tuned model, and what is to be said about it"
+    "A LoRA made from a tuned model, and how faithful it is"
     lora: Lora
-    layers: dict    # name -> (rank, norm of the change, norm of what the LoRA misses of it)
-    lost: dict      # what factors cannot hold: name -> (norm of the change, norm of the base's)
+    layers: dict[str, tuple[int, float, float]]  # name -> (rank, norm of the change, norm of what the LoRA misses of it)
+    lost: dict[str, tuple[float, float]]         # what factors cannot hold: name -> (norm of the change, norm of the base's)
 
     @property
-    def error(self):
+    def error(self) -> float:
         "Norm of what the LoRA misses in its layers, relative to that of the change"
         missed, whole = (sum(row[i]**2 for row in self.layers.values()) for i in (2, 1))
         return (missed / (whole or 1))**.5
@@ -545,16 +545,17 @@ class Distillation:
 
 # %% ../nbs/22_extraction.ipynb #097f49e3
 def distillation(
-    base, tuned,          # as `changes` takes them
-    rank=None,            # of every layer
-    energy=None,          # or the share of each layer's energy to keep
-    bytes=None,           # or the size of the file in peft's format
-    targets=None,         # what may be carried; None: every linear and convolution
-    clamp_quantile=None,  # cut off entries of the factors beyond this quantile of their absolute values
-    device=None,          # to compute on; None: the best there is
-    dtype=torch.float16,  # of the factors
-    metadata=None,        # for the LoRA: base, trigger ...
-):
+    base: "Wearer | str | Path",          # as `changes` takes it
+    tuned: "Wearer | str | Path",         # as `changes` takes it
+    rank: int | None = None,              # of every layer
+    energy: float | None = None,          # or the share of each layer's energy to keep
+    bytes: int | None = None,             # or the size of the file in peft's format
+    targets: Any = None,                  # what may be carried; None: every linear and convolution
+    clamp_quantile: float | None = None,  # cut off entries of the factors beyond this quantile of their absolute values
+    device: str | torch.device | None = None,  # to compute on; None: the best there is
+    dtype: torch.dtype = torch.float16,   # of the factors
+    metadata: dict | None = None,         # for the LoRA: base, trigger ...
+) -> Distillation:
     "A LoRA from the difference of two models, with its error and what it could not carry"
     _one_of(rank=rank, energy=energy, bytes=bytes)
     device, found = default_device(device), changes(base, tuned, targets)
@@ -591,29 +592,14 @@ def _clamped(f, t, quantile, delta):
 
 # %% ../nbs/22_extraction.ipynb #3c9610a1
 def distill(
-    base, tuned,          # as `changes` takes them
-    rank=None,            # of every layer
-    energy=None,          # or the share of each layer's energy to keep
-    bytes=None,           # or the size of the file in peft's format
-    **kw,                 # of `distillation`
-):
+    base: "Wearer | str | Path",   # as `changes` takes it
+    tuned: "Wearer | str | Path",  # as `changes` takes it
+    rank: int | None = None,       # of every layer
+    energy: float | None = None,   # or the share of each layer's energy to keep
+    bytes: int | None = None,      # or the size of the file in peft's format
+    **kw,                          # of `distillation`
+) -> Lora:
     "A LoRA from the difference of two models; warns of what it cannot carry (`distillation` says more)"
     d = distillation(base, tuned, rank, energy, bytes, **kw)
     if d.lost: warnings.warn(repr(d).splitlines()[-1], stacklevel=2)
     return d.lora
-
-# %% ../nbs/22_extraction.ipynb #0dde30ce
-def svd_distill(
-    target_model,   # the tuned model: folder, single file, hub id or pipeline
-    base_model,     # what it was tuned from
-    rank: int = 4,
-    clamp_quantile: float = 0.99,
-    device: str = "cpu",
-    save_path: str = "svd_distill.safetensors",
-    format: str = "peft",   # of the file
-    **kw,                   # of `distill`: targets, dtype, metadata, or energy / bytes with rank=None
-):
-    "The reference's distillation, from file to file; returns the LoRA"
-    lora = distill(base_model, target_model, rank, device=device, clamp_quantile=clamp_quantile, **kw)
-    lora.save(save_path, format=format)
-    return lora

@@ -324,6 +324,8 @@ def load(self,
         if f.shape != tuple(m.weight.shape):
             raise ShapeError(f"{n} has a weight of {tuple(m.weight.shape)} here and {f.shape} in the LoRA: it was "
                              "trained on another base")
+        if f.magnitude is not None and m.magnitude is None:
+            raise ShapeError(f"{n} has DoRA magnitudes in the LoRA, and the branch here has none: inject with dora=True")
     for n, m in self.layers.items():
         f = lora.layers[n].plain()
         m.lora_up.weight.copy_((f.up * (f.scaling / m.scaling)).view_as(m.lora_up.weight))

@@ -1,4 +1,4 @@
-"""One base that always loads, pictures of yours or ours, what it took, and a file to take home.
+"""A base that always loads, your pictures or ours, the time and memory a lesson took, and files to take home.
 
 Docs: https://lora-nb.github.io/lora_nb/lessons.html.md"""
 
@@ -11,35 +11,40 @@ __all__ = ['hub_answers', 'lesson_base', 'lesson_places', 'at_once', 'lesson_pic
 # %% ../nbs/50_lessons.ipynb #10271bf1
 import os, time
 from pathlib import Path
+from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
-from .core import DataError, LoraError, data_path, default_device, fast_bf16, peak_rss_mb
+
+# %% ../nbs/50_lessons.ipynb #94dabd40
+from .core import DataError, LoraError, data_path, default_device, fast_bf16, human, peak_rss_mb
+from .bases import Base
 from .families import HUB
 from .loading import load_base
-from .core import human
-from .preprocessing import find_pictures
+from .pictures import find_pictures
+if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/50_lessons.ipynb #920539b1
-def hub_answers():
-    "Does the model hub answer within five seconds?"
+def hub_answers() -> bool:
+    "Whether the model hub answers within five seconds."
     from huggingface_hub import constants, get_session
     if constants.HF_HUB_OFFLINE: return False
     try: get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception: return False                       # whatever is wrong on the way, there is no answer
+    except Exception: return False                       # whatever goes wrong on the way, there is no answer
     return True
 
+# %% ../nbs/50_lessons.ipynb #ba34ed0b
 def _hush():
-    "LORA_NB_QUIET=1 is meant for the libraries below us, too"
+    "Switch off the progress bars of diffusers and transformers if LORA_NB_QUIET is set."
     import diffusers, transformers
     for lib in (diffusers, transformers):
         if os.environ.get("LORA_NB_QUIET", "0") not in ("", "0"): lib.utils.logging.disable_progress_bar()
 
 def lesson_base(
-    name,                # as `load_base` takes it
-    embedded="tiny-sd",  # what to take where there is no GPU or no hub
-    **options,           # of `load_base`: t5, offload
-):                       # a `Base`
-    "The base that a lesson asks for; the embedded one, and a line that says why, where it cannot be had"
+    name: str,                  # as `load_base` takes it
+    embedded: str = "tiny-sd",  # what to use without a GPU or the hub
+    **options,                  # of `load_base`: t5, offload
+) -> Base:
+    "The base that a lesson asks for, or, if it is out of reach, the embedded one and a line that says why."
     _hush()
     if Path(name).exists() or not (name in HUB or "/" in name): return load_base(name, **options)
     device = default_device()
@@ -58,32 +63,32 @@ def lesson_base(
 
 # %% ../nbs/50_lessons.ipynb #3ff50127
 def lesson_places(
-    base,  # a `Base`
-    n=4,   # how many
-):         # list of texts, to be put behind "a dog"
-    "Places that the base can draw"
+    base: Base,
+    n: int = 4,  # how many, at most 6
+) -> list[str]:
+    "Places that the base can draw, as they follow \"a dog\" in a prompt."
     small = ("on a striped blue background", "on a dotted green background", "on a plain pink background",
              "on a checkered yellow background", "on a gradient purple background", "on a plain black background")
     large = ("on a beach", "in the snow", "on a wooden table", "in a garden full of flowers", "in front of a castle",
              "in the night, lit by a street lamp")
     return list(small if base.resolution <= 128 else large)[:n]
 
-def at_once(base): # a `Base`
-    "How many pictures to draw together"
+def at_once(base: Base) -> int:
+    "How many pictures to draw together."
     return max(1, min(24, 2**19 // base.resolution**2))
 
 # %% ../nbs/50_lessons.ipynb #db350c80
 def _colab():
-    "Colab's file functions, or None"
+    "Colab's file functions, or None."
     try: from google.colab import files
     except ImportError: return None
     return files
 
 def lesson_pictures(
-    folder=None,                         # of yours; "upload" asks on Colab; None: the bundled ones
-    bundled="subjects/jack-o-lantern",   # below the package's data
-):                                       # `Path` of a folder
-    "The pictures that a lesson learns from"
+    folder: str | Path | None = None,         # of yours; "upload" asks for files on Colab; None: the bundled ones
+    bundled: str = "subjects/jack-o-lantern", # below the package's data
+) -> Path:
+    "The folder of pictures that a lesson learns from."
     if folder == "upload" and not _colab():
         print("This is not Colab, so nothing can be uploaded here: the bundled pictures are used.")
         folder = None
@@ -95,26 +100,30 @@ def lesson_pictures(
     return folder
 
 # %% ../nbs/50_lessons.ipynb #061411cf
-def lesson_cost(began): # `time.time()` at the start
-    "What it took since then: time, and the most memory that was held"
+def lesson_cost(
+    began: float,  # `time.time()` at the start
+) -> str:
+    "The time since the start, and the most memory that was held."
     seconds, device = time.time() - began, default_device()
     took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
     if device.type == "cuda":
         return f"{took}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}"
-    return f"{took}, of them {time.process_time():.0f} on the processor, and {peak_rss_mb() / 1000:.1f} GB of main memory"
+    return f"{took} ({time.process_time():.0f} seconds of processor time) and {peak_rss_mb() / 1000:.1f} GB of main memory"
 
 # %% ../nbs/50_lessons.ipynb #afb6453f
 def for_diffusers(
-    path,  # a LoRA file in peft's form
-    pipe,  # a diffusers pipeline
-):         # name -> tensor, for `pipe.load_lora_weights`
-    "A file's tensors under the names that this machine's diffusers looks for"
+    path: str | Path,           # a LoRA file in peft's form
+    pipe: "DiffusionPipeline",
+) -> dict[str, torch.Tensor]:
+    "A file's tensors for `pipe.load_lora_weights`, under the names that this machine's diffusers looks for."
     old = hasattr(pipe.text_encoder, "text_model")
     return {k if old else k.replace(".text_model.", "."): t for k, t in load_file(path).items()}
 
 # %% ../nbs/50_lessons.ipynb #96b30a4b
-def take_away(*paths): # files
-    "Files and their sizes; on Colab the browser downloads them"
+def take_away(
+    *paths: str | Path,  # files
+) -> dict[str, str]:
+    "The sizes of files; on Colab the browser downloads them, too."
     gone = [str(p) for p in paths if not Path(p).is_file()]
     if gone: raise DataError(f"{', '.join(gone)} is not there: expected a file that the lesson has written. Run the "
                              "cells above again.")

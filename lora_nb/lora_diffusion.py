@@ -14,23 +14,33 @@ __all__ = ['UNET_DEFAULT_TARGET_REPLACE', 'UNET_EXTENDED_TARGET_REPLACE', 'TEXT_
            'load_learned_embed_in_clip', 'save_lora_weight', 'save_lora_as_json', 'save_safeloras_with_embeds',
            'save_safeloras', 'convert_loras_to_safeloras_with_embeds', 'convert_loras_to_safeloras', 'parse_safeloras',
            'parse_safeloras_embeds', 'load_safeloras', 'load_safeloras_embeds', 'load_safeloras_both', 'save_all',
-           'monkeypatch_or_replace_safeloras', 'patch_pipe']
+           'monkeypatch_or_replace_safeloras', 'patch_pipe', 'LoRAManager', 'lora_join', 'lora_add', 'svd_distill',
+           'clipseg_mask_generator', 'blip_captioning_dataset', 'face_mask_google_mediapipe', 'swin_ir_sr',
+           'load_and_save_masks_and_captions']
 
 # %% ../nbs/57_lora_diffusion.ipynb #66f24944
 import json, re
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
 import torch
 from torch import nn
 
-from .core import DataError, FormatError, LoraError, atomic_path, ShapeError, TargetError, closest, free_name, some
-from .injection import add_words, apply_lora, freeze_base, place_lora, remove_from_model, set_scale, word_rows
+from .core import (DataError, FormatError, LoraError, ShapeError, TargetError, atomic_path, closest, free_name,
+                          patch_to, some)
+from .injection import (add_words, apply_lora, freeze_base, place_lora, remove_from_model, remove_lora, set_scale,
+                               word_rows)
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
-from .lora import Factors, Lora
-from .worn import (Place, adapted_class, detach_branches, resolve_components, root_module, summed_weight, wears)
-from .formats import (WORD_FLAG, check_tensors, find_file, group_parts, index_key, legacy_order, place,
-                             pt_paths, read_safetensors, split_index, to_factors, unpickle, walks, write_safetensors)
+from .lora import Factors, Lora, gather, triggers_of
+from .worn import (Place, Wearer, adapted_class, branches, detach_branches, resolve_components, root_module,
+                          summed_weight, wears)
+from .positional import WORD_FLAG, index_key, legacy_order, positional_slots, pt_paths, split_index, walks
+from .containers import check_tensors, find_file, read_safetensors, unpickle, write_safetensors
+from .peft_files import group_parts, to_factors
+from .formats import format_of
+from .extraction import distill
+from .composition import add_files, compose, number_words
 
 # %% ../nbs/57_lora_diffusion.ipynb #c03acc6a
 UNET_DEFAULT_TARGET_REPLACE = {"CrossAttention", "Attention", "GEGLU"}
@@ -68,7 +78,7 @@ def inject_trainable_lora(
     dropout_p: float = 0.0,
     scale: float = 1.0,
 ):
-    "Freeze `model`, adapt its linears; returns the new parameters (a list of iterators) and the layers' names"
+    "Freeze `model` and adapt its linears. Returns the new parameters (a list of iterators) and the layers' names"
     return _inject_classes(model, target_replace_module, (nn.Linear,), r, loras, verbose, dropout_p, scale)
 
 def inject_trainable_lora_extended(
@@ -111,7 +121,7 @@ def _check_pairs(
     loras,  # [up, down, up, down, ...]
     found,  # the modules that they belong to, in order
 ):
-    "The list as pairs, or an error if count or shapes do not fit"
+    "The list as pairs; a ShapeError if count or shapes do not fit"
     pairs = list(zip(loras[::2], loras[1::2]))
     if len(loras) != 2 * len(found):
         raise ShapeError(f"the list holds {len(loras)} tensors, expected {2 * len(found)}: an up and a down for each "
@@ -146,7 +156,7 @@ def monkeypatch_or_replace_lora(
     target_replace_module=DEFAULT_TARGET_REPLACE,
     r=4,                                           # kept for its callers: the factors know their rank
 ):
-    "Wear given factors in the linears below some classes, in place of whatever they wear"
+    "Make the linears below some classes wear given factors, in place of whatever they wear"
     _wear_pairs(model, loras, find_in_classes(model, target_replace_module, (nn.Linear, LoraInjectedLinear)))
 
 def monkeypatch_or_replace_lora_extended(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, r=4):
@@ -160,7 +170,7 @@ def monkeypatch_replace_lora(model, loras, target_replace_module=DEFAULT_TARGET_
     monkeypatch_or_replace_lora(model, loras, target_replace_module, r)
 
 def monkeypatch_lora(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, r=4):
-    "Its oldest name"
+    "The oldest name of `monkeypatch_or_replace_lora`"
     monkeypatch_or_replace_lora(model, loras, target_replace_module, r)
 
 # %% ../nbs/57_lora_diffusion.ipynb #bbb641f2
@@ -196,7 +206,7 @@ def _wear_pairs(model, loras, found):
 
 # %% ../nbs/57_lora_diffusion.ipynb #f6ce8135
 def monkeypatch_remove_lora(model):
-    "Take every branch out, in place; what `collapse_lora` folded in stays"
+    "Remove every branch, in place; what `collapse_lora` folded in stays"
     remove_from_model(model, None, words=False)
 
 def tune_lora_scale(model, alpha: float = 1.0):
@@ -204,7 +214,7 @@ def tune_lora_scale(model, alpha: float = 1.0):
     set_scale(model, alpha)
 
 def set_lora_diag(model, diag: torch.Tensor):
-    "Weigh the ranks of every branch by `diag`, (r,)"
+    "Weight the ranks of every branch by `diag`, shape (r,)"
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     wrong = {m.r for m in layers if (m.r,) != tuple(diag.shape)}
     if wrong: raise ShapeError(f"the diagonal has shape {tuple(diag.shape)}, the branches have rank {sorted(wrong)}")
@@ -216,7 +226,7 @@ def collapse_lora(
     model,
     alpha=1.0,  # times the branch's own scale
 ):
-    "Fold every branch into its weight, for good. Once is once: a collapsed branch is not folded in again"
+    "Fold every branch into its weight for good; a branch that is already folded in is left alone"
     for m in list(model.modules()):
         if not isinstance(m, LoraLayer) or m.merged: continue
         root, delta = m.root, alpha * m.delta_weight()
@@ -237,7 +247,7 @@ def inspect_lora(model):
 
 @torch.no_grad()
 def weight_apply_lora(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, alpha=1.0):
-    "Add `alpha * up @ down` to the weights themselves, for good"
+    "Add `alpha * up @ down` to the weights for good"
     found = [p for p, _ in find_in_classes(model, target_replace_module, (nn.Linear,))]
     for place, (up, down) in zip(found, _check_pairs(loras, found)):
         w = place.module.weight
@@ -251,7 +261,7 @@ def apply_learned_embed_in_clip(
     token=None,        # other name(s) for the words, in their order
     idempotent=False,  # replace a word that is there; otherwise a free name is found
 ):
-    "Teach words to a text encoder; returns the last one's name"
+    "Put learned words into a text encoder; returns the name of the last"
     names = [token] if isinstance(token, str) else list(token or learned_embeds)
     if len(names) != len(learned_embeds):
         raise DataError(f"{len(names)} names for {len(learned_embeds)} words: expected as many of both")
@@ -302,20 +312,20 @@ def _save_positional(lists, # component -> (target class names, [up, down, ...],
 
 def save_safeloras_with_embeds(modelmap={}, # name -> (model, target class names)
                                embeds={},   # token -> tensor
-                               outpath="./lora.safetensors"):
+                               outpath: str | Path = "./lora.safetensors"):
     "Write the injected LoRAs of several models, and tokens, in fp16 with the scale baked in"
     pairs = {n: (t, extract_lora_as_tensor(m, t)) for n, (m, t) in modelmap.items()}
     lists = {n: (t, [w for pair in ps for w in pair], [len(d) for _, d in ps]) for n, (t, ps) in pairs.items()}
     _save_positional(lists, embeds, outpath)
 
-def save_safeloras(modelmap={}, outpath="./lora.safetensors"):
+def save_safeloras(modelmap={}, outpath: str | Path = "./lora.safetensors"):
     "The same without tokens"
     return save_safeloras_with_embeds(modelmap=modelmap, outpath=outpath)
 
 # %% ../nbs/57_lora_diffusion.ipynb #6ad5df0b
 def convert_loras_to_safeloras_with_embeds(modelmap={}, # name -> (path of a .pt, target class names, rank)
-                                           embeds={}, outpath="./lora.safetensors"):
-    "`.pt` files into one safetensors file; ranks are those of the tensors"
+                                           embeds={}, outpath: str | Path = "./lora.safetensors"):
+    "Convert `.pt` files into one safetensors file; the ranks are those of the tensors"
     lists = {}
     for name, (path, targets, _) in modelmap.items():
         weights = unpickle(find_file(path))
@@ -324,7 +334,7 @@ def convert_loras_to_safeloras_with_embeds(modelmap={}, # name -> (path of a .pt
         lists[name] = targets, weights, [len(d) for d in weights[1::2]]
     _save_positional(lists, embeds, outpath)
 
-def convert_loras_to_safeloras(modelmap={}, outpath="./lora.safetensors"):
+def convert_loras_to_safeloras(modelmap={}, outpath: str | Path = "./lora.safetensors"):
     "The same without tokens"
     convert_loras_to_safeloras_with_embeds(modelmap=modelmap, outpath=outpath)
 
@@ -332,7 +342,7 @@ def convert_loras_to_safeloras(modelmap={}, outpath="./lora.safetensors"):
 def _todays_order(component, weights, ranks, targets):
     "A list in the order of old diffusers, sorted for today's; other lists as they are"
     pairs = [Factors(up, down, None) for up, down in zip(weights[::2], weights[1::2])]
-    try: found = list(place(component, pairs, targets))
+    try: found = list(positional_slots(component, pairs, targets))
     except LoraError: return weights, ranks
     if found != legacy_order(found): return weights, ranks
     today = next(list(s) for _, _, s in walks(component, targets, None) if set(s) == set(found))
@@ -372,14 +382,14 @@ def load_safeloras_embeds(path, device="cpu"):
     return parse_safeloras_embeds(_open(path, device))
 
 def load_safeloras_both(path, device="cpu"):
-    "Weights and tokens of a file"
+    "Weights and tokens of a file: `load_safeloras` and `load_safeloras_embeds`"
     return load_safeloras(path, device), load_safeloras_embeds(path, device)
 
 # %% ../nbs/57_lora_diffusion.ipynb #38016ea7
 def save_all(unet, text_encoder, save_path, placeholder_token_ids=None, placeholder_tokens=None, save_lora=True,
              save_ti=True, target_replace_module_text=_TEXT_TARGETS, target_replace_module_unet=_UNET_TARGETS,
              safe_form=True):
-    "Everything that was trained: one safetensors file, or the `.pt` family (`safe_form=False`)"
+    "Save everything that was trained: one safetensors file, or the `.pt` family (`safe_form=False`)"
     table = text_encoder.get_input_embeddings().weight
     tokens = zip(placeholder_tokens or [], placeholder_token_ids or []) if save_ti else []
     embeds = {t: table[i].detach().cpu().clone() for t, i in tokens}
@@ -432,3 +442,200 @@ def patch_pipe(
     if wanted.layers: apply_lora(pipe, wanted, mode="inject", name="default")
     if words: apply_learned_embed_in_clip(words, pipe.text_encoder, pipe.tokenizer, token, idempotent_token)
     return words
+
+# %% ../nbs/57_lora_diffusion.ipynb #8069b6d3
+class LoRAManager:
+    "Several LoRA files on one pipeline, each with a strength that can be changed at any time"
+    def __init__(self,
+        lora_paths_list: list,  # paths, or `Lora` values
+        pipe: "Wearer",         # a pipeline or `Base`
+    ):
+        self.lora_paths_list, self.pipe = list(lora_paths_list), pipe
+        read = [l if isinstance(l, Lora) else Lora.load(l, base=pipe) for l in self.lora_paths_list]
+        self.loras = [number_words(l, i) for i, l in enumerate(read)]
+        self.ranklist = [l.rank for l in self.loras]
+        self.token_size_list = [len(l.embeddings) for l in self.loras]
+        layers, own = gather(self.loras), lambda f: replace(f, up=f.up.clone())    # `tune` writes into it, not into a LoRA
+        self.name = apply_lora(pipe, compose(self.loras).map(own), mode="inject")
+        self.worn = [(m, m.lora_up.weight.detach().clone(), _owners(layers[n]))
+                     for n, (m,) in branches(pipe, self.name).items()]
+
+def _owners(factors):
+    "For each column of the joined `up`, the number of the LoRA that it came from"
+    return torch.tensor([i for i, f in enumerate(factors) if f for _ in range(f.rank)])
+
+@patch_to(LoRAManager)
+@torch.no_grad()
+def tune(self,
+    scales: list[float],  # one strength for each LoRA
+) -> None:
+    "Set the strengths, live"
+    if len(scales) != len(self.loras):
+        raise LoraError(f"{len(scales)} scales for {len(self.loras)} LoRAs: expected one for each")
+    for m, up, owner in self.worn:
+        gain = torch.as_tensor(scales, dtype=torch.float32)[owner].to(up)
+        m.lora_up.weight.copy_(up * gain.view(-1, *[1] * (up.ndim - 2)))
+
+# %% ../nbs/57_lora_diffusion.ipynb #f0e4f7fb
+@patch_to(LoRAManager)
+def prompt(self,
+    prompt: str | None,  # text with `<1>`, `<2>` ... for the words of each LoRA
+) -> str | None:
+    "The prompt with the words put in"
+    for i, lora in enumerate(self.loras) if prompt else ():
+        words = "".join(f"<s{i}-{j}>" for j in range(len(lora.embeddings))) or ", ".join(triggers_of(lora))
+        prompt = prompt.replace(f"<{i + 1}>", words)
+    return prompt
+
+@patch_to(LoRAManager)
+def remove(self) -> None:
+    "Take everything off: the pipeline is as before, bit for bit"
+    remove_lora(self.pipe, self.name)
+
+# %% ../nbs/57_lora_diffusion.ipynb #48050a11
+def lora_join(
+    lora_safetenors: list,  # open safetensors files of the `lora_diffusion` format
+) -> tuple[dict[str, torch.Tensor], dict[str, str], list[int], list[int]]:  # tensors, metadata, ranks, words of each file
+    "One file that holds the exact sum, words renamed to `<s0-0>` ..."
+    metas = [dict(f.metadata() or {}) for f in lora_safetenors]
+    words = [sorted(k for k, v in m.items() if v == EMBED_FLAG) for m in metas]
+    held = [{k: f.get_tensor(k) for k in f.keys() if k not in w} for f, w in zip(lora_safetenors, words)]
+    for t, m in zip(held, metas): _check_positional(t, m)
+    ranks = [max((t.shape[0] for k, t in ts.items() if k.endswith(":down")), default=0) for ts in held]
+    _check_targets(metas, held)
+    tensors, about = {}, {c: m[c] for m in metas for c in m if c in _parts_of(held)}
+    for name in dict.fromkeys(k.rsplit(":", 1)[0] for ts in held for k in ts):
+        tensors |= _side_by_side(name, held, ranks)
+        about[f"{name}:rank"] = str(sum(ranks))
+    for i, (f, ws) in enumerate(zip(lora_safetenors, words)):
+        for j, w in enumerate(ws): tensors[f"<s{i}-{j}>"], about[f"<s{i}-{j}>"] = f.get_tensor(w), EMBED_FLAG
+    return tensors, about, ranks, [len(w) for w in words]
+
+def _side_by_side(name, held, ranks):
+    "The factors of one layer side by side; zeros where a file has none"
+    up0, down0 = next((ts[f"{name}:up"], ts[f"{name}:down"]) for ts in held if f"{name}:up" in ts)
+    def padded(ts, part, like, dim, r):
+        t = ts.get(f"{name}:{part}", like.narrow(dim, 0, 0)).float()
+        lack = list(like.shape); lack[dim] = r - t.shape[dim]
+        return torch.cat([t, t.new_zeros(lack)], dim)
+    up = torch.cat([padded(ts, "up", up0, 1, r) for ts, r in zip(held, ranks)], 1)
+    down = torch.cat([padded(ts, "down", down0, 0, r) for ts, r in zip(held, ranks)])
+    return {f"{name}:up": up.to(up0.dtype), f"{name}:down": down.to(down0.dtype)}
+
+# %% ../nbs/57_lora_diffusion.ipynb #b0483e33
+def _parts_of(held): return {k.split(":")[0] for ts in held for k in ts}
+
+def _sides(key, t): return tuple(t.shape[:1] + t.shape[2:] if key.endswith("up") else t.shape[1:])
+
+def _check_positional(tensors, metadata):
+    "Raise unless this is a file of numbered layers"
+    if format_of(tensors or {"unet:0:up": None}, metadata) != "lora_diffusion":
+        raise FormatError("lora_join takes open files of the 'lora_diffusion' format. For others: "
+                          "compose([Lora.load(a), Lora.load(b)])")
+
+def _check_targets(metas, held):
+    "Raise if a number means different modules in two files"
+    for c in _parts_of(held):
+        seen = {tuple(sorted(json.loads(m[c]))) for m, ts in zip(metas, held) if c in m and c in _parts_of([ts])}
+        shapes = {}
+        for ts in held:
+            for k, t in ts.items():
+                if k.startswith(f"{c}:"): shapes.setdefault(k, set()).add(_sides(k, t))
+        odd = [k for k, s in shapes.items() if len(s) > 1]
+        if len(seen) > 1 or odd:
+            why = f"{odd[0]} has other sizes" if odd else seen
+            raise FormatError(f"the files number the layers of {c} differently ({why}): they cannot be joined by "
+                              "number. Use compose([Lora.load(a, base), Lora.load(b, base)])")
+
+# %% ../nbs/57_lora_diffusion.ipynb #8167b769
+def lora_add(path_1: str, path_2: str, output_path: str, alpha_1: float = 0.5, alpha_2: float = 0.5, mode: str = "lpl",
+             with_text_lora: bool = False, **kw) -> Path:
+    "`add_files`: the sum of two LoRA files, or a LoRA merged into a model, by `mode`; returns the path written"
+    return add_files(path_1, path_2, output_path, alpha_1, alpha_2, mode, with_text_lora, **kw)
+
+def svd_distill(
+    target_model,   # the tuned model: folder, single file, hub id or pipeline
+    base_model,     # what it was tuned from
+    rank: int = 4,
+    clamp_quantile: float = 0.99,
+    device: str = "cpu",
+    save_path: str = "svd_distill.safetensors",
+    format: str = "peft",   # of the file
+    **kw,                   # of `distill`: targets, dtype, metadata, or energy / bytes with rank=None
+) -> Lora:
+    "The LoRA closest to the difference of two models, written to a file"
+    lora = distill(base_model, target_model, rank, device=device, clamp_quantile=clamp_quantile, **kw)
+    lora.save(save_path, format=format)
+    return lora
+
+# %% ../nbs/57_lora_diffusion.ipynb #f1d1f001
+import glob, tempfile
+from PIL import Image
+from .captions import BLIP, blip_captions
+from .masks import CLIPSEG, clipseg_logits, face_mask, find_faces, mask_center, soft, to_mask
+from .pictures import crop_box, cut, enlarge, list_sources, open_picture, read_picture
+from .preprocessing import preprocess
+from .show import save_jpeg
+
+# %% ../nbs/57_lora_diffusion.ipynb #81c79fd5
+def clipseg_mask_generator(images, target_prompts, model_id=CLIPSEG, device=None, bias=.01, temp=1., **kwargs):
+    "L masks of pictures by text; the largest value is 255"
+    out = []
+    for im, logits in zip(images, clipseg_logits(images, target_prompts, model_id, device)):
+        p = (soft(logits, temp) + bias).clip(0, 1)
+        out.append(to_mask(p / p.max(), im.size))
+    return out
+
+def blip_captioning_dataset(images, text=None, model_id=BLIP, device=None, **kwargs):
+    "A caption for each picture"
+    return blip_captions(images, model_id, text, device, **kwargs)
+
+def face_mask_google_mediapipe(images, blur_amount=80., bias=.05, detect=find_faces):
+    "L masks of faces; by OpenCV, since mediapipe no longer has the detector in this name"
+    def one(im): return face_mask(im, detect, blur_amount / 800).point(lambda v: max(v, round(255 * bias)))
+    return [one(im) for im in images]
+
+def swin_ir_sr(images, model_id="caidas/swin2SR-classical-sr-x2-64", target_size=None, device=None, **kwargs):
+    "Enlarge pictures by Swin2SR; those of `target_size` (width, height) are left alone"
+    done = [bool(target_size) and im.width >= target_size[0] and im.height >= target_size[1] for im in images]
+    small = [im for im, ok in zip(images, done) if not ok]
+    larger = iter(enlarge(small, model_id, device) if small else [])
+    return [im if ok else next(larger) for im, ok in zip(images, done)]
+
+# %% ../nbs/57_lora_diffusion.ipynb #f1d1f003
+def _center_of_mass(mask):
+    "(x, y) of an L picture's centre, in pixel indices"
+    return tuple(v - .5 for v in mask_center(mask))
+
+def _crop_to_square(image, com, resize_to=None):
+    "The largest square around a point"
+    return cut(image, b := crop_box(image.size, 1., "salience", com), (resize_to or b[2] - b[0],) * 2)
+
+# %% ../nbs/57_lora_diffusion.ipynb #7db74c49
+def load_and_save_masks_and_captions(files, output_dir, caption_text=None, target_prompts=None, target_size=512,
+                                     crop_based_on_salience=True, use_face_detection_instead=False, temp=1.,
+                                     n_length=-1, caption_model=BLIP, mask_model=CLIPSEG):
+    "Crop, mask and caption pictures: N.src.jpg, N.mask.png and caption.txt in a folder"
+    pattern = isinstance(files, str) and not Path(files).exists()
+    files = list_sources([f for f in glob.glob(files)] if pattern else files)[:None if n_length < 0 else n_length]
+    images = [read_picture(f, 3 * target_size)[0] for f in files]
+    captions = blip_captioning_dataset(images, caption_text, caption_model)
+    prompts = captions if target_prompts is None else target_prompts
+    if use_face_detection_instead: masks = face_mask_google_mediapipe(images)
+    else: masks = clipseg_mask_generator(images, prompts, mask_model, temp=temp)
+    said, masked = dict(zip(files, captions)), dict(zip(files, masks))
+    everything = dict(min_side=0, min_sharpness=0, min_contrast=0, min_brightest=0, max_darkest=255, min_distance=0)
+    with tempfile.TemporaryDirectory() as d:
+        report = preprocess(files, d, size=target_size, masks="saliency", recaption=True, **everything,
+                            crop="salience" if crop_based_on_salience else "center", masker=lambda im, f: masked[f],
+                            captioner=lambda ims, paths: [said[f] for f in files])
+        for i, row in enumerate(report.kept): _old_names(Path(d), row, Path(output_dir), i)
+    with atomic_path(Path(output_dir) / "caption.txt") as p:
+        p.write_text("".join(r["text"] + "\n" for r in report.kept), "utf-8")
+
+def _old_names(ready, row, output, i):
+    "One picture and its mask under the names of `lora_diffusion`"
+    save_jpeg(open_picture(ready / row["files"][0]), output / f"{i}.src.jpg", quality=99)
+    with atomic_path(output / f"{i}.mask.png") as p:
+        mask = ready / "masks" / row["files"][0]
+        (Image.open(mask) if mask.is_file() else Image.new("L", row["size"], 255)).save(p)

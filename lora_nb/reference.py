@@ -52,7 +52,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path(__import__("lo
 def owners() -> dict[str, str]:
     "Public name -> the module that defines it, read from each module's `__all__` without importing it."
     found = {}
-    late = lambda file: file.relative_to(HERE).parts[0].split(".")[0] in ("cli", "zoo")      # other rooms' names come first
+    late = lambda file: file.relative_to(HERE).parts[0].split(".")[0] in ("cli", "zoo")      # names of other modules come first
     for file in sorted(HERE.rglob("*.py"), key=lambda file: (late(file), file)):
         module = ".".join(file.relative_to(HERE).with_suffix("").parts).removesuffix(".__init__")
         if module in ("__init__", "_modidx") or module.startswith("data."): continue

@@ -343,10 +343,10 @@ def test_required_flags_are_asked_for():
 def test_choices_are_those_of_the_chapters():
     "Choices are written out in the tables, so that help needs no PyTorch."
     from lora_nb.recipe import LR_SCHEDULES, WEIGHTINGS
-    from lora_nb.textual_inversion import TEMPLATES
+    from lora_nb.textual_inversion import SENTENCES
     kind = lambda c, name: next(f.kind for flags in c.groups.values() for f in flags if f.name == name)
     assert set(kind(lora_pti, "lr_scheduler")) == {*LR_SCHEDULES, "constant_with_warmup"}
-    assert set(kind(lora_pti, "weighting")) == set(WEIGHTINGS) - {None} and set(kind(lora_pti, "use_template")) == set(TEMPLATES)
+    assert set(kind(lora_pti, "weighting")) == set(WEIGHTINGS) - {None} and set(kind(lora_pti, "use_template")) == set(SENTENCES)
 
 
 def test_a_gpu_that_is_not_here_is_replaced(capsys):

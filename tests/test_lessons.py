@@ -12,7 +12,7 @@ import torch
 
 import lora_nb.lessons as lessons
 from lora_nb.core import DataError, LoraError
-from lora_nb.preprocessing import find_pictures
+from lora_nb.pictures import find_pictures
 
 LESSONS = sorted((Path(__file__).resolve().parent.parent / "nbs" / "tutorials").glob("*.ipynb"))
 

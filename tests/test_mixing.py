@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_nb.composition import compose
 from lora_nb.core import LoraError, ShapeError, data_path
-from lora_nb.evaluation import to_batch, wearing
+from lora_nb.similarity import to_batch
+from lora_nb.evaluation import wearing
 from lora_nb.families import as_base
 from lora_nb.injection import inject_lora
 from lora_nb.loading import load_base

@@ -16,8 +16,12 @@ from PIL import Image
 from lora_nb.core import DataError, LoraError, data_path
 from lora_nb.loading import load_base
 from lora_nb.lora import Lora
-from lora_nb.studio import (Easel, Lesson, Settings, Studio, Wear, Worker, bundled_loras, find_concept, find_lora, lora_studio,
-                            python_of, read_settings, settings_from, sparkline, style_sheet, weights_id, with_trigger)
+from lora_nb.studio.easel import Easel, bundled_loras, find_lora, weights_id
+from lora_nb.studio.training import Lesson, find_concept
+from lora_nb.studio.settings import Settings, Wear, settings_from, sparkline
+from lora_nb.studio import Studio, lora_studio
+from lora_nb.studio.panel import Worker, style_sheet, with_trigger
+from lora_nb.studio.code import python_of, read_settings
 from lora_nb.studio.settings import SCALES
 
 PACKAGE = Path(sys.modules["lora_nb"].__file__).parent

@@ -165,7 +165,7 @@ if len(sys.argv) > 2:
     assert not missing, missing
     from lora_nb import data_path, load_base
     assert data_path("subjects", "teapot", "0.jpg").is_file() and data_path("LICENSES.md").is_file()
-    from lora_nb.studio import style_sheet
+    from lora_nb.studio.panel import style_sheet
     assert ".ls-go" in style_sheet()
     image = load_base("tiny-sd").generate(["a strawberry on a blue background"], seeds=[0], steps=2)[0]
     assert min(image.size) >= 64, image.size

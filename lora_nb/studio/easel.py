@@ -1,4 +1,4 @@
-"""From settings to a picture: quickly, with previews, and without a trace on the base.
+"""From settings to a picture: quickly, with previews, and leaving no trace on the base.
 
 Docs: https://lora-nb.github.io/lora_nb/studio_easel.html.md"""
 
@@ -10,8 +10,10 @@ __all__ = ['LIVE', 'MIXES', 'Easel', 'weights_id', 'sampler_of', 'Glimpse', 'bun
 # %% ../../nbs/45_studio_easel.ipynb #9fec3752
 import contextlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # %% ../../nbs/45_studio_easel.ipynb #0dce4d49
 from ..core import DataError, LoraError, closest, data_path, patch_to
@@ -20,20 +22,30 @@ from ..lora import Lora
 from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled
 from ..show import grid, to_image
+from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings
 from .. import mixing  # noqa: F401 (enters its methods for `compose`)
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from lora_nb.bases import Base
+    from lora_nb.scheduling import Scheduled
 
 # %% ../../nbs/45_studio_easel.ipynb #a065169e
 class Easel:
-    "A base, some LoRAs, and what is worth keeping between two pictures"
+    "A base, its LoRAs, and what can be reused for the next picture."
     def __init__(self,
-                 base,             # a `Base`
-                 budget=2 << 30):  # bytes of composed weights
-        self.base, self.budget, self.loras = base, budget, {}
-        self.caches, self.mixes, self.drawn = OrderedDict(), OrderedDict(), OrderedDict()
+                 base: "Base",
+                 budget: int = 2 << 30):  # most bytes of composed weights to keep
+        self.base, self.budget = base, budget
+        self.loras: dict[str, Lora] = {}                      # by the name that a `Wear` uses
+        # Each cache forgets its oldest entry first; the keys hold all that an entry depends on, the base's weights included.
+        self.caches: OrderedDict[tuple, WeightCache] = OrderedDict()    # composed weights, of at most 8 sets of LoRAs
+        self.mixes: OrderedDict[tuple, Lora] = OrderedDict()            # at most 8 LoRAs that `compose` made
+        self.drawn: OrderedDict[tuple, Image.Image] = OrderedDict()     # at most 64 pictures
 
-    def lora(self, wear):
-        "The value behind a `Wear`"
+    def lora(self, wear: Wear) -> Lora:
+        "The LoRA that a `Wear` names."
         if wear.name in self.loras: return self.loras[wear.name]
         raise LoraError(f"no LoRA {wear.name!r} is loaded: expected one of {', '.join(self.loras) or 'none yet'}. Load "
                         f"it from {wear.source or 'a file'}.{closest(wear.name, self.loras)}")
@@ -47,8 +59,8 @@ MIXES = {"Sum": "sum", "Switch: by turns": "switch", "Composite: mean answer": "
 
 @patch_to(Easel)
 def plan(self,
-         s):  # `Settings`
-    "{Lora: schedule}, as `scheduled` takes it"
+         s: Settings) -> "dict[Lora, LoraSchedule] | LoraComposite":
+    "Each LoRA with its schedule, as `scheduled` takes them."
     worn = {self.lora(x): x.plan() for x in s.loras if x.on}
     if len(worn) < 2 or s.method == "sum": return worn
     if s.method == "switch": return {l: replace(p, turn=(k, len(worn), 1)) for k, (l, p) in enumerate(worn.items())}
@@ -56,7 +68,7 @@ def plan(self,
 
 @patch_to(Easel)
 def _mixed(self, s):
-    "The LoRAs composed into one, kept for the next picture"
+    "The LoRAs composed into one, kept for the next picture."
     parts = tuple((self.lora(x), x.scale) for x in s.loras if x.on)
     key = s.method, parts
     if key not in self.mixes: self.mixes[key] = compose([l for l, _ in parts], [v for _, v in parts], method=s.method)
@@ -65,14 +77,14 @@ def _mixed(self, s):
 
 # %% ../../nbs/45_studio_easel.ipynb #991ab280
 def weights_id(
-    model,  # a network
-):          # whole number
-    "Changes whenever a weight is replaced or written to"
+    model: "torch.nn.Module",
+) -> int:
+    "A number that changes whenever a weight of the model is replaced or written to."
     return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))
 
 @patch_to(Easel)
 def _cache(self, plan):
-    "The composed weights of this set of LoRAs on this base"
+    "The cache for this set of LoRAs on this base, after the oldest ones have made room."
     key = tuple(plan), type(plan), weights_id(self.base.denoiser)
     cache = self.caches.pop(key, None) or WeightCache(self.budget)
     while sum(c.bytes for c in self.caches.values()) + cache.bytes > self.budget or len(self.caches) > 7:
@@ -81,37 +93,44 @@ def _cache(self, plan):
     self.caches[key] = cache
     return cache
 
-# %% ../../nbs/45_studio_easel.ipynb #be42a921
 @patch_to(Easel)
 @contextlib.contextmanager
 def wearing(self,
-            plan):  # as `plan` gives it
-    "Within this context the base wears the LoRAs, with weights that earlier pictures composed"
+            plan: "dict[Lora, LoraSchedule] | LoraComposite",  # as `plan` returns it
+) -> "Iterator[Scheduled | None]":
+    "Within this context the base wears the LoRAs, with the weights that earlier pictures composed."
     if not plan: yield None; return
     with scheduled(self.base, plan, self.budget) as worn:
         worn.cache = self._cache(plan)
         try: yield worn
-        finally: worn.cache = WeightCache(0)          # what leaving clears is not ours
+        finally: worn.cache = WeightCache(0)          # `scheduled` empties the cache it leaves with: not ours
 
+# %% ../../nbs/45_studio_easel.ipynb #be71eb07
 @contextlib.contextmanager
 def sampler_of(
-    base, loras,  # a `Base`; the LoRAs that it wears
-    steps,
-):                # yields settings for `generate`
-    "Within this context a turbo LoRA among them has the sampler that it was made for"
+    base: "Base",
+    loras: Iterable[Lora],  # those that the base wears
+    steps: int,
+) -> Iterator[dict]:
+    "Within this context the base has the sampler of the turbo LoRA among these, if any; gives settings for `generate`."
     quick, was = next((l for l in loras if "turbo" in l.metadata), None), base.pipe.scheduler
     try:
         if quick: base.pipe.scheduler = turbo_scheduler(base.pipe, quick)
         yield {k: v for k, v in (turbo_settings(quick, steps) if quick else {}).items() if k == "sigmas"}
     finally: base.pipe.scheduler = was
 
-# %% ../../nbs/45_studio_easel.ipynb #be71eb07
+# %% ../../nbs/45_studio_easel.ipynb #48bbdfd0
 class Glimpse:
-    "After each step: what the finished picture will look like"
-    def __init__(self, base): self.base, self.last = base, None
+    "After each step, a guess of the finished picture."
+    def __init__(self, base: "Base"):
+        self.base = base
+        self.last: tuple | None = None       # latents after the previous step, and how picture and noise are mixed in them
 
-    def __call__(self, i, latents):
-        "Note the latents after step `i`; gives a function that decodes the guess"
+    def __call__(self,
+                 i: int,                     # step, from 0
+                 latents: "torch.Tensor",    # after this step
+    ) -> "Callable[[], Image.Image]":
+        "Note the latents; gives a function that decodes the guess."
         clock = self.base.pipe.scheduler
         t = clock.timesteps[min(i + 1, len(clock.timesteps) - 1)].reshape(1)
         ends = i + 1 >= len(clock.timesteps) or getattr(clock, "init_noise_sigma", 1.) != 1
@@ -120,15 +139,17 @@ class Glimpse:
         return lambda: to_image(self.base.decode_latents(now[0] if ends or not was else self._clean(*was, *now))[0])
 
     def _clean(self, z, at, z_next, at_next):
+        "The clean latents on the line through two steps."
         (a, s), (b, u) = at, at_next
         return (u * z - s * z_next) / (u * a - s * b or 1.)
 
-# %% ../../nbs/45_studio_easel.ipynb #48bbdfd0
+# %% ../../nbs/45_studio_easel.ipynb #54254e52
 @patch_to(Easel)
 def draw(self,
-         s,              # `Settings`; compares nothing
-         on_step=None):  # f(step, look): `look()` is a preview; raising stops
-    "One picture"
+         s: Settings,                      # of one picture: `compare` is ignored
+         on_step: Callable | None = None,  # f(step, look), after each step: `look()` is a preview; raising stops
+) -> "Image.Image":
+    "Draw one picture."
     key = s, tuple(self.lora(x) for x in s.loras), weights_id(self.base.denoiser)
     if key in self.drawn: return self.drawn[key]
     plan, glimpse = self.plan(s), Glimpse(self.base)
@@ -144,32 +165,35 @@ def draw(self,
     return image
 
 @patch_to(Easel)
-def render(self, s, on_step=None):
-    "The picture, or the grid of pictures, that the settings ask for"
+def render(self,
+           s: Settings,
+           on_step: Callable | None = None,  # as `draw` takes it
+) -> "Image.Image":
+    "Draw the picture, or the grid of pictures, that the settings ask for."
     frames = s.frames()
     images = [self.draw(f, on_step and (lambda i, look, k=k: on_step(k * s.steps + i, look)))
               for k, (_, f) in enumerate(frames)]
     return images[0] if len(frames) == 1 else grid(images, titles=[t for t, _ in frames], cols=min(4, len(frames)))
 
-# %% ../../nbs/45_studio_easel.ipynb #54254e52
+# %% ../../nbs/45_studio_easel.ipynb #e817dfba
 def bundled_files(
-    base,  # the name of a base
-):         # name -> path
-    "Bundled LoRAs; those in the folder of this base go before those of others"
+    base: str,  # the name of a base
+) -> dict[str, Path]:
+    "The bundled LoRAs by name; where two have one name, the one made on this base."
     root = data_path("loras")
     return {f.stem: f for d in (root, root / Path(base).name) for f in sorted(d.glob("*.safetensors"))}
 
 def bundled_loras(
-    base,  # the name of a base
-):         # list of names
-    "Bundled LoRAs that were made on this base"
+    base: str,  # the name of a base
+) -> list[str]:
+    "Names of the bundled LoRAs that were made on this base."
     return [n for n, f in bundled_files(base).items() if Lora.load(f).metadata.get("base") == Path(base).name]
 
 def find_lora(
-    source,  # a `Lora`, a bundled name, or a file
-    base,    # a `Base`: names the layers of files that only number them
-):           # (Lora, source as text)
-    "A LoRA from wherever it is"
+    source: Lora | str | Path,  # a `Lora`, a bundled name, or a file
+    base: "Base",               # names the layers of files that only number them
+) -> tuple[Lora, str]:
+    "The LoRA, and where it came from: a bundled name, a path, or an empty text."
     if isinstance(source, Lora): return source, ""
     text, bundled = str(source).strip(), bundled_files(base.name)
     if (name := text.replace(" ", "_")) in bundled: return Lora.load(bundled[name]), name

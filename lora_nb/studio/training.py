@@ -1,4 +1,4 @@
-"""From a folder of pictures to a LoRA on the drawing page, with a curve and previews on the way.
+"""From a folder of pictures to a LoRA in the panel, with a curve and previews on the way.
 
 Docs: https://lora-nb.github.io/lora_nb/studio_training.html.md"""
 
@@ -10,60 +10,67 @@ __all__ = ['find_concept', 'Lesson', 'card_html', 'pictures_html', 'Training']
 # %% ../../nbs/48_studio_training.ipynb #b2b053c5
 import html, io, re, shutil, time
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import ipywidgets as widgets
+from typing import TYPE_CHECKING, Literal
 
 # %% ../../nbs/48_studio_training.ipynb #6fadb681
 from ..core import DataError, LoraError, closest, data_path, patch_to
 from ..dreambooth import DreamBooth
-from ..preprocessing import find_pictures
-from ..pti import PivotalTuning, joined, pivotal_recipe_for
+from ..pictures import find_pictures
+from ..pti import PivotalTuning, pivotal_recipe_for
+from ..log import joined
 from ..show import to_image
-from ..recipe import recipe_card, recipe_for
+from ..recipe import Recipe, recipe_card, recipe_for
 from .panel import Stopped, labelled, boxed, button
+if TYPE_CHECKING:
+    import ipywidgets as widgets
+    from lora_nb.bases import Base
+    from lora_nb.log import TrainingLog
+    from lora_nb.studio import Studio
+    from lora_nb.studio.panel import Strip
 
 # %% ../../nbs/48_studio_training.ipynb #b2ccd618
 def find_concept(
-    text,  # a bundled subject or style, or a folder with pictures
-):         # (folder, "subject" or "style" or None, class noun or "")
-    "The pictures of a concept, and what is known about it"
-    name, styles, subjects = text.strip().lower().replace(" ", "_"), data_path("styles"), data_path("subjects")
-    if name and (styles / name).is_dir(): return styles / name, "style", "style"
-    if name and (subjects / name).is_dir():
+    text: str,  # a bundled subject or style, or a folder with pictures
+) -> tuple[Path, Literal["subject", "style"] | None, str]:
+    "The folder of a concept's pictures, what it is, and its class noun; None and an empty text where neither is known."
+    subjects, styles = ({p.name: p for p in sorted(data_path(kind).iterdir()) if p.is_dir()} for kind in ("subjects", "styles"))
+    name, path = text.strip().lower().replace(" ", "_"), Path(text.strip()).expanduser()
+    if name in styles: return styles[name], "style", "style"
+    if name in subjects:
         from lora_nb.zoo.world import CLASS_OF
-        return subjects / name, "subject", CLASS_OF.get(name.replace("_", " "), "object")
-    path = Path(text.strip()).expanduser()
+        return subjects[name], "subject", CLASS_OF.get(name.replace("_", " "), "object")
     if text.strip() and path.is_dir(): return path, None, ""
-    names = [p.name for d in (subjects, styles) for p in sorted(d.iterdir()) if p.is_dir()]
+    names = [*subjects, *styles]
     raise DataError(f"no pictures {text!r}: expected a folder, or one of {', '.join(names)}.{closest(name, names)}")
 
 @dataclass(frozen=True)
 class Lesson:
-    "What somebody wants to be learned"
+    "What somebody wants the base to learn."
     pictures: str                # a bundled subject or style, or a folder
-    method: str = "dreambooth"   # or "pti", pivotal tuning
-    intent: str = "subject"      # the recipe card: subject, style, face
+    method: Literal["dreambooth", "pti"] = "dreambooth"            # pti: pivotal tuning
+    intent: Literal["subject", "style", "face"] = "subject"        # chooses the recipe card
     trigger: str = "sks"         # the new word
-    noun: str = ""               # of its class: "toy"
+    noun: str = ""               # its class: "toy"
     steps: int = 100
     rank: int = 16
     learning_rate: float = 1e-3
-    preview: str = ""            # a prompt that is drawn on the way
+    preview: str = ""            # a prompt to draw during training
     seed: int = 0
 
 # %% ../../nbs/48_studio_training.ipynb #c832d1d1
 @patch_to(Lesson, as_prop=True)
-def words(self):
-    "The trigger as prompts say it: a subject of DreamBooth has its class noun behind the rare word"
+def words(self) -> str:
+    "The trigger as prompts use it: for a DreamBooth subject, the rare word and the class noun."
     bare = self.method == "pti" or self.intent == "style" or not self.noun or self.trigger.endswith(self.noun)
     return self.trigger if bare else f"{self.trigger} {self.noun}"
 
 @patch_to(Lesson)
 def recipe(self,
-           base):  # a `Base`
-    "The card's recipe with the wishes in it, and with looks and checkpoints on the way"
+           base: "Base") -> Recipe:
+    "The card's recipe with these wishes; it validates, previews and saves a few times on the way."
     make = pivotal_recipe_for if self.method == "pti" else recipe_for
     some = lambda n: max(1, self.steps // n)
     return make(base, self.intent, steps=self.steps, rank=self.rank, learning_rate=self.learning_rate, seed=self.seed,
@@ -71,10 +78,12 @@ def recipe(self,
 
 @patch_to(Lesson)
 def start(self,
-          base, out,       # a `Base`; folder of checkpoints, previews, class pictures
-          callback=None,   # f(trainer), after each step; True stops
-          on_step=None):   # f(pipe, step, t, latents) while class pictures are drawn; raising stops
-    "A run that waits for `fit`"
+          base: "Base",
+          out: Path,                          # folder for checkpoints, previews and class pictures
+          callback: Callable | None = None,   # f(trainer), after each step; True stops
+          on_step: Callable | None = None,    # f(pipe, step, t, latents) while class pictures are drawn; raising stops
+) -> DreamBooth | PivotalTuning:
+    "Prepare a run; its `fit` trains."
     from lora_nb.zoo.world import an
     folder, *_ = find_concept(self.pictures)
     small, style = base.resolution <= 128, self.intent == "style"
@@ -90,19 +99,20 @@ def start(self,
 
 # %% ../../nbs/48_studio_training.ipynb #1a4c5322
 def card_html(
-    base, intent,  # a `Base`; subject, style or face
-):                 # HTML
-    "A recipe card, folded"
+    base: "Base",
+    intent: Literal["subject", "style", "face"],
+) -> str:
+    "A recipe card that unfolds, as HTML."
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td><td>{html.escape(str(why))}</td></tr>"
                    for k, (v, why) in recipe_card(base, intent).rows.items())
     return (f"<details><summary>The recipe card, with its reasons</summary><table class='ls-table'><tr><th>setting</th>"
             f"<th>value</th><th>why</th></tr>{rows}</table></details>")
 
 def pictures_html(
-    folder,  # path
-    most=8,
-):           # HTML
-    "Thumbnails of a folder's pictures"
+    folder: Path,
+    most: int = 8,  # pictures shown
+) -> str:
+    "Thumbnails of a folder's pictures, as HTML."
     def one(p):
         im, buffer = to_image(p), io.BytesIO()
         im.thumbnail((128, 128)); im.save(buffer, "JPEG", quality=80)
@@ -112,37 +122,41 @@ def pictures_html(
 
 # %% ../../nbs/48_studio_training.ipynb #71519c4d
 class Training:
-    "The tab that trains"
+    "The tab that trains."
     def __init__(self,
-                 studio):  # a `Studio`
-        self.studio, self.run, self.result, self.halted, self.running = studio, None, None, False, False
+                 studio: "Studio"):
+        import ipywidgets as widgets
+        self.studio = studio
+        self.run: DreamBooth | PivotalTuning | None = None
+        self.result: Strip | None = None          # the strip of what was trained last
+        self.running, self.halted = False, False  # now; before the last step
+        self.total = 1                            # steps of the run
+        self.shown, self.cost = 0., .1            # when curve and previews were drawn last, and the seconds it took
         names = [p.name for kind in ("subjects", "styles") for p in sorted(data_path(kind).iterdir()) if p.is_dir()]
         self.pictures = widgets.Combobox(options=names, placeholder="a bundled subject, or a folder of yours")
         self.method = widgets.Dropdown(options=[("DreamBooth", "dreambooth"), ("pivotal tuning", "pti")])
         self.intent = widgets.Dropdown(options=["subject", "style", "face"])
         self.trigger, self.noun, self.preview = (widgets.Text(t, continuous_update=False) for t in ("sks", "", ""))
-        own = recipe_for(studio.base)
-        whole = lambda v, lo, hi: widgets.BoundedIntText(v, min=lo, max=hi)
+        own, whole = recipe_for(studio.base), lambda v, lo, hi: widgets.BoundedIntText(v, min=lo, max=hi)
         self.steps, self.rank, self.seed = whole(own.steps, 1, 10**5), whole(own.rank, 1, 512), whole(0, 0, 2**31 - 1)
         self.rate = widgets.FloatText(own.learning_rate)
         self.go = button("Train", self.train, "ls-go", tip="Start from the beginning")
-        self.halt = button("Stop", self.stop, tip="Stop after this step, keep what was learned")
-        self.more = button("Resume", lambda: self.train(resume=True), tip="Go on from the last checkpoint")
+        self.halt = button("Stop", self.stop, tip="Stop after this step and keep what was learned")
+        self.more = button("Resume", lambda: self.train(resume=True), tip="Continue from the last checkpoint")
         self.taste = button("Try it", self.attempt_result, tip="Draw with what was learned")
         self.bar, self.words, self.chart = widgets.IntProgress(0, min=0, max=1), widgets.HTML(), widgets.HTML()
         self.views, self.seen, self.card = widgets.Image(value=b"", format="png"), widgets.HTML(), widgets.HTML()
-        self.views.layout.display = "none"
-        self._arrange(); self._buttons()
-        self.pictures.observe(lambda _: self.known(), "value")
-        for w in (self.intent, self.method): w.observe(lambda _: self.suggest(), "value")
+        self.panel = self._arranged()
+        self._buttons(); self._watch()
         self.say(""); self.suggest()
 
 # %% ../../nbs/48_studio_training.ipynb #e937d0d9
 @patch_to(Training)
-def _arrange(self):
-    "Fields to the left, what happens to the right"
+def _arranged(self) -> "widgets.Box":
+    "Fields on the left, what happens on the right."
     row = lambda *ws: boxed(ws, "ls-row", row=True)
     for w, c in ((self.words, "ls-say"), (self.chart, "ls-chart"), (self.pictures, "ls-fill")): w.add_class(c)
+    self.views.layout.display = "none"
     left = boxed([labelled("Pictures", self.pictures), self.seen,
                   row(labelled("Method", self.method), labelled("Recipe card", self.intent)),
                   row(labelled("Trigger word", self.trigger), labelled("Class noun", self.noun)),
@@ -151,26 +165,34 @@ def _arrange(self):
                   labelled("Draw on the way", self.preview), self.card,
                   boxed([self.go, self.halt, self.more, self.taste], "ls-row", "ls-tight", row=True)], "ls-left")
     right = boxed([self.bar, self.words, self.chart, self.views], "ls-right")
-    self.panel = boxed([boxed([left, right], "ls-columns", row=True)], "ls-page")
+    return boxed([boxed([left, right], "ls-columns", row=True)], "ls-page")
+
+@patch_to(Training)
+def _watch(self):
+    "Fill in what is known when pictures, recipe card or method change."
+    self.pictures.observe(lambda _: self.known(), "value")
+    for w in (self.intent, self.method): w.observe(lambda _: self.suggest(), "value")
 
 @patch_to(Training)
 def _buttons(self):
-    "Only what makes sense can be clicked"
-    self.go.disabled = self.more.disabled = self.running
+    "Enable only what makes sense now."
+    self.go.disabled = self.running
     self.halt.disabled = not self.running
     self.more.disabled = self.running or not self.halted
     self.taste.disabled = self.running or self.result is None
 
 @patch_to(Training)
-def say(self, text, error=False):
-    "Write into the tab"
+def say(self,
+        text: object,
+        error: bool = False):
+    "Show a line of text in the tab."
     text = html.escape(str(text))
     self.words.value = f'<div class="ls-error">{text}</div>' if error else f"<span>{text}</span>"
 
 # %% ../../nbs/48_studio_training.ipynb #476fe25d
 @patch_to(Training)
 def known(self):
-    "Other pictures were named: fill in what is known about them"
+    "Other pictures were chosen: fill in what is known about them."
     self.seen.value = ""
     if not self.pictures.value.strip(): return
     def fill():
@@ -182,7 +204,7 @@ def known(self):
 
 @patch_to(Training)
 def suggest(self):
-    "The card's numbers, a trigger and a prompt for this method and intent"
+    "Fill in the card's numbers, a trigger and a prompt for this method and intent."
     make = pivotal_recipe_for if self.method.value == "pti" else recipe_for
     r, style = make(self.studio.base, self.intent.value), self.intent.value == "style"
     self.steps.value, self.rank.value, self.rate.value = r.steps, r.rank, r.learning_rate
@@ -193,23 +215,23 @@ def suggest(self):
     self.card.value = card_html(self.studio.base, self.intent.value)
 
 @patch_to(Training, as_prop=True)
-def lesson(self):
-    "What the fields say"
+def lesson(self) -> Lesson:
+    "What the fields say."
     say = lambda w: w.value.strip()
     return Lesson(say(self.pictures), self.method.value, self.intent.value, say(self.trigger), say(self.noun),
                   self.steps.value, self.rank.value, self.rate.value, say(self.preview), self.seed.value)
 
 # %% ../../nbs/48_studio_training.ipynb #e3201673
 @patch_to(Training)
-def log(self):
-    "The log so far, of all phases"
+def log(self) -> "TrainingLog":
+    "The log of all phases so far."
     run = self.run
     logs = [*getattr(run, "logs", []), *([run.trainer.log] if hasattr(run, "trainer") else [])]
     return joined(list({id(l): l for l in logs}.values()))
 
 @patch_to(Training)
 def _after_step(self, job, trainer):
-    "Show how it goes; True stops"
+    "Show how far it is; True stops the run."
     past = sum(l.steps for l in getattr(self.run, "logs", []))
     total, done = self.total, past + trainer.done
     self.bar.value, now = done, time.perf_counter()
@@ -221,7 +243,7 @@ def _after_step(self, job, trainer):
 
 @patch_to(Training)
 def _look(self):
-    "Draw the curve and the previews"
+    "Draw the curve and the previews."
     began, log = time.perf_counter(), self.log()
     if log.steps > 1: self.chart.value = log.curve().svg
     if log.previews:
@@ -232,8 +254,9 @@ def _look(self):
 
 # %% ../../nbs/48_studio_training.ipynb #0d2f3196
 @patch_to(Training)
-def train(self, resume=False):
-    "Start, or go on"
+def train(self,
+          resume: bool = False):  # from the last checkpoint
+    "Train in the background."
     if self.running: return
     self.running, self.total = True, 1
     self._buttons()
@@ -241,15 +264,16 @@ def train(self, resume=False):
 
 @patch_to(Training)
 def _train(self, job, resume):
-    "The work of a training"
+    "The job of a training run."
     try: self.studio.attempt(lambda: self._learn(job, self.lesson, resume), self.say)
     except Stopped: self.say("Stopped before the first step."); self.halted = False
     finally: self.running = False; self._buttons()
 
 @patch_to(Training)
 def _learn(self, job, lesson, resume):
-    "Train, and hand the result to the drawing page"
-    if not lesson.trigger: raise LoraError("the subject needs a trigger word, such as 'sks' or '<mine>'.")
+    "Train, and hand the result to the drawing page."
+    if not lesson.trigger: raise LoraError("there is no trigger word: expected a word that is to mean your subject, such as "
+                                          "'sks' or '<mine>'.")
     out, self.shown, self.cost, self.run = self.out(lesson), time.perf_counter(), .1, None
     def on_step(pipe, i, t, now): job.check(); return now
     if not resume: self._forget(out)
@@ -264,29 +288,30 @@ def _learn(self, job, lesson, resume):
     lora.save(path)
     own = getattr(self.studio.strips.get(out.name), "source", str(path)) == str(path)
     self.result = self.studio.load(path, out.name if own else f"my {out.name}")
-    if self.halted: self.say(f"Stopped at step {done} of {self.total}. Resume goes on; what it knows can be tried.")
+    if self.halted: self.say(f"Stopped at step {done} of {self.total}. You can resume, or try what it has learned.")
     else: self.say(f"Learned {lesson.words} in {self.run.log.total_seconds:.0f} s: {path}.")
 
 # %% ../../nbs/48_studio_training.ipynb #8f2a8e63
 @patch_to(Training)
-def out(self, lesson):
-    "The folder of a lesson"
+def out(self,
+        lesson: Lesson) -> Path:
+    "The folder of a lesson."
     return self.studio.folder / "training" / re.sub(r"\W+", "-", Path(lesson.pictures or "mine").name).strip("-")
 
 @patch_to(Training)
 def _forget(self, out):
-    "A fresh start: an older run's checkpoints would be taken for this one's"
+    "Delete an older run's checkpoints, which would be taken for this one's."
     for phase in ("", "inversion", "tuning", "joint"):
         for what in ("checkpoints", "previews"): shutil.rmtree(out / phase / what, ignore_errors=True)
 
 @patch_to(Training)
 def stop(self):
-    "Stop after this step, and keep what was learned"
+    "Stop after this step, and keep what was learned."
     if self.running: self.say("Stopping after this step ..."); self.studio.worker.stop()
 
 @patch_to(Training)
 def attempt_result(self):
-    "Draw with the result, on the other page"
+    "Draw with the result, on the other page."
     self.studio.tabs.selected_index = 0
     with self.studio.silently(): self.studio.prompt.value = self.preview.value or f"a {self.lesson.words}"
     self.studio.draw()

@@ -1,4 +1,4 @@
-"""A tokenizer and a CLIP with both towers, trained on the world: the text tower steers the UNet, the image tower judges.
+"""A tokenizer and a CLIP with both towers, trained on the world: the text tower steers the UNet, the image tower scores pictures.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/clip.html.md"""
 

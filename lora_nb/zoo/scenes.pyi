@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from ..bases import Base
 from ..core import patch_to
-from ..evaluation import recognise, to_batch
+from ..similarity import to_batch
+from .judge import recognise
 from . import world as w
 
-__all__ = ['LETTERS', 'WORDS', 'ADVANCE', 'BOARD_TOP', 'BOARD_HEIGHT', 'RELATIONS', 'PLACES', 'PAIR_SIZE', 'KINDS', 'LABELS', 'SIGN_TEMPLATES', 'PAIR_TEMPLATES', 'CORNERS', 'held_out_word', 'random_word', 'letter_atlas', 'sign_mask', 'Signs', 'paste', 'Pairs', 'spell', 'letter_row', 'scene_caption', 'plan_scenes', 'world_prompts', 'Scenes', 'board_letters', 'read_signs', 'read_places', 'score_pairs']
+__all__ = ['LETTERS', 'SIGN_WORDS', 'ADVANCE', 'BOARD_TOP', 'BOARD_HEIGHT', 'RELATIONS', 'PLACES', 'PAIR_SIZE', 'KINDS', 'LABELS', 'SIGN_TEMPLATES', 'PAIR_TEMPLATES', 'CORNERS', 'held_out_word', 'random_word', 'letter_atlas', 'sign_mask', 'Signs', 'paste', 'Pairs', 'spell', 'letter_row', 'scene_caption', 'plan_scenes', 'world_prompts', 'Scenes', 'board_letters', 'read_signs', 'read_places', 'score_pairs']
 LETTERS: str
-WORDS: Any
+SIGN_WORDS: Any
 def held_out_word(word): ...
 def random_word(rng, held=False, real=0.25): ...
 ADVANCE: Any

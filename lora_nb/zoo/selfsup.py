@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import quiet
-from ..core import atomic_path, set_seed
+from ..core import atomic_path, quiet, set_seed
 from .judge import degrade, place, rand
 from .vae import Run
 from .world import CLASS_OF, COLORS, HELD_OUT, OBJECTS, PATTERNS
@@ -79,7 +78,7 @@ def class_test(
     hard=True,    # damaged as by a VAE and a weak model; False: clean renderings
     g=None,       # torch generator
 ):                # pictures, which background each has, whether each shows the subject
-    "Pictures of a subject and of its classmates."
+    "Pictures of a subject and of the other objects of its class."
     codes = {**HELD_OUT, **OBJECTS}
     names = [subject] + [o for o in codes if CLASS_OF[o] == CLASS_OF[subject] and o != subject]
     i = torch.arange(len(names)).repeat_interleave(torch.tensor([n] + [mates] * (len(names) - 1)))
@@ -95,7 +94,7 @@ def ranks(
     background,  # `(N,)` numbers
     same,        # `(N,)` bool: shows the subject
 ):               # share of pairs in the right order, share of first places
-    "Is the subject nearer to itself than its classmates are?"
+    "Is a picture of the subject nearer to others of it than to the rest of its class?"
     f = F.normalize(f.float(), dim=1)
     cos, area, first = f @ f.T, [], []
     for q in same.nonzero()[:, 0]:
@@ -111,11 +110,11 @@ def class_tests(subjects=HELD_OUT, hard=True, seed=5):
     return {s: class_test(s, hard=hard, g=g) for s in subjects}
 
 def separation(
-    eye,      # function: pictures `(B, 3, 64, 64)` in -1..1 -> descriptions `(B, d)`
+    encoder,  # function: pictures `(B, 3, 64, 64)` in -1..1 -> descriptions `(B, d)`
     tests,    # from `class_tests`
 ):            # dict: subject -> (area, first)
-    "`ranks` of an eye for each subject."
-    with torch.no_grad(): return {s: ranks(eye(x), b, same) for s, (x, b, same) in tests.items()}
+    "`ranks` of an encoder for each subject."
+    with torch.no_grad(): return {s: ranks(encoder(x), b, same) for s, (x, b, same) in tests.items()}
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #af73a06f
 def train_selfsup(

@@ -184,11 +184,11 @@ def add_object(
 ):          # the same pictures with a second object somewhere
     "Paste one more glyph, of random size and at a random place, over each picture."
     n, s = len(x), random.choice((20, 26, 32, 40, 60))
-    g = world.atlas[torch.randint(0, len(world), (n,)), torch.randint(0, len(w.SIZES), (n,))].float()
+    g = world.atlas[torch.randint(0, len(world), (n,)), torch.randint(0, len(w.GLYPH_SIZES), (n,))].float()
     canvas = torch.zeros(n, 4, 64, 64, device=x.device)
     a, b = random.randint(0, 64 - s), random.randint(0, 64 - s)
     canvas[:, :, a:a + s, b:b + s] = F.interpolate(g, size=s, mode="area")
-    return w.composite(canvas.round(), (x + 1) / 2)
+    return w.paste_glyphs(canvas.round(), (x + 1) / 2)
 
 def codec_batch(
     world,  # `World` over all glyphs
