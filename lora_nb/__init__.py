@@ -1,5 +1,5 @@
-"""Low-rank adaptation of text-to-image diffusion models, as a book of notebooks that export a package. Importing `lora_nb` loads
-nothing else; each public name is fetched when it is first used.
+"""Low-rank adaptation of text-to-image diffusion models: a book of notebooks that export this package. `import lora_nb` is instant,
+because each public name is fetched only when it is first used.
 
 ```python
 from lora_nb import apply_lora, before_after, data_path, load_base, save_jpeg, train_dreambooth
@@ -18,11 +18,13 @@ Modules:
 
 - `lora_nb.composition`: LoRAs are values, so they can be added, subtracted and blended: exactly, of any ranks, without a model in memory.
 - `lora_nb.conversion`: Look at a LoRA without a pipeline, and convert it, told plainly what the other format could not carry.
-- `lora_nb.evaluation`: Did it learn the subject, does it still listen, and what did it forget? Four questions, each with a number.
+- `lora_nb.evaluation`: Did it learn the subject, does it still follow the prompt, and what did it forget? Four questions, each with a number.
 - `lora_nb.extraction`: A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
 - `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
-- `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it."""
+- `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it.
+- `lora_nb.similarity`: How alike are two pictures? Likeness to given pictures, diversity, copies and drift, as DINO, CLIP or a thumbnail sees them.
+- `lora_nb.zoo.judge`: A small classifier that says what a drawn picture shows, and a comparison that reads its background. Neither has a part in the drawing."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,10 +32,9 @@ from importlib.util import find_spec
 from .reference import FRONT, described, owners
 
 __all__ = [name for names in FRONT.values() for name in names.split()]   # the one list of them stands in the chapter `reference`
-# Names of the package `lora_diffusion` are importable from the top, too, but not listed: code written for it runs. Most are in
-# the chapter of that name; these are still in another chapter.
-_DROP_IN = {"preprocessing": "blip_captioning_dataset clipseg_mask_generator face_mask_google_mediapipe swin_ir_sr "
-                             "load_and_save_masks_and_captions"}
+# Names of the package `lora_diffusion` are importable from the top, too, but not listed: code written for it runs. All are in
+# the chapter of that name.
+_DROP_IN: dict[str, str] = {}              # chapter -> names of it that are still elsewhere
 
 
 def __getattr__(name):

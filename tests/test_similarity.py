@@ -39,7 +39,9 @@ def test_a_photograph_that_lies_on_its_side_is_turned(tmp_path):
 
 def test_other_files_of_a_folder_are_left_alone(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path/"a.PNG"); (tmp_path/"a.txt").write_text("a caption")
-    assert to_batch(tmp_path).shape == (1, 3, 8, 8)
+    Image.new("L", (8, 8)).save(tmp_path/"a.mask.png")
+    assert to_batch(tmp_path).shape == to_batch(str(tmp_path)).shape == (1, 3, 8, 8)
+    with pytest.raises(DataError, match="No folder"): to_batch(tmp_path/"b")
 
 
 def test_masks_of_any_kind():
