@@ -17,9 +17,9 @@ save_jpeg(before_after(dict(zip(prompts, zip(before, after))), ["base", "with th
 Modules:
 
 - `lora_nb.composition`: LoRAs are values, so they can be added, subtracted and blended: exactly, of any ranks, without a model in memory.
-- `lora_nb.conversion`: Look into a LoRA file without a pipeline, and convert it to another format with a list of everything that does not fit.
+- `lora_nb.conversion`: Look at a LoRA without a pipeline, and convert it, told plainly what the other format could not carry.
 - `lora_nb.evaluation`: Did it learn the subject, does it still follow the prompt, and what did it forget? Four questions, each with a number.
-- `lora_nb.extraction`: A LoRA from a model whose weights were all fine-tuned, and a small LoRA from a large one, with an error that you can trust.
+- `lora_nb.extraction`: A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
 - `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
 - `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it.
@@ -32,8 +32,9 @@ from importlib.util import find_spec
 from .reference import FRONT, described, owners
 
 __all__ = [name for names in FRONT.values() for name in names.split()]   # the one list of them stands in the chapter `reference`
-# Names of the package `lora_diffusion`, from the chapter of that name, are importable from the top, too, but not listed: code
-# written for it runs.
+# Names of the package `lora_diffusion` are importable from the top, too, but not listed: code written for it runs. All are in
+# the chapter of that name.
+_DROP_IN: dict[str, str] = {}              # chapter -> names of it that are still elsewhere
 
 
 def __getattr__(name):
@@ -45,8 +46,9 @@ def __getattr__(name):
     missing = f"module 'lora_nb' has no attribute {name!r}"
     if name.startswith("_"): raise AttributeError(missing)
     if find_spec(f"lora_nb.{name}"): return import_module(f"lora_nb.{name}")      # a module's name is always the module
-    module = owners().get(name)
-    if name in __all__ or module == "lora_diffusion":
+    drop_in = next((m for m, names in _DROP_IN.items() if name in names.split()), None)
+    module = drop_in or owners().get(name)
+    if name in __all__ or drop_in or module == "lora_diffusion":
         if module == "composition": import_module("lora_nb.mixing")                   # enters its methods for `compose`
         found = globals()[name] = described(getattr(import_module(f"lora_nb.{module}"), name))
         return found
