@@ -31,9 +31,8 @@ from .reference import FRONT, described, owners
 
 __all__ = [name for names in FRONT.values() for name in names.split()]   # the one list of them stands in the chapter `reference`
 # Names of the package `lora_diffusion` are importable from the top, too, but not listed: code written for it runs. Most are in
-# the chapter of that name; these are still in other chapters.
-_DROP_IN = {"composition": "LoRAManager lora_add lora_join", "extraction": "svd_distill",
-            "preprocessing": "blip_captioning_dataset clipseg_mask_generator face_mask_google_mediapipe swin_ir_sr "
+# the chapter of that name; these are still in another chapter.
+_DROP_IN = {"preprocessing": "blip_captioning_dataset clipseg_mask_generator face_mask_google_mediapipe swin_ir_sr "
                              "load_and_save_masks_and_captions"}
 
 

@@ -21,8 +21,8 @@ from lora_nb.evaluation import (exam, features, load_judge, obeys, overfitting, 
                                 similarity, thumbnails, to_batch)
 from lora_nb.lora import Factors, Lora
 from lora_nb.worn import places
-from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp
-from lora_nb.scheduling import scheduled, trained_schedule
+from lora_nb.schedule import LoraComposite, LoraSchedule, lora_switch, ramp, trained_schedule
+from lora_nb.scheduling import scheduled
 from lora_nb.show import grid, save_jpeg
 from lora_nb.recipe import recipe_for
 from lora_nb.zoo.world import CLASS_OF, stylize
