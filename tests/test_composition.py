@@ -8,7 +8,7 @@ import torch
 
 from lora_nb.composition import METHODS, add_files, compose, find_method, method, number_words, renamed
 from lora_nb.core import DataError, LoraError, ShapeError, TargetError, data_path
-from lora_nb.formats import read_file, recognise
+from lora_nb.formats import format_of, read_file
 from lora_nb.injection import apply_lora, inject_lora, remove_lora
 from lora_nb.lora import Factors, Lora, gather, join_words
 from lora_nb.loading import load_base
@@ -209,7 +209,7 @@ def test_pt_families(tiny, mine, yours, tmp_path, text):
 def test_rank_and_format_of_a_sum(tiny, mine, paths, tmp_path):
     assert Lora.load(add_files(*paths, tmp_path / "r.safetensors", rank=2, base=tiny), base=tiny).rank == 2
     mine.save(tmp_path / "peft.safetensors")
-    assert recognise(*read_file(add_files(tmp_path / "peft.safetensors", paths[1], tmp_path / "p.safetensors", base=tiny))) == "peft"
+    assert format_of(*read_file(add_files(tmp_path / "peft.safetensors", paths[1], tmp_path / "p.safetensors", base=tiny))) == "peft"
 
 
 def test_errors_of_add_files(tiny, paths, tmp_path):
