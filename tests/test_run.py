@@ -129,3 +129,11 @@ def test_a_start_goes_on_where_it_was(base):
     again = train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, steps=1, learning_rate=0.))
     assert isinstance(again, Lora)
     for n, f in first.layers.items(): assert again.layers[n].delta().allclose(f.delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize("method, words", ((DreamBooth, ["a sks wall"]), (TextualInversion, ["<x>"]), (PivotalTuning, ["<x>"])))
+def test_a_callback_may_be_set_later(base, method, words):
+    run = method(base, WALL, *words, **QUICK)
+    run.callback = lambda trainer: trainer.done == 1
+    run.fit()
+    assert run.log.steps == 1 and bare(base)

@@ -1,0 +1,139 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_nb.core import DataError, LoraError
+from lora_nb.dreambooth import (Concept, DreamBooth, check_prior, class_pictures, concept_streams, load_concepts,
+                                train_dreambooth, trigger_of)
+from lora_nb.evaluation import to_tensor, wearing
+from lora_nb.families import as_base
+from lora_nb.random_pipes import random_pipe
+from lora_nb.recipe import recipe_for
+
+NOISE = [Image.effect_noise((70, 50), 60 + i) for i in range(2)]
+QUICK = dict(steps=2, batch_size=2, prior_batch=1, rank=2)
+FEW = dict(num_class_images=2, sampling=dict(steps=1))
+
+
+@pytest.fixture(scope="module")
+def sd(): return as_base(random_pipe("sd"))
+
+
+@pytest.mark.parametrize("prompt, trigger", (("a sks toy", "sks toy"), ("A photo of the sks dog", "sks dog"), ("sks", "sks"),
+                                             ("picture of my xyz cat", "xyz cat"), ("  the one  ", "one")))
+def test_the_words_that_name_a_subject(prompt, trigger): assert trigger_of(prompt) == trigger
+
+
+def test_folders_that_hold_no_class_pictures(sd, tmp_path):
+    (tmp_path / "note").write_text("x")
+    with pytest.raises(DataError, match="expected a folder"): class_pictures(sd, "a toy", folder=tmp_path / "note")
+    with pytest.raises(DataError, match="No pictures"): class_pictures(sd, "a toy", folder=tmp_path)
+
+
+@pytest.mark.parametrize("text, match", (("{", "cannot be read"), ("[]", "no list"), ("{}", "no list"),
+                                         ('[{"instance_prompt": 1}]', "no instance_data")))
+def test_lists_of_concepts_that_are_none(tmp_path, text, match):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(DataError, match=match): load_concepts(tmp_path / "c.json")
+    with pytest.raises(DataError, match="cannot be read"): load_concepts(tmp_path / "nowhere.json")
+
+
+def test_concepts_of_a_class_share_its_pictures(sd):
+    toys = [Concept([Image.new("RGB", (64, 64))], f"a {w} toy", "a toy") for w in ("sks", "zwx")]
+    recipe = recipe_for(sd, batch_size=8, prior_batch=4)
+    made = concept_streams(sd, toys, "images", recipe, n=2, sampling=dict(steps=1))
+    assert [(s.name, s.batch, s.weight) for s in made] == [
+        ("subject: sks toy", 4, .5), ("subject: zwx toy", 4, .5), ("prior: sks toy", 4, 1.)]
+    toys[1].class_prompt = None
+    assert [s.name for s in concept_streams(sd, toys, "prediction", recipe)][2:] == ["prior: sks toy"]
+
+
+def losses(base, folder, prior, batch):
+    "Losses by stream of the first batches of a run whose LoRA answers something"
+    kw = dict(QUICK, batch_size=batch, prior_batch=batch)
+    pictures = [Image.effect_noise((64, 64), 40 + 20 * i) for i in range(3)]
+    kept = [folder / f"noise-{i}.png" for i in range(3)]
+    for im, path in zip(pictures, kept):
+        if not path.exists(): im.save(path)
+    run = DreamBooth(base, kept, "a sks toy", "a toy", folder / "toys" if prior == "images" else None, prior, **kw, **FEW)
+    for m in run.worn.layers.values(): torch.nn.init.constant_(m.lora_up.weight, .03)
+    found = [{n: v.item() for n, v in run.trainer.loss(i)[1].items()} for i in range(max(1, 6 // batch))]
+    run.remove()
+    return found
+
+
+@pytest.mark.parametrize("prior", ("images", "prediction"))
+@pytest.mark.parametrize("family", ("sd3", "sdxl"))
+def test_a_batch_is_the_mean_of_its_samples(family, prior, tmp_path):
+    base = as_base(random_pipe(family))
+    single = losses(base, tmp_path, prior, 1)
+    for batch in (2, 5):
+        first = losses(base, tmp_path, prior, batch)[0]
+        for n in ("subject", "prior"): assert abs(first[n] - sum(p[n] for p in single[:batch]) / batch) < 1e-5
+    assert all(p["prior"] > 1e-9 for p in single)
+
+
+def test_text_encoders_that_learn():
+    for family in ("sdxl", "sd3"):
+        lora = train_dreambooth(as_base(random_pipe(family)), NOISE, "a sks toy", prior=None, train_text_encoder=True, **QUICK)
+        assert [c for c in lora.components if c.startswith("text")] == ["text_encoder", "text_encoder_2"]     # never T5 by itself
+    every = train_dreambooth(as_base(random_pipe("sd3")), NOISE, "a sks toy", prior=None, train_text_encoder=True, encoders="all", **QUICK)
+    assert "text_encoder_3" in every.components
+
+
+@pytest.mark.parametrize("family", ("sd", "sd3"))
+def test_plain_diffusers_draws_the_same(family, tmp_path):
+    base, ask = as_base(random_pipe(family)), dict(prompts="a sks toy", seeds=[3], steps=2)
+    lora = train_dreambooth(base, NOISE, "a sks toy", prior=None, **{**QUICK, "steps": 3, "learning_rate": .02})
+    lora.save(tmp_path / "l.safetensors")
+    before = to_tensor(base.generate(**ask)[0])
+    with wearing(base, lora): ours = to_tensor(base.generate(**ask)[0])
+    plain = as_base(random_pipe(family))
+    plain.pipe.load_lora_weights(str(tmp_path / "l.safetensors"))
+    assert (ours - before).abs().max() > .03, "the LoRA changed nothing"
+    assert (ours - to_tensor(plain.generate(**ask)[0])).abs().max() <= .03
+
+
+@pytest.mark.parametrize("prior", ("images", "prediction"))
+def test_shapes_masks_and_holes_in_one_run(prior):
+    fill = as_base(random_pipe("sd_inpaint"))
+    wide = [Image.effect_noise((80, 48), 60), Image.effect_noise((48, 80), 60)]
+    run = DreamBooth(fill, wide, "a sks toy", "a toy", prior=prior, buckets=True, masks=[Image.new("L", im.size, 255) for im in wide],
+                     mask_floor=.1, flip=True, caption_dropout=.5, held_back=NOISE, validate_every=1, validation_samples=2, **QUICK, **FEW)
+    lora = run.fit()
+    assert max(f.norm() for f in lora.layers.values()) > 0 and set(run.log.val) == {"subject", "prior"}
+    assert len(run.streams[0].examples.latents[0]) == 2
+
+
+@pytest.mark.parametrize("data, kw, match", (
+    ([Concept(NOISE, "a sks toy")] * 2, {}, "triggers of their own"),
+    ([Concept(NOISE, "a sks toy")], dict(instance_prompt="a sks toy"), "bring their own instance"),
+    (NOISE, {}, "No instance_prompt"),
+    (NOISE, dict(instance_prompt="a sks toy", rank=999), "999"),
+    (NOISE, dict(instance_prompt="a sks toy", targets=["no_such_layer"]), "no_such_layer")))
+def test_runs_that_cannot_begin(sd, data, kw, match):
+    with pytest.raises(LoraError, match=match): DreamBooth(sd, data, **kw)
+    assert not [m for m in sd.denoiser.modules() if hasattr(m, "lora_up")], "a refused run left branches behind"
+
+
+def test_pictures_that_are_none(sd, tmp_path):
+    with pytest.raises(DataError, match="No pictures"): train_dreambooth(sd, tmp_path, "a sks toy")
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="a.png"): train_dreambooth(sd, tmp_path, "a sks toy")
+
+
+def test_kinds_of_prior():
+    assert check_prior("auto", "a toy") == "images" and check_prior("auto", None) is None and check_prior(None, "a toy") is None
+    with pytest.raises(LoraError, match="class prompt"): check_prior("prediction", None)
+    with pytest.raises(LoraError, match="expected 'images'"): check_prior("both", "a toy")
+
+
+def test_a_folder_beside_the_list(tmp_path):
+    (tmp_path / "bear").mkdir()
+    row = dict(instance_prompt="a sks toy", instance_data_dir="bear", class_data_dir="toys", class_prompt="a toy")
+    (tmp_path / "c.json").write_text(json.dumps([row]))
+    (concept,) = load_concepts(tmp_path / "c.json")
+    assert Path(concept.data) == tmp_path / "bear" and concept.class_data == "toys" and concept.trigger == "sks toy"
