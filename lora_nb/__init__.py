@@ -17,9 +17,9 @@ save_jpeg(before_after(dict(zip(prompts, zip(before, after))), ["base", "with th
 Modules:
 
 - `lora_nb.composition`: LoRAs are values, so they can be added, subtracted and blended: exactly, of any ranks, without a model in memory.
-- `lora_nb.conversion`: Look at a LoRA without a pipeline, and convert it, told plainly what the other format could not carry.
+- `lora_nb.conversion`: Look into a LoRA file without a pipeline, and convert it to another format with a list of everything that does not fit.
 - `lora_nb.evaluation`: Did it learn the subject, does it still follow the prompt, and what did it forget? Four questions, each with a number.
-- `lora_nb.extraction`: A LoRA from a model that was fine-tuned whole, and a small LoRA from a large one, with an error that is stated.
+- `lora_nb.extraction`: A LoRA from a model whose weights were all fine-tuned, and a small LoRA from a large one, with an error that you can trust.
 - `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
 - `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it.

@@ -15,13 +15,13 @@ __all__ = ['Weight', 'METHODS', 'weight_of', 'as_weights', 'check_paths', 'renam
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from .core import FormatError, LoraError, TargetError, atomic_path, closest, some
+from .core import FormatError, LoraError, TargetError, atomic_path, closest, free_name, some
 from .names import longest_key, on_path
-from .lora import Factors, Lora, add_factors, added, gather, join_metadata, join_words, same_word
+from .lora import Lora, add_factors, added, gather, join_metadata, join_words, same_word
 from .worn import Wearer
 from .formats import FORMATS, format_of, read_file
 from .extraction import recompress_layers
@@ -69,11 +69,9 @@ def renamed(
     "Give words that clash new names: `<s>`, `<s-1>`, `<s-2>` ..."
     out, taken = [], {}
     for lora in loras:
-        for token in list(lora.embeddings):
-            stem, end = (token[:-1], ">") if token.endswith(">") else (token, "")
-            spellings = (f"{stem}-{i}{end}" if i else token for i in range(9999))
-            new = next(t for t in spellings if t not in taken or same_word(taken[t], lora.embeddings[token]))
-            if new == token or new not in taken: taken[new] = lora.embeddings[token]
+        for token, vectors in lora.embeddings.items():
+            new = free_name(token, lambda name: name in taken and not same_word(taken[name], vectors))
+            taken.setdefault(new, vectors)
             if new != token: lora = lora.rename_token(token, new)
         out.append(lora)
     return out

@@ -49,7 +49,7 @@ def frequent_tags(
     return [t for t, _ in total.most_common(n)]
 
 def trigger_words(
-    lora: Lora,
+    lora: Lora,  # with or without metadata
 ) -> list[str]:
     "Words that may call a LoRA, the surest first"
     m = lora.metadata
@@ -215,7 +215,7 @@ def _gaps(lora, base):
 
 # %% ../nbs/21_conversion.ipynb #e11f2332
 def fit_format(
-    lora: Lora,
+    lora: Lora,                    # what should be written
     format: str,                   # one of `FORMATS` that can be written
     base: "Wearer | None" = None,  # as for `save_lora`
     **options: Any,                # as for `save_lora`

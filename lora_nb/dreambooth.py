@@ -1,4 +1,4 @@
-"""Five pictures of one thing, a rare word for it, and a way to keep everything else.
+"""Teach a base one thing from five pictures and a rare word, and keep everything else as it was.
 
 Docs: https://lora-nb.github.io/lora_nb/dreambooth.html.md"""
 
@@ -26,8 +26,8 @@ from .training import Stream
 
 # %% ../nbs/39_dreambooth.ipynb #153aef63
 def trigger_of(
-    prompt,  # an instance prompt: "a photo of a sks toy"
-):           # "sks toy"
+    prompt: str,  # an instance prompt: "a photo of a sks toy"
+) -> str:         # "sks toy"
     "The words of a prompt that name its subject."
     words = re.sub(r"^(an?|the|one|my)\s+", "", prompt.strip(), flags=re.I)
     words = re.sub(r"^(photo|picture|image|painting|drawing)s?\s+of\s+", "", words, flags=re.I)
@@ -35,13 +35,14 @@ def trigger_of(
 
 # %% ../nbs/39_dreambooth.ipynb #aab4916b
 def class_pictures(
-    base,         # a `Base`
-    prompts,      # a class prompt, or several, which take turns
-    n=24,         # how many pictures are needed
-    folder=None,  # reuse what is there, save what is drawn; None keeps them in memory
-    seed=0,       # of the first picture; the i-th is drawn with seed + i
-    batch_size=24, **kw,  # pictures drawn together; `kw` goes to `base.generate`
-):                # (pictures or files, captions)
+    base: Base,
+    prompts: str | list[str],  # a class prompt, or several, which take turns
+    n: int = 24,          # how many pictures are needed
+    folder: str | Path | None = None,  # reuse what is there, save what is drawn; None keeps them in memory
+    seed: int = 0,        # of the first picture; the i-th is drawn with seed + i
+    batch_size: int = 24, # pictures drawn together
+    **kw: Any,            # to `base.generate`
+) -> tuple[list, list[str]]:  # (pictures or files, captions)
     "Pictures of the class, drawn by the base itself."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     have = _existing(folder)
@@ -77,33 +78,38 @@ def _caption(file, prompt):
     text = Path(file).with_suffix(".txt") if isinstance(file, Path) else None
     return text.read_text().strip() if text and text.is_file() else prompt
 
-# %% ../nbs/39_dreambooth.ipynb #3a3676f9
+# %% ../nbs/39_dreambooth.ipynb #a77aa05a
 PRIORS = ("images", "prediction", None)
 PriorKind = Literal["images", "prediction"] | None
 Prior = Literal["images", "prediction", "auto"] | None
 
 def subject_stream(
-    base, source, prompt,  # a `Base`; a folder, files or pictures of the subject; the instance prompt
-    recipe,                # a `Recipe`
-    trigger=None,          # words that fill the hole in captions; None: from the prompt
-    size=None,             # pixels; None: the base's resolution
-    name="subject",        # of its loss in the log
-    **data,                # of `ConceptDataset`: masks, buckets
-):                         # a `Stream`
+    base: Base,
+    source: Any,           # a folder, files or pictures of the subject
+    prompt: str,           # the instance prompt
+    recipe: Recipe,
+    trigger: str | None = None,  # words that fill the hole in captions; None: from the prompt
+    size: int | None = None,     # pixels; None: the base's resolution
+    name: str = "subject", # of its loss in the log
+    **data: Any,           # of `ConceptDataset`: masks, buckets
+) -> Stream:
     "The subject's pictures as a stream."
-    data = ConceptDataset(source, prompt, trigger or trigger_of(prompt), size or base.resolution, recipe.flip, **data)
-    return Stream(name, encode(base, data), recipe.batch_size)
+    pictures = ConceptDataset(source, prompt, trigger or trigger_of(prompt), size or base.resolution, recipe.flip, **data)
+    return Stream(name, encode(base, pictures), recipe.batch_size)
 
-# %% ../nbs/39_dreambooth.ipynb #27497672
+# %% ../nbs/39_dreambooth.ipynb #3a3676f9
 def prior_stream(
-    base, kind,        # a `Base`; "images" or "prediction"
-    source,            # class pictures or their folder; for "prediction" the subject's pictures
-    prompts, recipe,   # class prompt or prompts; a `Recipe`
-    n=24, size=None,   # class pictures to have; pixels, None: the base's resolution
-    name="prior",      # of its loss in the log
-    buckets=None,      # as `ConceptDataset` takes them
-    **kw,              # to `class_pictures`
-):                     # a `Stream`
+    base: Base,
+    kind: PriorKind,
+    source: Any,       # folder of class pictures, or None; for "prediction" the subject's pictures
+    prompts: str | list[str],  # class prompt or prompts
+    recipe: Recipe,
+    n: int = 24,       # how many class pictures are needed
+    size: int | None = None,   # pixels; None: the base's resolution
+    name: str = "prior",       # of its loss in the log
+    buckets: Any = None,       # as `ConceptDataset` takes them
+    **kw: Any,         # to `class_pictures`
+) -> Stream:
     "What keeps the class as it was, as a stream."
     shape = dict(size=size or base.resolution, masks=False, buckets=buckets)
     if kind == "prediction":
@@ -116,24 +122,24 @@ def prior_stream(
     batch, teacher = max(1, recipe.prior_batch), kind == "prediction"
     return Stream(name, encode(base, data), batch, recipe.prior_weight, teacher)
 
-# %% ../nbs/39_dreambooth.ipynb #63df3b20
+# %% ../nbs/39_dreambooth.ipynb #82f73f32
 @dataclass
 class Concept:
     "One subject to learn"
-    data: object                # its pictures: a folder, files, or PIL pictures
-    prompt: str                 # "a sks toy"
-    class_prompt: object = None # "a toy", or several prompts
-    class_data: object = None   # folder of class pictures, filled if need be; None keeps them in memory
+    data: Any                   # its pictures: a folder, files, or PIL pictures
+    prompt: str                 # "a sks face"
+    class_prompt: str | list[str] | None = None  # "a face", or several prompts
+    class_data: str | Path | None = None  # folder of class pictures, filled if need be; None keeps them in memory
     trigger: str | None = None  # words that fill the hole in captions; None: from the prompt
     def __post_init__(self): self.trigger = self.trigger or trigger_of(self.prompt)
 
 def load_concepts(
-    path,  # JSON: a list of {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}
-):         # list of `Concept`
+    path: str | Path,  # JSON: a list of {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}
+) -> list[Concept]:
     "Read the `concepts_list.json` of other trainers; folders are looked for beside the file, too."
     try: rows = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as e: raise DataError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(rows, list) or not rows: raise DataError(f"{path} holds no list of concepts.")
+    if not isinstance(rows, list) or not rows: raise DataError(f"{path} holds no list of concepts: expected [{{...}}, ...].")
     keys = dict(instance_data_dir="data", instance_prompt="prompt", class_prompt="class_prompt",
                 class_data_dir="class_data")
     def one(i, row):
@@ -148,14 +154,17 @@ def _beside(folder, path):
     near = Path(path).parent / folder
     return str(near) if near.exists() and not Path(folder).exists() else folder
 
-# %% ../nbs/39_dreambooth.ipynb #da11420c
+# %% ../nbs/39_dreambooth.ipynb #63df3b20
 def concept_streams(
-    base, concepts,  # a `Base`; list of `Concept`
-    prior, recipe,   # "images", "prediction" or None; a `Recipe`
-    n=24, size=None, # class pictures for each class; pixels, None: the base's resolution
-    sampling=None,   # how class pictures are drawn: settings of `base.generate`
-    **data,          # of `ConceptDataset`: masks, buckets
-):                   # list of `Stream`
+    base: Base,
+    concepts: list[Concept],
+    prior: PriorKind,
+    recipe: Recipe,
+    n: int = 24,     # class pictures for each class
+    size: int | None = None,  # pixels; None: the base's resolution
+    sampling: dict[str, Any] | None = None,  # how class pictures are drawn: settings of `base.generate`
+    **data: Any,     # of `ConceptDataset`: masks, buckets
+) -> list[Stream]:
     "The streams of all concepts, with weights that add up as if there were one."
     k, many = len(concepts), len(concepts) > 1
     share = recipe.replace(batch_size=max(1, recipe.batch_size // k), prior_batch=max(1, recipe.prior_batch // k))

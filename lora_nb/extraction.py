@@ -14,9 +14,9 @@ __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_prod
 
 # %% ../nbs/22_extraction.ipynb #43ddbd02
 import json, os, re, warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +26,6 @@ from .layers import LoraLayer
 from .lora import Factors, Lora
 from .worn import Wearer, places, resolve_components
 from .injection import find_targets
-if TYPE_CHECKING: from pathlib import Path
 
 # %% ../nbs/22_extraction.ipynb #476648c7
 @dataclass

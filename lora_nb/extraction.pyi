@@ -1,9 +1,9 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
 import json, os, re, warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 import torch
 from .core import LoraError, ShapeError, TargetError, default_device, human, patch_to, some
 from .names import canonical
@@ -11,7 +11,6 @@ from .layers import LoraLayer
 from .lora import Factors, Lora
 from .worn import Wearer, places, resolve_components
 from .injection import find_targets
-from pathlib import Path
 
 __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_product', 'Core', 'core_of_product', 'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation', 'distillation', 'distill']
 @dataclass

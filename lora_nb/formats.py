@@ -134,7 +134,7 @@ def _sealed(tensors, metadata, read, base):
 
 # %% ../nbs/19_formats.ipynb #6a4b6bf8
 def save_lora(
-    lora: Lora,
+    lora: Lora,             # what to write
     path: str | Path,       # where to
     format: str = "peft",   # one of `FORMATS` that can be written
     dtype: torch.dtype | None = None,  # cast to this first; None keeps each tensor's own

@@ -395,9 +395,9 @@ def _unet_family(layers):
     if any(re.search(r"transformer_blocks\.[1-9]|add_embedding", n) for n in layers): return "SDXL"
     if any(n.endswith("proj_in") and len(f.shape) == 4 for n, f in layers.items()): return "SD1"
 
-# %% ../nbs/16_kohya.ipynb #4177f846
+# %% ../nbs/16_kohya.ipynb #c7cf1e21
 def family_of(
-    lora: Lora,
+    lora: Lora,  # layers, or words alone
 ) -> str:  # "SD1", "SD2", "SDXL", "SD3 or SD3.5 Medium", "SD3.5 Medium", "SD3.5 Large", "SD3" or "unknown"
     "The model family that a LoRA was made for, judged by names and widths"
     part = lambda c: {n: f for n, f in lora.layers.items() if n.startswith(f"{c}.")}

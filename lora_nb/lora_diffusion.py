@@ -35,7 +35,7 @@ from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_ran
 from .lora import Factors, Lora, gather, triggers_of
 from .worn import (Place, Wearer, adapted_class, branches, detach_branches, resolve_components, root_module,
                           summed_weight, wears)
-from .positional import WORD_FLAG, index_key, legacy_order, positional_slots, pt_paths, split_index, walks
+from .positional import WORD_FLAG, index_key, legacy_order, fitting_walk, pt_paths, split_index, walks
 from .containers import check_tensors, find_file, read_safetensors, unpickle, write_safetensors
 from .peft_files import group_parts, to_factors
 from .formats import format_of
@@ -342,7 +342,7 @@ def convert_loras_to_safeloras(modelmap={}, outpath: str | Path = "./lora.safete
 def _todays_order(component, weights, ranks, targets):
     "A list in the order of old diffusers, sorted for today's; other lists as they are"
     pairs = [Factors(up, down, None) for up, down in zip(weights[::2], weights[1::2])]
-    try: found = list(positional_slots(component, pairs, targets))
+    try: found = list(fitting_walk(component, pairs, targets))
     except LoraError: return weights, ranks
     if found != legacy_order(found): return weights, ranks
     today = next(list(s) for _, _, s in walks(component, targets, None) if set(s) == set(found))

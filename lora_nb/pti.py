@@ -130,8 +130,8 @@ def _train(self, phase, params, words_rate, **more):
     words = self.words.params()
     for n, ps in {**self._lora_params(), **words}.items():    # what has no part gathers no gradients
         for p in ps: p.requires_grad_(n in params); p.grad = None
-    callback = self.options.callback
-    if set(words) & set(params): callback = pulled(self.words, self.recipe.norm_prior, callback)
+    moved = bool(set(words) & set(params))
+    callback = pulled(self.words, self.recipe.norm_prior, self.after_step) if moved else self.after_step
     return self.train_on(params, phase=phase, callback=callback, rates=dict.fromkeys(words, words_rate), **more)
 
 # %% ../nbs/41_pti.ipynb #a5cde1c2

@@ -68,6 +68,7 @@ def taken(
 class TrainingRun:
     "A training by one method: `fit()` trains it, `lora()` is what it has learned so far"
     trainer: Trainer                       # of the present phase; a run of several phases has none before `fit`
+    callback = property(lambda self: self.options.callback, lambda self, f: setattr(self.options, "callback", f))
     def __init__(self,
         base: Base,
         recipe: Recipe,
@@ -126,6 +127,11 @@ def whole(self) -> Iterator[None]:
 
 # %% ../nbs/38_run.ipynb #86df06a4
 @patch_to(TrainingRun)
+def after_step(self, trainer: Trainer) -> bool:
+    "Call the callback, as it is now; True stops the run"
+    return bool(self.callback and self.callback(trainer))
+
+@patch_to(TrainingRun)
 def train_on(self,
     params: Any,                        # what learns, as `Trainer` takes it
     streams: list[Stream] | None = None,  # None: those of the run
@@ -134,7 +140,7 @@ def train_on(self,
     **more: Any,                        # to `Trainer`: validation, rates, turns, another callback
 ) -> Trainer:
     "A trainer with the options of this run"
-    more = {"callback": self.options.callback, "previews": self.options.previews, **more}
+    more = {"callback": self.after_step, "previews": self.options.previews, **more}
     off = None if self.worn is None else lambda: disabled(self.worn)
     folder = None if self.dir is None else self.dir / phase
     return Trainer(self.base, params, self.streams if streams is None else streams, recipe or self.recipe, off,

@@ -253,7 +253,7 @@ def parse_schedule(
 def as_schedule(
     x: LoraSchedule | float | str | dict[float, float] | Callable[[float], float],  # a number, text, keyframes, or f(progress)
 ) -> LoraSchedule:
-    "Whatever can stand for a schedule"
+    "A schedule from any of its forms"
     if isinstance(x, LoraSchedule): return x
     return parse_schedule(x) if isinstance(x, str) else LoraSchedule(x)
 

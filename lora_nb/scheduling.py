@@ -247,11 +247,11 @@ def _scheduled_loras(pipe, loras):
 @patch_to(Site)
 def hold(self, model: nn.Module, names: list[str]) -> None:
     "Start from the weight that the model has now, less the scheduled LoRAs, `names`, that are merged into it"
-    if not hasattr(self.root, "_kept_weight"):             # where whatever is merged meanwhile starts from
+    if not hasattr(self.root, "_kept_weight"):             # what others merge meanwhile starts from it
         self.kept, self.root._kept_weight = True, self.root.weight.detach()
     merged = {n: (fs[self.path], s) for n, (fs, s) in worn_state(model).merged.items() if self.path in fs}
     self.restore = self.base = self.now = self.root.weight.detach()
-    self.vector = None if set(merged) & set(names) else tuple((k, 0., None) for k in self.who)
+    self.vector = None if merged.keys() & names else tuple((k, 0., None) for k in self.who)
     if self.vector is None:
         self.base = summed_weight(original_weight(self.root), [x for n, x in merged.items() if n not in names])
 

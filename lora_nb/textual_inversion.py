@@ -305,7 +305,7 @@ class TextualInversion(TrainingRun):
         with self.whole():
             self.words = NewWords(base, inits, r.vectors, o.components or learning_encoders(base, r.encoders), r.seed)
             self.streams = word_streams(base, data, r, o.prompt, o.resolution, o.class_noun, o.buckets)
-            self.trainer = self.train_on(self.words.params(), callback=pulled(self.words, r.norm_prior, o.callback),
+            self.trainer = self.train_on(self.words.params(), callback=pulled(self.words, r.norm_prior, self.after_step),
                                          rates=dict.fromkeys(self.words.params(), r.words_learning_rate))
 
 # %% ../nbs/40_textual_inversion.ipynb #9dece2e8

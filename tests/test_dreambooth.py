@@ -8,7 +8,8 @@ from PIL import Image
 from lora_nb.core import DataError, LoraError
 from lora_nb.dreambooth import (Concept, DreamBooth, check_prior, class_pictures, concept_streams, load_concepts,
                                 train_dreambooth, trigger_of)
-from lora_nb.evaluation import to_tensor, wearing
+from lora_nb.similarity import to_tensor
+from lora_nb.evaluation import wearing
 from lora_nb.families import as_base
 from lora_nb.random_pipes import random_pipe
 from lora_nb.recipe import recipe_for

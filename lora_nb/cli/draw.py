@@ -130,9 +130,9 @@ def lora_evaluate(a):
     own = a.pretrained_model_name_or_path in embedded_bases()
     if not own and not a.clip: raise UsageError("This base is not embedded: name a --clip (and a --dino) to mark with.")
     lora, out, base = Lora.load(a.lora), writable(a.output_dir), base_of(a)
-    eyes = dict(judge=None if own else False, prompts=None if own else PROMPTS, clip=a.clip, dino=a.dino)
-    result = evaluate(base, lora, a.trigger, a.subject, a.instance_data_dir, a.kind, a.num_images, scale=a.scale,
-                      seed=a.seed, steps=a.num_inference_steps, guidance_scale=a.guidance_scale, **eyes)
+    result = evaluate(base, lora, a.trigger, a.subject, a.instance_data_dir, a.kind, a.num_images, scale=a.scale, seed=a.seed,
+                      steps=a.num_inference_steps, guidance_scale=a.guidance_scale, clip=a.clip, dino=a.dino,
+                      judge=None if own else False, prompts=None if own else PROMPTS)
     result.save(out / "evaluation.json"); save_jpeg(result.grid(), out / "before_after.jpg")
     print("\n".join(evaluation_lines(result)))
     print(f"\nLook at {out / 'before_after.jpg'}; the numbers are {out / 'evaluation.json'}.")

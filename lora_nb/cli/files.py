@@ -1,4 +1,4 @@
-"""Raw photographs into training pictures; LoRA files looked at, converted, added and extracted; and what a card's memory holds.
+"""Raw photographs into training pictures; LoRA files inspected, converted, added and extracted; and whether a model fits a card.
 
 Docs: https://lora-nb.github.io/lora_nb/cli_files.html.md"""
 
@@ -32,6 +32,8 @@ PPIM_FLAGS = [
     Flag("use_face_detection_instead", bool, None, "mask faces; needs OpenCV"),
     Flag("overwrite", bool, False, "replace outputs that were changed by hand since the last run"),
 ]
+
+# %% ../../nbs/54_cli_files.ipynb #b33049dc
 CAPTION_FLAGS = [
     Flag("captions", ("keep", "clip", "blip"), None, "for pictures without one: none, ranked phrases, or BLIP's", "captions", usual="keep"),
     Flag("caption_model", str, None, "hub id or folder; without it, the bundled CLIP, or BLIP large", "caption_model"),

@@ -6,16 +6,16 @@ Docs: https://lora-nb.github.io/lora_nb/cli_flags.html.md"""
 
 # %% auto #0
 __all__ = ['REQUIRED', 'COMMANDS', 'BASE_FLAGS', 'UsageError', 'stop', 'Parser', 'terminal', 'Flag', 'truth', 'number',
-           'shown_default', 'help_of', 'add_flag', 'given', 'sets_instead', 'Old', 'OldFlag', 'asks_for_the_same',
-           'Command', 'stop_if_ours', 'command', 'flag_table', 'quiet_libraries', 'available_device', 'open_base',
-           'base_of', 'writable', 'folder_of', 'check_file']
+           'shown_default', 'help_of', 'add_flag', 'given', 'sets_instead', 'Old', 'OldFlag', 'old_help',
+           'asks_for_the_same', 'Command', 'stop_if_ours', 'command', 'flag_table', 'quiet_libraries',
+           'available_device', 'open_base', 'base_of', 'writable', 'folder_of', 'check_file']
 
 # %% ../../nbs/51_cli_flags.ipynb #dc8c994d
 import argparse, contextlib, difflib, io, os, sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 # %% ../../nbs/51_cli_flags.ipynb #7ea8980f
 if TYPE_CHECKING:
@@ -37,12 +37,11 @@ class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line, and which never guesses a flag"
     def __init__(self, prog: str, about: str):
         super().__init__(prog, description=about, allow_abbrev=False)
-    def error(self, message): stop(self.prog, f"{message}{'' if message[-1] in '.?' else '.'} See {self.prog} --help.")
-    def parse_args(self, args=None, namespace=None):
-        found, odd = self.parse_known_args(args, namespace)
-        if not odd: return found
-        near = difflib.get_close_matches(odd[0].split("=")[0], self._option_string_actions, 1)
-        self.error(f"unrecognized arguments: {' '.join(odd)}" + (f". Did you mean {near[0]}?" if near else ""))
+    def error(self, message: str) -> NoReturn:
+        odd = message.removeprefix("unrecognized arguments: ")
+        near = difflib.get_close_matches(odd.split("=")[0].split()[0], self._option_string_actions, 1) if odd != message else []
+        message += f". Did you mean {near[0]}?" if near else "" if message[-1] in ".?" else "."
+        stop(self.prog, f"{message} See {self.prog} --help.")
 
 # %% ../../nbs/51_cli_flags.ipynb #e4e92766
 def terminal(
@@ -156,6 +155,10 @@ class OldFlag(argparse.Action):
             parser.error(f"{option_string} cannot be honoured: {self.old.why}. {self.old.do}.")
         print(f"{parser.prog}: {option_string} changes nothing: {self.old.why}.", file=sys.stderr)
 
+def old_help(old: Old) -> str:
+    "What `--help` says of an old flag."
+    return (old.why if old.same == ("any",) else f"{old.why}. {old.do}").replace("%", "%%")
+
 def asks_for_the_same(old: Old, value: object) -> bool:
     "Whether the value of an old flag is what happens anyway: `0.90` is 0.9, and `true` is True."
     def plain(v):
@@ -167,10 +170,10 @@ def asks_for_the_same(old: Old, value: object) -> bool:
 @dataclass
 class Command:
     "A command; calling it with a list of words, or with those of the terminal, runs it"
-    name: str                                      # what a terminal calls it
-    work: Callable[[argparse.Namespace], None]     # the function that takes the parsed flags
-    groups: Mapping[str, Sequence[Flag]]           # title -> flags
-    old: Mapping[str, Old]                         # flags of the reference without a counterpart
+    name: str                                                        # what a terminal calls it
+    work: Callable[[argparse.Namespace], None] = field(repr=False)   # the function that takes the parsed flags
+    groups: Mapping[str, Sequence[Flag]] = field(repr=False)         # title -> flags
+    old: Mapping[str, Old] = field(repr=False)                       # flags of the reference without a counterpart
     def __post_init__(self): self.__name__, self.__doc__ = self.name, self.work.__doc__
     def parser(self) -> Parser:
         "The parser that the tables describe"
@@ -178,8 +181,9 @@ class Command:
         for title, flags in self.groups.items():
             group = p.add_argument_group(title)
             for f in flags: add_flag(group, f)
-        group = p.add_argument_group("flags of the reference without a counterpart") if self.old else None
-        for name, old in self.old.items(): group.add_argument(f"--{name}", action=OldFlag, old=old, help=old.why)
+        if not self.old: return p
+        group = p.add_argument_group("flags of the reference without a counterpart")
+        for name, old in self.old.items(): group.add_argument(f"--{name}", action=OldFlag, old=old, help=old_help(old))
         return p
     def __call__(self, argv: Sequence[object] | None = None) -> None:
         a = self.parser().parse_args(sys.argv[1:] if argv is None else [str(x) for x in argv])
@@ -218,7 +222,7 @@ def flag_table(c: Command) -> str:  # a command
         values = ", ".join(map(str, f.kind)) if isinstance(f.kind, tuple) else kinds.get(f.kind, "text")
         name = f.place or " ".join(f"`--{n}`" for n in (f.name, f.also) if n)
         cells = name, values, shown_default(f), f.help, f"`{f.sets}`" if f.sets else ""
-        rows.append("| " + " | ".join(x.replace("|", "\\|") for x in cells) + " |")
+        rows.append("| " + " | ".join(x.replace("|", "\\|").replace("<", "&lt;") for x in cells) + " |")
     return "\n".join(rows)
 
 # %% ../../nbs/51_cli_flags.ipynb #ee7970c4
@@ -250,17 +254,16 @@ def available_device(
 
 # %% ../../nbs/51_cli_flags.ipynb #c7ecd814
 def open_base(
-    source: str,                 # what `load_base` reads
-    device: str | None = None,   # None: the best there is
-    t5: str = "keep",            # keep, drop or 8bit
-    offload: str | None = None,  # model or sequential
-    config: str | None = None,   # for single files: a folder with the configs of their architecture
+    source: str,                                      # what `load_base` reads
+    device: str | None = None,                        # None: the best there is
+    t5: Literal["keep", "drop", "8bit"] = "keep",     # SD3's third text encoder
+    offload: Literal["model", "sequential"] | None = None,   # what waits in main memory
+    config: str | None = None,                        # for single files: a folder with the configs of their architecture
 ) -> "Base":
     "Load a base quietly."
     from lora_nb.loading import load_base
     quiet_libraries()
-    return load_base(source, available_device(device), config=config, t5=dict(keep=True, drop=False).get(t5, "8bit"),
-                     offload=offload or False)
+    return load_base(source, available_device(device), config=config, t5="8bit" if t5 == "8bit" else t5 == "keep", offload=offload or False)
 
 def base_of(a: argparse.Namespace) -> "Base":
     "The base that `BASE_FLAGS` name."

@@ -11,11 +11,13 @@ __all__ = ['RARE', 'EXTRA', 'corpus', 'train_tokenizer', 'make_clip', 'contrasti
 # %% ../../nbs/zoo/02_clip.ipynb #273d93b8
 import json, random
 from pathlib import Path
+from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from ..core import autocast, default_device, set_seed
 from . import world as w
 from .vae import Run, optimizers
+if TYPE_CHECKING: from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 # %% ../../nbs/zoo/02_clip.ipynb #9ed5e8da
 RARE = ("sks", "ohwx", "zwx", "vpq", "xqz", "kjw", "pvz", "qxj")
@@ -26,9 +28,9 @@ EXTRA = ("the of and with in at to left right above below next two three small l
          "hiking dragon teapot")
 
 def corpus(
-    n=20000,  # captions
-    seed=0,
-):            # list of texts
+    n: int = 20000,  # captions
+    seed: int = 0,
+) -> list[str]:
     "What the tokenizer is trained on."
     rng, cs, names = random.Random(seed), list(w.COLORS), list(w.OBJECTS)
     texts = [w.caption(rng.choice(names), rng.choice(cs), rng.choice(w.PATTERNS), rng) for _ in range(n)]
@@ -53,9 +55,9 @@ def _bpe(size):
 
 # %% ../../nbs/zoo/02_clip.ipynb #1d9f81ae
 def train_tokenizer(
-    out,        # folder
-    size=1600,  # upper bound of the vocabulary
-):              # `CLIPTokenizer`, 77 positions
+    out: str | Path,   # folder
+    size: int = 1600,  # upper bound of the vocabulary
+) -> "CLIPTokenizer":  # `CLIPTokenizer`, 77 positions
     "Train and save the tokenizer. The end token has the highest id, as in CLIP."
     from tokenizers import pre_tokenizers as pre
     from transformers import CLIPTokenizer
@@ -71,12 +73,12 @@ def train_tokenizer(
 
 # %% ../../nbs/zoo/02_clip.ipynb #44281321
 def make_clip(
-    tok,          # tokenizer
-    text=144,     # width of the text tower, which conditions the UNet
-    vision=144,   # width of the image tower
-    layers=4,     # of each
-    heads_of=48,  # width of one attention head
-):                # untrained `CLIPModel`
+    tok: "CLIPTokenizer",  # tokenizer
+    text: int = 144,       # width of the text tower, which conditions the UNet
+    vision: int = 144,     # width of the image tower
+    layers: int = 4,       # of each
+    heads_of: int = 48,    # width of one attention head
+) -> "CLIPModel":          # untrained `CLIPModel`
     "The architecture of the embedded CLIP."
     from transformers import CLIPConfig, CLIPModel
     ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
@@ -88,11 +90,11 @@ def make_clip(
 
 # %% ../../nbs/zoo/02_clip.ipynb #0e81dd86
 def contrastive_loss(
-    u,     # `(B, d)` image vectors
-    v,     # `(B, d)` text vectors
-    tau,   # inverse temperature
-    same,  # `(B, B)` bool: captions that say the same
-):         # scalar
+    u: torch.Tensor,            # `(B, d)` image vectors
+    v: torch.Tensor,            # `(B, d)` text vectors
+    tau: float | torch.Tensor,  # inverse temperature
+    same: torch.Tensor,         # `(B, B)` bool: captions that say the same
+) -> torch.Tensor:              # scalar
     "Symmetric cross-entropy of pictures against captions (Radford et al., arXiv 2103.00020)."
     u, v = F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1)
     logits, y = tau * u @ v.T, torch.arange(len(u), device=u.device)
@@ -101,11 +103,11 @@ def contrastive_loss(
 
 # %% ../../nbs/zoo/02_clip.ipynb #3cbfce3a
 def short_captions(
-    world,  # `World`
-    batch,  # what `World.sample` returned
-    rng,    # `random.Random`
-    p=.25,  # share of short captions
-):          # list of sentences
+    world: w.World,      # `World`
+    batch: dict,         # what `World.sample` returned
+    rng: random.Random,  # `random.Random`
+    p: float = .25,      # share of short captions
+) -> list[str]:
     "Full captions, and some that name only the object or only the background."
     cs, out = list(w.COLORS), []
     for full, o, c, t in zip(world.captions(batch, rng), *(batch[k].tolist() for k in ("obj", "color", "pattern"))):
@@ -116,11 +118,11 @@ def short_captions(
 
 # %% ../../nbs/zoo/02_clip.ipynb #457942e7
 def zero_shot(
-    model,    # `CLIPModel`
-    tok,      # its tokenizer
-    world,    # `World`
-    batch,    # what `World.sample` returned
-):            # dict: share of right answers for object, color, pattern
+    model: "CLIPModel",    # `CLIPModel`
+    tok: "CLIPTokenizer",  # its tokenizer
+    world: w.World,        # `World`
+    batch: dict,           # what `World.sample` returned
+) -> dict[str, float]:     # dict: share of right answers for object, color, pattern
     "Ask the CLIP, in words, what each picture shows."
     with torch.no_grad():
         im = F.normalize(model.get_image_features(pixel_values=batch["images"]).pooler_output, dim=-1)
@@ -134,12 +136,12 @@ def zero_shot(
 
 # %% ../../nbs/zoo/02_clip.ipynb #e86aa031
 def train_clip(
-    out,          # folder; saved as `out/clip`
-    minutes=9,
-    batch=192,
-    device=None,  # default: GPU if there is one
-    seed=0,
-):                # (`CLIPModel`, tokenizer)
+    out: str | Path,                           # folder; saved as `out/clip`
+    minutes: float = 9,
+    batch: int = 192,
+    device: str | torch.device | None = None,  # default: GPU if there is one
+    seed: int = 0,
+) -> "tuple[CLIPModel, CLIPTokenizer]":        # (`CLIPModel`, tokenizer)
     "Train tokenizer and both towers; resumable."
     device = default_device(device); set_seed(seed)
     rng, world = random.Random(seed), w.World(device=device)
@@ -160,8 +162,8 @@ def train_clip(
 
 # %% ../../nbs/zoo/02_clip.ipynb #b481ec6d
 def text_tower(
-    clip,  # `CLIPModel`
-):         # frozen `CLIPTextModel` with the same weights
+    clip: "CLIPModel",  # `CLIPModel`
+) -> "CLIPTextModel":   # frozen `CLIPTextModel` with the same weights
     "The text tower alone, as diffusers wants it."
     from transformers import CLIPTextModel
     text = CLIPTextModel(clip.config.text_config)

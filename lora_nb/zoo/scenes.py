@@ -12,6 +12,7 @@ __all__ = ['LETTERS', 'SIGN_WORDS', 'ADVANCE', 'BOARD_TOP', 'BOARD_HEIGHT', 'REL
 
 # %% ../../nbs/zoo/09_scenes.ipynb #23fdf611
 import random, zlib
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from ..bases import Base
 from ..core import patch_to
-from ..similarity import to_batch
-from .judge import recognise
+from ..similarity import Pictures, to_batch
+from .judge import Judge, recognise
 from . import world as w
 
 # %% ../../nbs/zoo/09_scenes.ipynb #db6424d1
@@ -30,17 +31,17 @@ SIGN_WORDS = ("A I GO NO UP ON OK HI WE ME CAT DOG SUN BUS CAR TEA HOT ICE ART R
               "GIFT PLAY SLOW FAST QUIZ JAZZ").split()
 
 def held_out_word(
-    word,  # capital letters
-):         # bool
+    word: str,  # capital letters
+) -> bool:
     "Is this one of the words (one in eight) that no training sign shows?"
     return len(word) > 1 and zlib.crc32(word.encode()) % 8 == 0
 
 # %% ../../nbs/zoo/09_scenes.ipynb #11bb4c0f
 def random_word(
-    rng,         # a `random.Random`
-    held=False,  # draw a held-out word
-    real=.25,    # share of words that mean something
-):               # 1 to 4 capital letters
+    rng: random.Random,  # a `random.Random`
+    held: bool = False,  # draw a held-out word
+    real: float = .25,   # share of words that mean something
+) -> str:                # 1 to 4 capital letters
     "A word for a sign; longer ones come more often."
     while True:
         n = rng.choices((1, 2, 3, 4), (1, 2, 3, 4))[0]
@@ -63,8 +64,8 @@ def letter_atlas():  # `(26, 20, 12)` ink in 0..1
 
 # %% ../../nbs/zoo/09_scenes.ipynb #2fe3a196
 def sign_mask(
-    n,  # letters, 1 to 4
-):      # (`(64, 64)` rim and post, `(64, 64)` paper) in 0..1
+    n: int,                              # letters, 1 to 4
+) -> tuple[torch.Tensor, torch.Tensor]:  # (`(64, 64)` rim and post, `(64, 64)` paper) in 0..1
     "The empty sign for a word of `n` letters."
     k, half = 4, (n * ADVANCE + 8) / 2
     dark, paper = Image.new("L", (64 * k,) * 2), Image.new("L", (64 * k,) * 2)
@@ -104,10 +105,10 @@ PAIR_SIZE = 29                                     # longer side of a glyph, pix
 
 # %% ../../nbs/zoo/09_scenes.ipynb #5b224f9e
 def paste(
-    glyphs,  # `(B, 4, 32, 32)`
-    cy, cx,  # `(B,)` centres, pixels
-    size=64,
-):           # float `(B, 4, size, size)`
+    glyphs: torch.Tensor,  # `(B, 4, 32, 32)`
+    cy, cx,                # `(B,)` centres, pixels
+    size: int = 64,
+) -> torch.Tensor:         # float `(B, 4, size, size)`
     "Each glyph on an empty canvas, at its place."
     h, n = glyphs.shape[-1] // 2, glyphs.shape[-1]
     grid = torch.arange(size, device=glyphs.device)
@@ -141,25 +142,25 @@ PAIR_TEMPLATES = ("a {o} {r} a {s} on a {b} background", "a picture of a {o} {r}
                   "a photo of a {o} {r} a {s} on a {b} background")
 
 def spell(
-    letters,  # four indices into `LETTERS`; 26 = none
-):            # a word
+    letters: Sequence[int],  # four indices into `LETTERS`; 26 = none
+) -> str:                    # a word
     "The word of a label."
     return "".join(LETTERS[i] for i in letters if i < 26)
 
 def letter_row(
-    word,  # 1 to 4 capital letters
-):         # four indices, 26 = none
-    "A word as it stands in a label."
+    word: str,   # 1 to 4 capital letters
+) -> list[int]:  # four indices, 26 = none
+    "A word as the last four numbers of a label."
     return [LETTERS.index(c) for c in word] + [26] * (4 - len(word))
 
 # %% ../../nbs/zoo/09_scenes.ipynb #72246cb9
 def scene_caption(
-    names,          # of the objects, in the order of the labels
-    row,            # ten numbers, see `LABELS`
-    rng=random,     # a `random.Random`
-    template=None,  # of the scene's kind; None draws one
-    class_p=.1,     # as in `world.caption`
-):                  # one sentence
+    names: Sequence[str],         # of the objects, in the order of the labels
+    row: Sequence[int],           # ten numbers, see `LABELS`
+    rng=random,                   # a `random.Random`
+    template: str | None = None,  # of the scene's kind; None draws one
+    class_p: float = .1,          # as in `world.caption`
+) -> str:                         # one sentence
     "One caption of any scene."
     lab = dict(zip(LABELS, row))
     color, pattern = list(w.COLORS)[lab["color"]], w.PATTERNS[lab["pattern"]]
@@ -176,12 +177,12 @@ def scene_caption(
 
 # %% ../../nbs/zoo/09_scenes.ipynb #5ced3be2
 def plan_scenes(
-    n,              # prompts
-    kind=None,      # "object", "sign" or "pair"; None: by turns
-    held=False,     # words that training never shows
-    seed=0,
-    template=None,  # None: the first of the kind's templates; "any": all of them
-):                  # list of (label row, prompt); needs no font
+    n: int,                        # prompts
+    kind: str | None = None,       # "object", "sign" or "pair"; None: by turns
+    held: bool = False,            # words that training never shows
+    seed: int = 0,
+    template: str | None = None,   # None: the first of the kind's templates; "any": all of them
+) -> list[tuple[list[int], str]]:  # list of (label row, prompt); needs no font
     "Labelled prompts."
     rng, names, out = random.Random(seed), list(w.OBJECTS), []
     for i in range(n):
@@ -280,8 +281,8 @@ def sized(self:Scenes,
 
 # %% ../../nbs/zoo/09_scenes.ipynb #f6b657c8
 def board_letters(
-    images,  # pictures of any kind
-):           # `(B,)`: for how many letters there is room
+    images: Pictures,  # pictures of any kind
+) -> torch.Tensor:     # `(B,)`: for how many letters there is room
     "Follow the paper above the letters from the middle to both sides."
     x = (to_batch(images, 64) + 1) / 2
     far = (x - x.new_tensor(Signs.PAPER).view(3, 1, 1))[:, :, BOARD_TOP + 3].abs().mean(1)
@@ -291,9 +292,9 @@ def board_letters(
 
 # %% ../../nbs/zoo/09_scenes.ipynb #ee1ceb0b
 def read_signs(
-    images,   # pictures of any kind
-    slack=2,  # largest shift, pixels
-):            # list of (word, agreement in -1..1)
+    images: Pictures,          # pictures of any kind
+    slack: int = 2,            # largest shift, pixels
+) -> list[tuple[str, float]]:  # list of (word, agreement in -1..1)
     "Read the word on each sign."
     dark = 1 - (to_batch(images, 64).mean(1) + 1) / 2
     unit = lambda a: F.normalize(a - a.mean(-1, keepdim=True), dim=-1)
@@ -312,9 +313,9 @@ CORNERS = dict(left=(32, 17), right=(32, 47), top=(17, 32), bottom=(47, 32))    
 _WHERE = (("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top"))  # of first and second, by relation
 
 def read_places(
-    images,  # pictures of any kind
-    judge,   # a `Judge`
-):           # dict: place -> list of names
+    images: Pictures,       # pictures of any kind
+    judge: Judge,           # a `Judge`
+) -> dict[str, list[str]]:  # dict: place -> list of names
     "What the judge sees at each of the four places."
     x = F.pad(to_batch(images, 64), (4,) * 4, mode="replicate")
     cut = lambda y, c: F.interpolate(x[:, :, y - 12:y + 20, c - 12:c + 20], size=64, mode="bicubic").clamp(-1, 1)
@@ -322,10 +323,10 @@ def read_places(
 
 # %% ../../nbs/zoo/09_scenes.ipynb #bd8d6763
 def score_pairs(
-    images,  # pictures of any kind
-    rows,    # their labels
-    judge,   # a `Judge`
-):           # dict of lists of bool: `objects` (both there), `relation` (both in their places), `one` (at least one there)
+    images: Pictures,               # pictures of any kind
+    rows: Sequence[Sequence[int]],  # their labels
+    judge: Judge,                   # a `Judge`
+) -> dict[str, list[bool]]:         # dict of lists of bool: `objects` (both there), `relation` (both in their places), `one` (at least one there)
     "Are both objects there, and where the prompt wants them?"
     seen, names, out = read_places(images, judge), list(w.OBJECTS), dict(objects=[], relation=[], one=[])
     for i, r in enumerate(rows):

@@ -10,8 +10,10 @@ __all__ = ['unlabelled', 'Views', 'nt_xent', 'make_encoder', 'describe', 'class_
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #165e20f4
 import json
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,9 +22,10 @@ from .judge import degrade, place, rand
 from .vae import Run
 from .world import CLASS_OF, COLORS, HELD_OUT, OBJECTS, PATTERNS
 from .world import all_glyphs, backgrounds, glyph_atlas
+if TYPE_CHECKING: from transformers import ResNetModel
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #a6b920d0
-def unlabelled():
+def unlabelled() -> list[int]:
     "Code points of every glyph of the font but the held-out subjects: pictures without names."
     held = set(HELD_OUT.values())
     return [c for c in all_glyphs() if c not in held]
@@ -46,9 +49,9 @@ class Views:
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #54b520fc
 def nt_xent(
-    a, b,    # `(B, d)` projections of the two views
-    tau=.1,  # temperature
-):           # scalar
+    a, b,             # `(B, d)` projections of the two views
+    tau: float = .1,  # temperature
+) -> torch.Tensor:    # scalar
     "Each view must find its partner among all others (arXiv 2002.05709)."
     z, n = F.normalize(torch.cat([a, b]), dim=1), len(a)
     logits = (z @ z.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool), -1e4)
@@ -56,28 +59,28 @@ def nt_xent(
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #8c1c0ade
 def make_encoder(
-    widths=(24, 48, 96, 192),  # channels of the stages; the last is the length of a description
-):                             # untrained `ResNetModel`
+    widths: Sequence[int] = (24, 48, 96, 192),  # channels of the stages; the last is the length of a description
+) -> "ResNetModel":                             # untrained `ResNetModel`
     "The architecture of the bundled label-free encoder."
     from transformers import ResNetConfig, ResNetModel
     return ResNetModel(ResNetConfig(embedding_size=widths[0], hidden_sizes=list(widths), depths=[1] * len(widths),
                                     layer_type="basic"))
 
 def describe(
-    model,   # a model of `make_encoder`
-    x,       # `(B, 3, 64, 64)` in -1..1
-):           # `(B, d)`
+    model: "ResNetModel",  # a model of `make_encoder`
+    x: torch.Tensor,       # `(B, 3, 64, 64)` in -1..1
+) -> torch.Tensor:         # `(B, d)`
     "The mean of the last feature map."
     return model(x.to(memory_format=torch.channels_last)).last_hidden_state.mean((2, 3)).float()
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #59aed9ed
 def class_test(
-    subject,      # a held-out name
-    n=12,         # pictures of it
-    mates=2,      # pictures of each other member of its class
-    hard=True,    # damaged as by a VAE and a weak model; False: clean renderings
-    g=None,       # torch generator
-):                # pictures, which background each has, whether each shows the subject
+    subject: str,                                      # a held-out name
+    n: int = 12,                                       # pictures of it
+    mates: int = 2,                                    # pictures of each other member of its class
+    hard: bool = True,                                 # damaged as by a VAE and a weak model; False: clean renderings
+    g: torch.Generator | None = None,                  # torch generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # pictures, which background each has, whether each shows the subject
     "Pictures of a subject and of the other objects of its class."
     codes = {**HELD_OUT, **OBJECTS}
     names = [subject] + [o for o in codes if CLASS_OF[o] == CLASS_OF[subject] and o != subject]
@@ -90,10 +93,10 @@ def class_test(
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #96d77bda
 def ranks(
-    f,           # `(N, d)` descriptions
-    background,  # `(N,)` numbers
-    same,        # `(N,)` bool: shows the subject
-):               # share of pairs in the right order, share of first places
+    f: torch.Tensor,           # `(N, d)` descriptions
+    background: torch.Tensor,  # `(N,)` numbers
+    same: torch.Tensor,        # `(N,)` bool: shows the subject
+) -> tuple[float, float]:      # share of pairs in the right order, share of first places
     "Is a picture of the subject nearer to others of it than to the rest of its class?"
     f = F.normalize(f.float(), dim=1)
     cos, area, first = f @ f.T, [], []
@@ -110,20 +113,20 @@ def class_tests(subjects=HELD_OUT, hard=True, seed=5):
     return {s: class_test(s, hard=hard, g=g) for s in subjects}
 
 def separation(
-    encoder,  # function: pictures `(B, 3, 64, 64)` in -1..1 -> descriptions `(B, d)`
-    tests,    # from `class_tests`
-):            # dict: subject -> (area, first)
+    encoder: Callable,                # function: pictures `(B, 3, 64, 64)` in -1..1 -> descriptions `(B, d)`
+    tests: dict,                      # from `class_tests`
+) -> dict[str, tuple[float, float]]:  # dict: subject -> (area, first)
     "`ranks` of an encoder for each subject."
     with torch.no_grad(): return {s: ranks(encoder(x), b, same) for s, (x, b, same) in tests.items()}
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #af73a06f
 def train_selfsup(
-    out,         # folder; the encoder is saved as `out/dino`
-    minutes=9,
-    batch=128,   # pairs
-    codes=None,  # code points; None: `unlabelled()`
+    out: str | Path,                                     # folder; the encoder is saved as `out/dino`
+    minutes: float = 9,
+    batch: int = 128,                                    # pairs
+    codes: Sequence[int] | None = None,                  # code points; None: `unlabelled()`
     widths=(24, 48, 96, 192), tau=.1, seed=0, every=60,  # seconds between measurements
-):               # `ResNetModel` in evaluation mode
+) -> "ResNetModel":                                      # `ResNetModel` in evaluation mode
     "Train the label-free encoder from scratch."
     set_seed(seed)
     model, views = make_encoder(widths).to(memory_format=torch.channels_last), Views(codes or unlabelled())
@@ -145,20 +148,20 @@ def train_selfsup(
 
 # %% ../../nbs/zoo/07_selfsup.ipynb #97413902
 def feature_mean(
-    model,           # a trained model of `make_encoder`
-    views,           # `Views`
-    n=1024, seed=1,  # views to average
-):                   # `(d,)`
+    model: "ResNetModel",  # a trained model of `make_encoder`
+    views: Views,          # `Views`
+    n=1024, seed=1,        # views to average
+) -> torch.Tensor:         # `(d,)`
     "The description of the average picture."
     g = torch.Generator().manual_seed(seed)
     i = torch.randint(len(views), (n,), generator=g)
     with torch.no_grad(): return torch.cat([describe(model, views.draw(part, g)) for part in i.split(128)]).mean(0)
 
 def save_encoder(
-    model,   # a model of `make_encoder`
-    path,    # folder
-    center,  # `(d,)` of `feature_mean`
-):           # the model
+    model: "ResNetModel",  # a model of `make_encoder`
+    path: str | Path,      # folder
+    center: torch.Tensor,  # `(d,)` of `feature_mean`
+) -> "ResNetModel":        # the model
     "Write the encoder as `AutoModel` reads it, in half precision, and how pictures are fed to it."
     model.config.feature_mean = [round(v, 5) for v in center.tolist()]
     feed = dict(image_mean=[.5] * 3, image_std=[.5] * 3, size=dict(height=64, width=64))

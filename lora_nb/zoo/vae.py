@@ -10,17 +10,20 @@ __all__ = ['orthogonalize', 'Muon', 'optimizers', 'wsd', 'Average', 'Run', 'text
 
 # %% ../../nbs/zoo/01_vae.ipynb #2200ab93
 import contextlib, json, random, time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from ..core import atomic_path, autocast, default_device, fast_bf16, progress, set_seed
 from . import world as w
+if TYPE_CHECKING: from diffusers import AutoencoderKL
 
 # %% ../../nbs/zoo/01_vae.ipynb #8644a135
 def orthogonalize(
-    m,        # `(out, ...)` momentum; trailing dimensions are flattened
-    steps=5,  # Newton-Schulz iterations
-):            # same shape: nearly orthonormal rows or columns
+    m: torch.Tensor,  # `(out, ...)` momentum; trailing dimensions are flattened
+    steps: int = 5,   # Newton-Schulz iterations
+) -> torch.Tensor:    # same shape: nearly orthonormal rows or columns
     "The orthogonal factor of `m`, approximately; in bfloat16 where that is quick."
     u = m.flatten(1)
     if fast_bf16(m.device): u = u.bfloat16()
@@ -51,11 +54,11 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../../nbs/zoo/01_vae.ipynb #296d4110
 def optimizers(
-    model,        # a module
-    lr=1e-3,      # of AdamW
-    muon_lr=.01,  # of Muon
-    skip=(),      # parts of parameter names that AdamW keeps although they are matrices
-):                # [Muon, AdamW]
+    model: torch.nn.Module,        # a module
+    lr: float = 1e-3,              # of AdamW
+    muon_lr: float = .01,          # of Muon
+    skip: Sequence[str] = (),      # parts of parameter names that AdamW keeps although they are matrices
+) -> list[torch.optim.Optimizer]:  # [Muon, AdamW]
     "Muon for hidden matrices, AdamW for the rest."
     named = list(model.named_parameters())
     hidden = [p for n, p in named if p.ndim >= 2 and not any(k in n for k in skip)]
@@ -64,10 +67,10 @@ def optimizers(
 
 # %% ../../nbs/zoo/01_vae.ipynb #590c26ab
 def wsd(
-    x,         # share of the budget that is used, 0..1
-    warm=.01,  # share for warmup
-    decay=.3,  # share for the decay to zero
-):             # factor of the learning rate
+    x: float,           # share of the budget that is used, 0..1
+    warm: float = .01,  # share for warmup
+    decay: float = .3,  # share for the decay to zero
+) -> float:             # factor of the learning rate
     "Warmup, stable, decay."
     return min(1, x / warm) * min(1, (1 - x) / decay + 1e-3)
 
@@ -162,9 +165,9 @@ def _resume(run, path):
 
 # %% ../../nbs/zoo/01_vae.ipynb #10f874a8
 def textures(
-    n,             # how many
-    device="cpu",  # where
-):                 # `(n, 3, 64, 64)` in -1..1
+    n: int,                              # how many
+    device: str | torch.device = "cpu",  # where
+) -> torch.Tensor:                       # `(n, 3, 64, 64)` in -1..1
     "Random colour fields with three random squares or discs."
     r = lambda *s: torch.rand(*s, device=device)
     k = random.choice((2, 4, 8))
@@ -179,9 +182,9 @@ def textures(
 
 # %% ../../nbs/zoo/01_vae.ipynb #748c3398
 def add_object(
-    world,  # `World` whose glyphs are used
-    x,      # `(B, 3, 64, 64)` in -1..1
-):          # the same pictures with a second object somewhere
+    world: w.World,   # `World` whose glyphs are used
+    x: torch.Tensor,  # `(B, 3, 64, 64)` in -1..1
+) -> torch.Tensor:    # the same pictures with a second object somewhere
     "Paste one more glyph, of random size and at a random place, over each picture."
     n, s = len(x), random.choice((20, 26, 32, 40, 60))
     g = world.atlas[torch.randint(0, len(world), (n,)), torch.randint(0, len(w.GLYPH_SIZES), (n,))].float()
@@ -191,9 +194,9 @@ def add_object(
     return w.paste_glyphs(canvas.round(), (x + 1) / 2)
 
 def codec_batch(
-    world,  # `World` over all glyphs
-    n,      # pictures
-):          # `(n, 3, 64, 64)` in -1..1
+    world: w.World,  # `World` over all glyphs
+    n: int,          # pictures
+) -> torch.Tensor:   # `(n, 3, 64, 64)` in -1..1
     "Five eighths scenes, and an eighth each of styled, two-object and textured pictures."
     k = n // 8
     x = world.sample(n - k)["images"]
@@ -203,12 +206,12 @@ def codec_batch(
 
 # %% ../../nbs/zoo/01_vae.ipynb #d2f7e043
 def codec_loss(
-    x,                # `(B, 3, H, W)` pictures in -1..1
-    y,                # `(B, 3, H, W)` reconstruction
-    kl,               # `(B,)` divergence of the posterior, summed over the latents
-    kl_weight=3e-6,
-    perceptual=None,  # function of pictures that returns features
-):                    # scalar
+    x: torch.Tensor,                     # `(B, 3, H, W)` pictures in -1..1
+    y: torch.Tensor,                     # `(B, 3, H, W)` reconstruction
+    kl: torch.Tensor,                    # `(B,)` divergence of the posterior, summed over the latents
+    kl_weight: float = 3e-6,
+    perceptual: Callable | None = None,  # function of pictures that returns features
+) -> torch.Tensor:                       # scalar
     "Reconstruction error in value, square and gradient, plus a little KL."
     d = y - x
     slope = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
@@ -216,17 +219,17 @@ def codec_loss(
     return loss if perceptual is None else loss + .1 * F.mse_loss(perceptual(y), perceptual(x).detach())
 
 def psnr(
-    x,  # `(B, 3, H, W)` in -1..1
-    y,  # the same shape
-):      # `(B,)` decibel
+    x: torch.Tensor,  # `(B, 3, H, W)` in -1..1
+    y: torch.Tensor,  # the same shape
+) -> torch.Tensor:    # `(B,)` decibel
     "Peak signal-to-noise ratio of each picture; the signal's range is 2."
     return 10 * torch.log10(4 / ((x - y.clamp(-1, 1)) ** 2).mean((1, 2, 3)))
 
 # %% ../../nbs/zoo/01_vae.ipynb #dae4ba10
 def make_vae(
-    latent_channels=12,
-    channels=(32, 64, 128, 128),  # of the four levels
-):                                # untrained `AutoencoderKL`, factor 8
+    latent_channels: int = 12,
+    channels: Sequence[int] = (32, 64, 128, 128),  # of the four levels
+) -> "AutoencoderKL":                              # untrained `AutoencoderKL`, factor 8
     "The codec's architecture."
     from diffusers import AutoencoderKL
     n = len(channels)
@@ -235,21 +238,21 @@ def make_vae(
         latent_channels=latent_channels, norm_num_groups=16, sample_size=64)
 
 def reconstruct(
-    vae,  # `AutoencoderKL`
-    x,    # `(B, 3, H, W)` in -1..1
-):        # the same shape
+    vae: "AutoencoderKL",  # `AutoencoderKL`
+    x: torch.Tensor,       # `(B, 3, H, W)` in -1..1
+) -> torch.Tensor:         # the same shape
     "Encode (the mode, no noise) and decode."
     with torch.no_grad(): return vae.decode(vae.encode(x).latent_dist.mode()).sample
 
 # %% ../../nbs/zoo/01_vae.ipynb #9b7031a8
 def train_vae(
-    out,              # folder; the result is saved as `out/vae`
-    minutes=27,       # of training
-    batch=16,
-    device=None,      # default: GPU if there is one
-    seed=0,
-    perceptual=None,  # see `codec_loss`
-):                    # `AutoencoderKL`
+    out: str | Path,                           # folder; the result is saved as `out/vae`
+    minutes: float = 27,                       # of training
+    batch: int = 16,
+    device: str | torch.device | None = None,  # default: GPU if there is one
+    seed: int = 0,
+    perceptual: Callable | None = None,        # see `codec_loss`
+) -> "AutoencoderKL":
     "Train the codec on the whole font; resumable."
     device = default_device(device); set_seed(seed)
     world = w.World({hex(c): c for c in w.all_glyphs()}, device, jitter=4)
@@ -271,13 +274,13 @@ def train_vae(
 
 # %% ../../nbs/zoo/01_vae.ipynb #707d57e1
 def refine_decoder(
-    vae,          # trained `AutoencoderKL`
-    out,          # folder; the result is saved as `out/vae`
-    minutes=7,
-    batch=16,
-    device=None,  # default: GPU if there is one
-    seed=1,
-):                # `vae`: the encoder is untouched
+    vae: "AutoencoderKL",                      # trained `AutoencoderKL`
+    out: str | Path,                           # folder; the result is saved as `out/vae`
+    minutes: float = 7,
+    batch: int = 16,
+    device: str | torch.device | None = None,  # default: GPU if there is one
+    seed: int = 1,
+) -> "AutoencoderKL":                          # `vae`: the encoder is untouched
     "Train the decoder on, with the latents as they are; resumable."
     device = default_device(device); set_seed(seed)
     world = w.World({hex(c): c for c in w.all_glyphs()}, device, jitter=4)

@@ -96,8 +96,8 @@ PATTERNS = ("plain", "striped", "dotted", "checkered", "gradient")
 
 # %% ../../nbs/zoo/00_world.ipynb #6e722dff
 def second_color(
-    rgb,  # `(3,)` tensor in 0..1
-):    # `(3,)` tensor in 0..1
+    rgb: torch.Tensor,  # `(3,)` tensor in 0..1
+) -> torch.Tensor:      # `(3,)` tensor in 0..1
     "The pattern's second colour: a tint of dark colours, a shade of light ones."
     return rgb * .72 if rgb.mean() > 170 / 255 else rgb * .5 + .5
 
@@ -106,8 +106,8 @@ _C2 = torch.stack([second_color(c) for c in _C1])
 
 # %% ../../nbs/zoo/00_world.ipynb #e76c5c60
 def pattern_masks(
-    s=64,  # height and width in pixels, or (height, width)
-):     # `(5, height, width)` in 0..1, in the order of `PATTERNS`
+    s: int | tuple[int, int] = 64,  # height and width in pixels, or (height, width)
+) -> torch.Tensor:                  # `(5, height, width)` in 0..1, in the order of `PATTERNS`
     "Share of the second colour at each pixel; a pattern grows with the shorter side and continues along the longer."
     h, wd = (s, s) if isinstance(s, int) else s
     y, x = torch.meshgrid(torch.arange(h), torch.arange(wd), indexing="ij")
@@ -119,10 +119,10 @@ def pattern_masks(
 
 # %% ../../nbs/zoo/00_world.ipynb #113f0de3
 def backgrounds(
-    color,    # `(B,)` indices into `COLORS`
-    pattern,  # `(B,)` indices into `PATTERNS`
-    size=64,  # pixels, or (height, width)
-):        # `(B, 3, height, width)` in 0..1
+    color: torch.Tensor,               # `(B,)` indices into `COLORS`
+    pattern: torch.Tensor,             # `(B,)` indices into `PATTERNS`
+    size: int | tuple[int, int] = 64,  # pixels, or (height, width)
+) -> torch.Tensor:                     # `(B, 3, height, width)` in 0..1
     "Draw backgrounds as one batch, on the device of `color`."
     m = pattern_masks(size).to(color.device)[pattern][:, None]
     c1, c2 = (c.to(color.device)[color][:, :, None, None] for c in (_C1, _C2))
@@ -135,20 +135,20 @@ CAPTION_TEMPLATES = (
     "a photo of a {o} on a {b} background")
 
 def an(
-    s,  # a sentence
-):  # the sentence with its articles corrected
+    s: str,  # a sentence
+) -> str:    # the sentence with its articles corrected
     "`a octopus` -> `an octopus`."
     return re.sub(r"\ba ([aeiou])", r"an \1", s)
 
 # %% ../../nbs/zoo/00_world.ipynb #bfe6831a
 def caption(
-    obj,            # name of an object, or of a held-out subject
-    color,          # a name of `COLORS`
-    pattern,        # one of `PATTERNS`
-    rng=random,     # a `random.Random`, for reproducible wording
-    template=None,  # one of `CAPTION_TEMPLATES`; None draws one
-    class_p=0.1,    # probability of saying the class instead of the object
-):              # one sentence
+    obj: str,                     # name of an object, or of a held-out subject
+    color: str,                   # a name of `COLORS`
+    pattern: str,                 # one of `PATTERNS`
+    rng=random,                   # a `random.Random`, for reproducible wording
+    template: str | None = None,  # one of `CAPTION_TEMPLATES`; None draws one
+    class_p: float = 0.1,         # probability of saying the class instead of the object
+) -> str:                         # one sentence
     "One caption of a scene."
     o = CLASS_OF[obj] if class_p and rng.random() < class_p else obj
     p = pattern if pattern != "plain" else rng.choice(("", "", "plain"))
@@ -164,8 +164,8 @@ PHRASES = dict(template="a {object} on a {background} background", slots=dict(
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 def have_font(
-    font=FONT,  # path of NotoColorEmoji.ttf
-):          # bool
+    font: str | Path = FONT,  # path of NotoColorEmoji.ttf
+) -> bool:
     "Is the emoji font installed?"
     return Path(font).exists()
 
@@ -177,10 +177,10 @@ def _font(font=FONT):
 
 # %% ../../nbs/zoo/00_world.ipynb #0c1eb800
 def draw_glyph(
-    code,       # code point
-    size,       # longer side in pixels
-    font=FONT,  # path of NotoColorEmoji.ttf
-):          # RGBA `PIL.Image` cropped to its ink
+    code: int,                # code point
+    size: float,              # longer side in pixels
+    font: str | Path = FONT,  # path of NotoColorEmoji.ttf
+) -> Image.Image:             # RGBA `PIL.Image` cropped to its ink
     "Draw one glyph."
     im = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(im).text((10, 10), chr(code), font=_font(font), embedded_color=True)
@@ -190,8 +190,8 @@ def draw_glyph(
 
 # %% ../../nbs/zoo/00_world.ipynb #2424e236
 def all_glyphs(
-    font=FONT,  # path of NotoColorEmoji.ttf
-):          # sorted list of code points
+    font: str | Path = FONT,  # path of NotoColorEmoji.ttf
+) -> list[int]:               # sorted list of code points
     "Every single-code-point pictograph of the font: what the VAE learns to encode."
     from fontTools.ttLib import TTFont
     ok = lambda c: 0x2300 <= c < 0x1fb00 and not 0x1f1e6 <= c <= 0x1f1ff and not 0x1f3fb <= c <= 0x1f3ff
@@ -201,10 +201,10 @@ def all_glyphs(
 GLYPH_SIZES = (46, 50, 54)                                                    # longer side of a glyph, pixels of 64
 
 def glyph_atlas(
-    codes,        # code points
-    sizes=GLYPH_SIZES,  # pixels
-    canvas=64,    # pixels
-):            # uint8 `(len(codes), len(sizes), 4, canvas, canvas)`, premultiplied RGBA, centred
+    codes: Sequence[int],                # code points
+    sizes: Sequence[int] = GLYPH_SIZES,  # pixels
+    canvas: int = 64,                    # pixels
+) -> torch.Tensor:                       # uint8 `(len(codes), len(sizes), 4, canvas, canvas)`, premultiplied RGBA, centred
     "Draw glyphs once, at every size."
     out = np.zeros((len(codes), len(sizes), canvas, canvas, 4), np.uint8)
     for i, c in enumerate(codes):
@@ -216,10 +216,10 @@ def glyph_atlas(
 
 # %% ../../nbs/zoo/00_world.ipynb #afec56a2
 def shift(
-    x,   # `(B, C, H, W)`
-    dy,  # `(B,)` pixels down
-    dx,  # `(B,)` pixels right
-):   # `(B, C, H, W)`
+    x: torch.Tensor,   # `(B, C, H, W)`
+    dy: torch.Tensor,  # `(B,)` pixels down
+    dx: torch.Tensor,  # `(B,)` pixels right
+) -> torch.Tensor:     # `(B, C, H, W)`
     "Move each picture by whole pixels; the border is repeated."
     B, C, H, W = x.shape
     ys = (torch.arange(H, device=x.device)[None] - dy[:, None]).clamp(0, H - 1)
@@ -228,9 +228,9 @@ def shift(
     return x.gather(3, xs[:, None, None, :].expand(B, C, H, W))
 
 def paste_glyphs(
-    glyphs,  # uint8 `(B, 4, H, W)`, premultiplied
-    bg,      # `(B, 3, H, W)` in 0..1
-):       # `(B, 3, H, W)` in -1..1
+    glyphs: torch.Tensor,  # uint8 `(B, 4, H, W)`, premultiplied
+    bg: torch.Tensor,      # `(B, 3, H, W)` in 0..1
+) -> torch.Tensor:         # `(B, 3, H, W)` in -1..1
     "Glyphs over backgrounds."
     g = glyphs.float() / 255
     return (g[:, :3] + bg * (1 - g[:, 3:])) * 2 - 1
@@ -269,8 +269,8 @@ class World:
 
 # %% ../../nbs/zoo/00_world.ipynb #fefd6e5e
 def edges(
-    x,  # `(B, C, H, W)`
-):  # `(B, C, H, W)`
+    x: torch.Tensor,  # `(B, C, H, W)`
+) -> torch.Tensor:    # `(B, C, H, W)`
     "Sobel magnitude of each channel."
     k = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(x.shape[1], 1, 3, 3)
     p = F.pad(x, (1, 1, 1, 1), mode="replicate")
@@ -279,9 +279,9 @@ def edges(
 
 # %% ../../nbs/zoo/00_world.ipynb #d31516f4
 def stylize(
-    x,      # `(B, 3, H, W)` in -1..1
-    style,  # one of `STYLES`
-):      # `(B, 3, H, W)` in -1..1
+    x: torch.Tensor,  # `(B, 3, H, W)` in -1..1
+    style: str,       # one of `STYLES`
+) -> torch.Tensor:    # `(B, 3, H, W)` in -1..1
     "Redraw pictures in a style."
     if style not in STYLES: raise DataError(f"unknown style {style!r}, expected one of {STYLES}")
     y, s = (x + 1) / 2, x.shape[-1]
