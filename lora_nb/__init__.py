@@ -31,10 +31,9 @@ from importlib.util import find_spec
 
 from .reference import FRONT, described, owners
 
-__all__ = [name for names in FRONT.values() for name in names.split()]   # the one list of them stands in the chapter `reference`
-# Names of the package `lora_diffusion` are importable from the top, too, but not listed: code written for it runs. All are in
-# the chapter of that name.
-_DROP_IN: dict[str, str] = {}              # chapter -> names of it that are still elsewhere
+__all__ = [name for names in FRONT.values() for name in names.split()]   # the list is in the chapter `reference`
+# Names of the package `lora_diffusion` are importable from the top, too, but not listed: code written for it runs. They are in the
+# chapter of that name.
 
 
 def __getattr__(name):
@@ -46,9 +45,8 @@ def __getattr__(name):
     missing = f"module 'lora_nb' has no attribute {name!r}"
     if name.startswith("_"): raise AttributeError(missing)
     if find_spec(f"lora_nb.{name}"): return import_module(f"lora_nb.{name}")      # a module's name is always the module
-    drop_in = next((m for m, names in _DROP_IN.items() if name in names.split()), None)
-    module = drop_in or owners().get(name)
-    if name in __all__ or drop_in or module == "lora_diffusion":
+    module = owners().get(name)
+    if name in __all__ or module == "lora_diffusion":
         if module == "composition": import_module("lora_nb.mixing")                   # enters its methods for `compose`
         found = globals()[name] = described(getattr(import_module(f"lora_nb.{module}"), name))
         return found

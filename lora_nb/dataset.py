@@ -191,7 +191,7 @@ def encode(
         z = torch.stack([base.encode_images(x[:, f]) for f in range(x.shape[1])], 1)
         for i, one in zip(rows, z): latents[i] = one
     masks = [_shrink(p[:, 3:], z.shape[-2:]) for p, z in zip(pixels, latents)] if any(data.masks) else None
-    ids = torch.tensor(data.ids)[:, :pixels[0].shape[0]] if base.family == "sdxl" else None
+    ids = torch.tensor(data.ids)[:, :pixels[0].shape[0]] if base.takes_sizes else None
     return Examples(_joined(latents), list(data.captions), _joined(masks), ids,
                     _joined(pixels) if base.inpainting else None)
 

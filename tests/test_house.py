@@ -9,16 +9,6 @@ PACKAGE, NBS = ROOT / "lora_nb", ROOT / "nbs"
 sys.path.insert(0, str(ROOT / "tools"))
 import stubs                                            # tools/stubs.py
 
-OWED = json.loads(Path(__file__).with_name("house_owed.json").read_text())     # what is not yet as it should be, by rule
-
-
-def settled(rule, found):
-    "What breaks a rule is what the list of debts says, no more; and what has been mended is struck from the list."
-    found, owed = set(found), set(OWED.get(rule, ()))
-    assert not found - owed, "\n".join(sorted(found - owed))
-    assert not owed - found, f"mended, strike them from tests/house_owed.json: {sorted(owed - found)}"
-
-
 MODULES = {m: tree for m, (_, tree) in stubs.read(PACKAGE).items()}
 SOURCES = {m: file for m, (file, _) in stubs.read(PACKAGE).items()}
 FETCHED = {("lora", "load", "formats"), ("lora", "save", "formats"), ("lora", "report", "report")}   # the one exception
@@ -100,7 +90,7 @@ def test_arrows_point_down():
     place = {m: i for i, m in enumerate(ORDER)}
     up = [f"{m} -> {to} ({function or 'top'})" for m in OURS if m in place for function, to, _ in imports(m)
           if to in place and place[to] >= place[m] and (m, function, to) not in FETCHED]
-    settled("arrows", up)
+    assert not (found := up), found
 
 
 def test_the_value_stands_on_the_ground():
@@ -117,20 +107,19 @@ def test_the_drop_in_is_a_room_of_its_own():
     assert not [m for m in OURS for _, to, _ in imports(m) if to == "lora_diffusion"]
     drop = set(listed("lora_diffusion"))
     names = {"inject_trainable_lora", "monkeypatch_add_lora", "patch_pipe", "save_all"}
-    elsewhere = set(OWED.get("drop-in elsewhere", ()))
-    assert names <= drop and not elsewhere & drop, f"moved, strike them from tests/house_owed.json: {sorted(elsewhere & drop)}"
+    assert names <= drop, names - drop
     may = lambda m: m == "lora_diffusion" or m.split(".")[0] == "cli"                 # a command is called as it was there
     assert not (own := {(m, n) for m in OURS if not may(m) for n in listed(m) if n in drop}), own
 
 
 def test_the_toolbox_does_not_know_the_toy_world():
     may = lambda m: m.split(".")[0] in ("zoo", "studio") or m in ("lessons", "cli.demo")
-    settled("toy world", {f"{m} -> {to}" for m in OURS if not may(m) for _, to, _ in imports(m) if to.split(".")[0] == "zoo"})
+    assert not (found := {f"{m} -> {to}" for m in OURS if not may(m) for _, to, _ in imports(m) if to.split(".")[0] == "zoo"}), found
 
 
 def test_rooms_that_one_can_take_in():
     lines = {m: len(SOURCES[m].read_text().splitlines()) for m in OURS}
-    settled("large rooms", {m for m, n in lines.items() if n > 650})
+    assert not (found := {m for m, n in lines.items() if n > 650}), found
 
 
 def methods_of(name, module):
@@ -160,7 +149,7 @@ def test_a_class_declares_its_state_in_one_place():
                     parents |= {t.target.id for b in bases for t in methods_of(b, m)[0] if isinstance(t, ast.AnnAssign)}
                     new -= parents
                 late += [f"{m}.{cls.name}.{a}, first set in {f.name}" for a in new]
-    settled("late state", late)
+    assert not (found := late), found
 
 
 def front():
@@ -182,7 +171,7 @@ def test_no_two_modules_offer_one_name():
         if SOURCES[m].name == "__init__.py": continue               # a package hands on what its modules offer
         for n in listed(m): owners.setdefault(n, []).append(m)
     twice = {n: ms for n, ms in owners.items() if len(ms) > 1 and not all(m.startswith("zoo.") for m in ms)}
-    settled("names twice", {f"{n}: {', '.join(sorted(ms))}" for n, ms in twice.items()})
+    assert not (found := {f"{n}: {', '.join(sorted(ms))}" for n, ms in twice.items()}), found
 
 
 def test_every_name_at_the_front_door_is_shown_in_use():
@@ -191,13 +180,13 @@ def test_every_name_at_the_front_door_is_shown_in_use():
     commands = text + "\n".join("".join(c["source"]) for p in NBS.rglob("*.ipynb") if not p.name.startswith(".")
                                 for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown")
     hidden = [n for topic, ns in front().items() for n in ns if not re.search(rf"\b{n}\b", commands if topic in ("commands", "studio") else text)]
-    settled("not shown", hidden)
+    assert not (found := hidden), found
 
 
 def test_public_functions_are_documented():
     bare = [f"{m}.{n.name}" for m in OURS if not m.startswith("zoo") for n in MODULES[m].body
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in listed(m) and not ast.get_docstring(n)]
-    settled("undocumented", bare)
+    assert not (found := bare), found
 
 
 def test_stubs_are_fresh():

@@ -74,7 +74,7 @@ def demo_recipe(base: "Base", seed: int, steps: int) -> "Recipe":
     "The recipe of the demo."
     from lora_nb.recipe import recipe_for
     r = recipe_for(base, seed=seed, steps=steps, lr_schedule="cosine", preview_every=math.ceil(steps / 4))
-    return r if base.family == "sd3" else r.replace(learning_rate=1.5e-3)     # the card of tiny-sd3 has its own
+    return r if base.flow else r.replace(learning_rate=1.5e-3)     # the card of tiny-sd3 has its own
 
 # %% ../../nbs/55_cli_demo.ipynb #004121b6
 def demo_metrics(

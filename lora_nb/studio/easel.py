@@ -25,6 +25,7 @@ from ..show import grid, to_image
 from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings
 from .. import mixing  # noqa: F401 (enters its methods for `compose`)
+from ..zoo.world import material
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -180,8 +181,7 @@ def bundled_files(
     base: str,  # the name of a base
 ) -> dict[str, Path]:
     "The bundled LoRAs by name; where two have one name, the one made on this base."
-    root = data_path("loras")
-    return {f.stem: f for d in (root, root / Path(base).name) for f in sorted(d.glob("*.safetensors"))}
+    return material("loras", base)
 
 def bundled_loras(
     base: str,  # the name of a base

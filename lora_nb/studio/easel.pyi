@@ -15,6 +15,7 @@ from ..show import grid, to_image
 from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings
 from .. import mixing
+from ..zoo.world import material
 import torch
 from PIL import Image
 from lora_nb.bases import Base

@@ -24,6 +24,7 @@ from ..log import joined
 from ..show import to_image
 from ..recipe import Recipe, recipe_card, recipe_for
 from .panel import Stopped, labelled, boxed, button
+from ..zoo.world import find_material
 if TYPE_CHECKING:
     import ipywidgets as widgets
     from lora_nb.bases import Base
@@ -36,15 +37,7 @@ def find_concept(
     text: str,  # a bundled subject or style, or a folder with pictures
 ) -> tuple[Path, Literal["subject", "style"] | None, str]:
     "The folder of a concept's pictures, what it is, and its class noun; None and an empty text where neither is known."
-    subjects, styles = ({p.name: p for p in sorted(data_path(kind).iterdir()) if p.is_dir()} for kind in ("subjects", "styles"))
-    name, path = text.strip().lower().replace(" ", "_"), Path(text.strip()).expanduser()
-    if name in styles: return styles[name], "style", "style"
-    if name in subjects:
-        from lora_nb.zoo.world import CLASS_OF
-        return subjects[name], "subject", CLASS_OF.get(name.replace("_", " "), "object")
-    if text.strip() and path.is_dir(): return path, None, ""
-    names = [*subjects, *styles]
-    raise DataError(f"no pictures {text!r}: expected a folder, or one of {', '.join(names)}.{closest(name, names)}")
+    return find_material(text)
 
 @dataclass(frozen=True)
 class Lesson:

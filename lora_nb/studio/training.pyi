@@ -14,6 +14,7 @@ from ..log import joined
 from ..show import to_image
 from ..recipe import Recipe, recipe_card, recipe_for
 from .panel import Stopped, labelled, boxed, button
+from ..zoo.world import find_material
 import ipywidgets as widgets
 from lora_nb.bases import Base
 from lora_nb.log import TrainingLog

@@ -53,7 +53,7 @@ def train_bundled(
     trigger, noun = BUNDLED[name], CLASS_OF.get(name, "style")
     folder, *_ = find_material(name)
     prior, own = dict(class_prompt=class_prompts(noun), num_class_images=8), {}
-    if base.family == "sd3": own = FLOW_STYLE if noun == "style" else FLOW
+    if base.flow: own = FLOW_STYLE if noun == "style" else FLOW
     if trigger.startswith("<"): lora = train_pti(base, folder, trigger, noun, **prior, **{**PIVOTAL, **own, **overrides})
     else:
         lora = train_dreambooth(base, folder, "{caption}", trigger=trigger, sampling=dict(steps=10, guidance_scale=4.),
