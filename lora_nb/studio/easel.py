@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/45_studio_easel.ipynb #0dce4d49
-from ..core import DataError, LoraError, closest, data_path, patch_to
+from ..core import DataError, LoraError, closest, patch_to
 from ..composition import compose
 from ..lora import Lora
 from ..schedule import LoraComposite, LoraSchedule

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 # %% ../../nbs/48_studio_training.ipynb #6fadb681
-from ..core import DataError, LoraError, closest, data_path, patch_to
+from ..core import LoraError, data_path, patch_to
 from ..dreambooth import DreamBooth
 from ..pictures import find_pictures
 from ..pti import PivotalTuning, pivotal_recipe_for
