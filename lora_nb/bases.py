@@ -65,55 +65,55 @@ class Base:
 
 # %% ../nbs/09_bases.ipynb #7d2a5998
 @patch_to(Base, as_prop=True)
-def denoiser(self:Base) -> torch.nn.Module:
+def denoiser(self) -> torch.nn.Module:
     "The network that draws."
     return getattr(self.pipe, self.denoiser_name)
 
 @patch_to(Base, as_prop=True)
-def vae(self:Base) -> torch.nn.Module:
+def vae(self) -> torch.nn.Module:
     "The network between pixels and latents."
     return self.pipe.vae
 
 @patch_to(Base, as_prop=True)
-def text_encoders(self:Base) -> dict[str, torch.nn.Module]:
+def text_encoders(self) -> dict[str, torch.nn.Module]:
     "The text encoders by component name."
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     return {n: getattr(self.pipe, n) for n in names if getattr(self.pipe, n, None) is not None}
 
 @patch_to(Base)
-def parts(self:Base) -> dict[str, torch.nn.Module]:
+def parts(self) -> dict[str, torch.nn.Module]:
     "The networks by component name."
     return {self.denoiser_name: self.denoiser, **self.text_encoders, "vae": self.vae}
 
 # %% ../nbs/09_bases.ipynb #93222b3d
 @patch_to(Base, as_prop=True)
-def device(self:Base) -> torch.device:
+def device(self) -> torch.device:
     "The device that the denoiser computes on."
     return runs_on(self.denoiser)
 
 @patch_to(Base, as_prop=True)
-def dtype(self:Base) -> torch.dtype:
+def dtype(self) -> torch.dtype:
     "The precision of the denoiser."
     return self.denoiser.dtype
 
 @patch_to(Base, as_prop=True)
-def resolution(self:Base) -> int:
+def resolution(self) -> int:
     "The side in pixels of the pictures that the base was made for."
     return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
 
 @patch_to(Base, as_prop=True)
-def small(self:Base) -> bool:
+def small(self) -> bool:
     "Whether this base is of the size of the embedded ones: at most 128 pixels."
     return self.resolution <= 128
 
 # %% ../nbs/09_bases.ipynb #962d1a71
 @patch_to(Base, as_prop=True)
-def size_step(self:Base) -> int:
+def size_step(self) -> int:
     "Pixels of which width and height must be multiples."
     return self.pipe.vae_scale_factor
 
 @patch_to(Base, as_prop=True)
-def max_timestep(self:Base) -> int:
+def max_timestep(self) -> int:
     "The timestep of pure noise."
     return self.pipe.scheduler.config.num_train_timesteps
 
@@ -133,7 +133,7 @@ def _upcast(vae):
 @patch_to(Base)
 @torch.no_grad()
 def encode_images(
-    self:Base,
+    self,
     pixels: torch.Tensor,                       # (B, 3, H, W) in -1..1
     generator: torch.Generator | None = None,   # sample the posterior with it; None: its mean
 ) -> torch.Tensor:                              # (B, C, h, w)
@@ -146,7 +146,7 @@ def encode_images(
 @patch_to(Base)
 @torch.no_grad()
 def decode_latents(
-    self:Base,
+    self,
     latents: torch.Tensor,  # (B, C, h, w) as `encode_images` gives them
 ) -> torch.Tensor:          # (B, 3, H, W) in -1..1
     "Latents as pictures, in fp32."
@@ -156,18 +156,18 @@ def decode_latents(
 
 # %% ../nbs/09_bases.ipynb #2779be30
 @patch_to(Base, as_prop=True)
-def inpainting(self:Base) -> bool:
+def inpainting(self) -> bool:
     "Whether the denoiser takes a hole and its surroundings beside the latents."
     return self.denoiser.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
 @patch_to(Base, as_prop=True)
-def overwrites(self:Base) -> bool:
+def overwrites(self) -> bool:
     "Whether diffusers' inpainting pipeline cannot work with this number of channels, so that `inpaint` overwrites."
     return not self.inpainting and self.denoiser.config.in_channels != 4
 
 @patch_to(Base)
 def conceal(
-    self:Base,
+    self,
     pixels: torch.Tensor,     # (B, 3, H, W) in -1..1
     hole: torch.Tensor,       # (B, 1, H, W), 1 = to be drawn
 ) -> dict[str, torch.Tensor]: # `hole` (B, 1, h, w), and `masked` (B, C, h, w), the latents of what is left
@@ -178,7 +178,7 @@ def conceal(
 
 @patch_to(Base)
 def all_hole(
-    self:Base,
+    self,
     latents: torch.Tensor,    # (B, C, h, w): only their shape counts
 ) -> dict[str, torch.Tensor]:
     "What an inpainting denoiser is told when the whole picture is the hole."
@@ -189,7 +189,7 @@ def all_hole(
 # %% ../nbs/09_bases.ipynb #67340c0e
 @patch_to(Base)
 def sample_timesteps(
-    self:Base,
+    self,
     n: int,                                     # how many
     generator: torch.Generator | None = None,   # on the CPU
     t_range: tuple[float, float] = (0., 1.),    # stretch of the noise axis, 0 = clean, 1 = pure noise
@@ -199,7 +199,7 @@ def sample_timesteps(
 
 @patch_to(Base)
 def add_noise(
-    self:Base,
+    self,
     latents: torch.Tensor,  # (B, C, h, w)
     noise: torch.Tensor,    # like `latents`
     t: torch.Tensor,        # (B,) timesteps
@@ -211,7 +211,7 @@ def add_noise(
 # %% ../nbs/09_bases.ipynb #c8b7041d
 @patch_to(Base)
 def loss_weight(
-    self:Base,
+    self,
     t: torch.Tensor,                  # (B,) timesteps
     snr_gamma: float | None = None,   # min-SNR's gamma (5 in the paper); None: all weights are 1
     soft: bool = False,               # the smooth form, soft-min-SNR
@@ -223,7 +223,7 @@ def loss_weight(
     return self.min_snr(t, snr_gamma, soft)
 
 @patch_to(Base)
-def _weight_of_answer(self:Base, t, weighting, snr_gamma):
+def _weight_of_answer(self, t, weighting, snr_gamma):
     "Weights that turn the error of the base's own answer into the error of another."
     own = dict(flow="v", v_prediction="v", sample="x0").get(self.prediction, self.prediction)
     if weighting not in ("v", "x0", "epsilon"):
@@ -250,19 +250,19 @@ SAMPLING = {   # `shift` is what the authors' program uses; the one in force is 
 
 # %% ../nbs/09_bases.ipynb #da5b5b98
 @patch_to(Base, as_prop=True)
-def preset(self:Base) -> str:
+def preset(self) -> str:
     "The row of `SAMPLING` for this base."
     return "tiny-sd" if self.small else self.family
 
 @patch_to(Base, as_prop=True)
-def sampling(self:Base) -> dict[str, Any]:  # steps, guidance_scale
+def sampling(self) -> dict[str, Any]:  # steps, guidance_scale
     "What `generate` does unless told otherwise."
     return {k: SAMPLING[self.preset][k] for k in ("steps", "guidance_scale")}
 
 # %% ../nbs/09_bases.ipynb #648c8837
 @patch_to(Base)
 def timesteps_at(
-    self:Base,
+    self,
     q: torch.Tensor,                          # (B,) quantiles in 0..1
     t_range: tuple[float, float] = (0., 1.),  # stretch of the noise axis
 ) -> torch.Tensor:                            # (B,) on the base's device
@@ -270,35 +270,35 @@ def timesteps_at(
     raise NotImplementedError
 
 @patch_to(Base)
-def mix(self:Base, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The factors of latents and of noise at timesteps `t` (B,), each (B, 1, 1, 1)."
     raise NotImplementedError
 
 @patch_to(Base)
-def target(self:Base, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "What the denoiser should answer at timesteps `t` (B,), like `latents` (B, C, h, w)."
     raise NotImplementedError
 
 # %% ../nbs/09_bases.ipynb #d5e01ab3
 @patch_to(Base)
-def clean_and_noise(self:Base, noisy: torch.Tensor, t: torch.Tensor,
+def clean_and_noise(self, noisy: torch.Tensor, t: torch.Tensor,
                     answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The clean latents and the noise that an answer sees in noisy latents, like `noisy` (B, C, h, w)."
     raise NotImplementedError
 
 @patch_to(Base)
-def min_snr(self:Base, t: torch.Tensor, gamma: float, soft: bool = False) -> torch.Tensor:
+def min_snr(self, t: torch.Tensor, gamma: float, soft: bool = False) -> torch.Tensor:
     "Min-SNR weights (B,) for what the base predicts."
     raise NotImplementedError
 
 # %% ../nbs/09_bases.ipynb #40b7f33d
 @patch_to(Base)
-def encode_prompts(self:Base, prompts: Iterable[str]) -> Cond:
+def encode_prompts(self, prompts: Iterable[str]) -> Cond:
     "What the text encoders say about each prompt."
     raise NotImplementedError
 
 @patch_to(Base)
-def predict(self:Base, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+def predict(self, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
     "The denoiser's answer to noisy latents (B, C, h, w) at timesteps `t` (B,), in fp32."
     raise NotImplementedError
 
@@ -315,7 +315,7 @@ def owns_file(cls, keys: set[str]) -> bool:
 # %% ../nbs/09_bases.ipynb #7fb4c77a
 @patch_to(Base)
 def prompt_arguments(
-    self:Base,
+    self,
     prompts: list[str],
     options: dict[str, Any],  # what else the pipeline is called with
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:  # arguments with an entry for each picture, and the other options
@@ -324,7 +324,7 @@ def prompt_arguments(
 
 @patch_to(Base)
 def skipping(
-    self:Base,
+    self,
     layers: bool | Iterable[int],          # blocks to leave out; True: as the authors set it
     guidance_scale: float | None = None,   # None: as the authors set it
 ) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def skipping(
 @patch_to(Base)
 @contextmanager
 def shifted(
-    self:Base,
+    self,
     shift: float | None,  # of a flow's noise levels; None: leave it
 ) -> Iterator[None]:
     "A context in which a flow's scheduler has another shift."
@@ -354,7 +354,7 @@ def encoders_apart(
 
 # %% ../nbs/09_bases.ipynb #700f2dd8
 @patch_to(Base)
-def _repr_markdown_(self:Base) -> str:
+def _repr_markdown_(self) -> str:
     "A table of the parts."
     rows = [f"| {n} | {type(m).__name__} | {sum(p.numel() for p in m.parameters())/1e6:,.2f} M |"
             for n, m in self.parts().items()]
@@ -362,6 +362,6 @@ def _repr_markdown_(self:Base) -> str:
     return "\n".join([head, "", "| part | class | parameters |", "|---|---|---|", *rows])
 
 @patch_to(Base)
-def __repr__(self:Base) -> str:
+def __repr__(self) -> str:
     "One line."
     return f"{type(self).__name__}({self.name!r}, {self.resolution} px, {self.dtype}, {self.device})"

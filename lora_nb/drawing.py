@@ -66,7 +66,7 @@ def _in_batches(base, pipe, prompts, negative, seeds, batch_size, each, options)
 @patch_to(Base)
 @torch.no_grad()
 def generate(
-    self:Base,
+    self,
     prompts: str | Sequence[str],          # a text, or a list of them
     negative_prompt: str = "",             # one text for all
     seeds: int | Sequence[int] | None = None,     # a list (one a picture), or the first of consecutive seeds; None: 0
@@ -95,7 +95,7 @@ def generate(
 # %% ../nbs/10_drawing.ipynb #3aeafa71
 @patch_to(Base)
 def sibling(
-    self:Base,
+    self,
     task: Literal["Img2Img", "Inpaint"],
 ) -> "DiffusionPipeline":
     "A diffusers pipeline for another task around the same networks."
@@ -131,7 +131,7 @@ def _pixels(images):
 @patch_to(Base)
 @torch.no_grad()
 def img2img(
-    self:Base,
+    self,
     images: Image.Image | Sequence[Image.Image],  # a picture, or a list of them
     prompts: str | Sequence[str],                 # a text, or one for each picture
     strength: float = .6,                         # how far back to noise: 0 keeps the picture, 1 forgets it
@@ -166,7 +166,7 @@ def _overwriting(base, images, masks, seeds) -> Callable[..., Any]:
 @patch_to(Base)
 @torch.no_grad()
 def inpaint(
-    self:Base,
+    self,
     images: Image.Image | Sequence[Image.Image],  # a picture, or a list of them
     masks: Image.Image | Sequence[Image.Image],   # a mask, or a list: white is drawn, black is kept
     prompts: str | Sequence[str],                 # a text, or one for each picture

@@ -38,7 +38,7 @@ class SDBase(Base):
 # %% ../nbs/11_families.ipynb #b93e0e1b
 @patch_to(SDBase)
 def timesteps_at(
-    self:SDBase,
+    self,
     q: torch.Tensor,                          # (B,) quantiles in 0..1
     t_range: tuple[float, float] = (0., 1.),  # stretch of the noise axis
 ) -> torch.Tensor:                            # (B,) whole numbers
@@ -47,7 +47,7 @@ def timesteps_at(
     return (lo + q * (hi - lo)).long().clamp(0, self.max_timestep - 1).to(self.device)
 
 @patch_to(SDBase)
-def target(self:SDBase, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "What the denoiser should answer at timesteps `t`."
     signal, sigma = self.mix(t)
     return {"epsilon": noise, "sample": latents}.get(self.prediction, signal * noise - sigma * latents)
@@ -55,7 +55,7 @@ def target(self:SDBase, latents: torch.Tensor, noise: torch.Tensor, t: torch.Ten
 # %% ../nbs/11_families.ipynb #e3427f4a
 @patch_to(SDBase)
 def clean_and_noise(
-    self:SDBase,
+    self,
     noisy: torch.Tensor,   # (B, C, h, w) at timesteps `t`
     t: torch.Tensor,       # (B,)
     answer: torch.Tensor,  # (B, C, h, w): what `predict` returned
@@ -69,7 +69,7 @@ def clean_and_noise(
 # %% ../nbs/11_families.ipynb #7c6cd2d8
 @patch_to(SDBase)
 def min_snr(
-    self:SDBase,
+    self,
     t: torch.Tensor,     # (B,) timesteps
     gamma: float,        # the signal-to-noise ratio beyond which weights no longer grow
     soft: bool = False,  # soft-min-SNR (2401.11605)
@@ -84,19 +84,19 @@ def min_snr(
 
 # %% ../nbs/11_families.ipynb #3dabe8c0
 @patch_to(SDBase)
-def encode_prompts(self:SDBase, prompts: Iterable[str]) -> Cond:
+def encode_prompts(self, prompts: Iterable[str]) -> Cond:
     "The hidden states of the text encoder."
     e, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
     return Cond(prompt_embeds=e)
 
 @patch_to(SDBase)
-def predict(self:SDBase, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+def predict(self, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
     "The UNet's answer, in fp32."
     noisy = self.beside_hole(noisy, cond).to(self.dtype)
     return self.denoiser(noisy, t, cond["prompt_embeds"].to(self.dtype)).sample.float()
 
 @patch_to(SDBase)
-def beside_hole(self:SDBase, noisy: torch.Tensor, cond: Cond) -> torch.Tensor:
+def beside_hole(self, noisy: torch.Tensor, cond: Cond) -> torch.Tensor:
     "For an inpainting UNet: hole and surroundings beside the noisy latents; otherwise the latents as they are."
     if not self.inpainting: return noisy
     told = cond.tensors if "hole" in cond.keys() else self.all_hole(noisy)
@@ -118,7 +118,7 @@ class SDXLBase(SDBase):
 
 @patch_to(SDXLBase)
 def time_ids(
-    self:SDXLBase,
+    self,
     n: int = 1,                                # rows
     size: tuple[int, int] | None = None,       # (w, h) to draw; None: the base's own
     original: tuple[int, int] | None = None,   # (w, h) before cropping; None: `size`
@@ -147,7 +147,7 @@ class SD3Base(Base):
         return 1 - self.sigma(t), self.sigma(t)
 
 @patch_to(SD3Base)
-def timesteps_at(self:SD3Base, q: torch.Tensor, t_range: tuple[float, float] = (0., 1.)) -> torch.Tensor:
+def timesteps_at(self, q: torch.Tensor, t_range: tuple[float, float] = (0., 1.)) -> torch.Tensor:
     "Timesteps (floats in 0..1000) at quantiles `q` of the shifted logit-normal distribution."
     normal, shift = torch.distributions.Normal(0., 1.), math.log(self.shift)
     lo, hi = normal.cdf(torch.logit(torch.tensor(t_range, dtype=torch.float64)) - shift)
@@ -157,7 +157,7 @@ def timesteps_at(self:SD3Base, q: torch.Tensor, t_range: tuple[float, float] = (
 
 # %% ../nbs/11_families.ipynb #af56100a
 @patch_to(SD3Base, as_prop=True)
-def preset(self:SD3Base) -> str:
+def preset(self) -> str:
     "The row of `SAMPLING` for this base, by its shape; turbo by its name; small ones are as the embedded one."
     if self.small: return "tiny-sd3"
     c, name = self.denoiser.config, f"{self.name} {self.pipe.config.get('_name_or_path', '')}".lower()
@@ -166,18 +166,18 @@ def preset(self:SD3Base) -> str:
 
 # %% ../nbs/11_families.ipynb #3d4c29cf
 @patch_to(SD3Base)
-def target(self:SD3Base, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "The line's direction."
     return noise - latents
 
 @patch_to(SD3Base)
-def clean_and_noise(self:SD3Base, noisy: torch.Tensor, t: torch.Tensor,
+def clean_and_noise(self, noisy: torch.Tensor, t: torch.Tensor,
                     answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The two ends of the line that an answer sees through noisy latents."
     return noisy - self.sigma(t) * answer, noisy + (1 - self.sigma(t)) * answer
 
 @patch_to(SD3Base)
-def min_snr(self:SD3Base, t: torch.Tensor, gamma: float, soft: bool = False) -> torch.Tensor:
+def min_snr(self, t: torch.Tensor, gamma: float, soft: bool = False) -> torch.Tensor:
     "Min-SNR weights for a flow: the clean picture is z - s v, so its error is s^2 times that of v."
     s = t / self.max_timestep
     snr = ((1 - s) / s).square()
@@ -200,7 +200,7 @@ def spelled(
 # %% ../nbs/11_families.ipynb #eb36e964
 @patch_to(SD3Base)
 def spell(
-    self:SD3Base,
+    self,
     prompts: Iterable[str],
     key: str = "prompt",       # or "negative_prompt": the name of the first tokenizer's argument
 ) -> dict[str, list[str]]:
@@ -209,38 +209,38 @@ def spell(
     return {k: spelled(prompts, getattr(self.pipe, n, None)) for k, n in names.items()}
 
 @patch_to(SD3Base)
-def encode_prompts(self:SD3Base, prompts: Iterable[str]) -> Cond:
+def encode_prompts(self, prompts: Iterable[str]) -> Cond:
     "Hidden states of the CLIPs and T5 along the sequence, and the pooled vector."
     e, _, pooled, _ = self.pipe.encode_prompt(**self.spell(prompts), device=self.device,
                                               do_classifier_free_guidance=False, max_sequence_length=self.t5_length)
     return Cond(prompt_embeds=e, pooled=pooled)
 
 @patch_to(SD3Base)
-def predict(self:SD3Base, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+def predict(self, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
     "The transformer's answer, in fp32."
     return self.denoiser(noisy.to(self.dtype), timestep=t, encoder_hidden_states=cond["prompt_embeds"].to(self.dtype),
                          pooled_projections=cond["pooled"].to(self.dtype)).sample.float()
 
 # %% ../nbs/11_families.ipynb #c27dffd4
 @patch_to(SD3Base, as_prop=True)
-def size_step(self:SD3Base) -> int:
+def size_step(self) -> int:
     "Pixels of which width and height must be multiples: a patch of latents."
     return self.pipe.vae_scale_factor * self.denoiser.config.patch_size
 
 @patch_to(SD3Base, as_prop=True)
-def max_size(self:SD3Base) -> int:
+def max_size(self) -> int:
     "The largest side in pixels: the side of the table of places."
     return self.denoiser.config.pos_embed_max_size * self.size_step
 
 @patch_to(SD3Base)
-def prompt_arguments(self:SD3Base, prompts: list[str], options: dict[str, Any]):
+def prompt_arguments(self, prompts: list[str], options: dict[str, Any]):
     "A text for each tokenizer, unless the caller gives them, and the length of T5's."
     options = {"max_sequence_length": self.t5_length, **options}
     return dict(prompt=prompts) if {"prompt_2", "prompt_3"} & set(options) else self.spell(prompts), options
 
 # %% ../nbs/11_families.ipynb #fec1da00
 @patch_to(SD3Base)
-def skipping(self:SD3Base, layers: bool | Iterable[int], guidance_scale: float | None = None) -> dict[str, Any]:
+def skipping(self, layers: bool | Iterable[int], guidance_scale: float | None = None) -> dict[str, Any]:
     "The options of the pipeline for skip-layer guidance."
     own = {**SKIP, **SAMPLING[self.preset].get("skip", {})}
     if layers is True and "skip" not in SAMPLING[self.preset]:
@@ -255,7 +255,7 @@ def skipping(self:SD3Base, layers: bool | Iterable[int], guidance_scale: float |
 
 @patch_to(SD3Base)
 @contextmanager
-def shifted(self:SD3Base, shift: float | None) -> Iterator[None]:
+def shifted(self, shift: float | None) -> Iterator[None]:
     "A context in which the scheduler has another shift."
     if shift is None: yield; return
     kept = self.pipe.scheduler
