@@ -154,7 +154,7 @@ def teacher_walk(
 # %% ../nbs/43_turbo.ipynb #7b73677c
 @patch_to(Distiller)
 @contextmanager
-def averaged(self:Distiller) -> Iterator[None]:
+def averaged(self) -> Iterator[None]:
     "A context in which the slow average of the parameters answers."
     ps = self.all_params()
     now = [p.detach().clone() for p in ps]
@@ -277,7 +277,7 @@ def _draw_paths(base, prompts, plan, seed):
 
 # %% ../nbs/43_turbo.ipynb #81273ed9
 @patch_to(TurboRun)
-def lora(self:TurboRun) -> Lora:
+def lora(self) -> Lora:
     "A snapshot of what was learned, with instructions for its use."
     lcm = dict(scheduler="LCMScheduler", config=dict(original_inference_steps=self.plan.grid))
     euler = dict(scheduler="FlowMatchEulerDiscreteScheduler", config={}, even=True)
@@ -286,7 +286,7 @@ def lora(self:TurboRun) -> Lora:
                                plan=json.dumps(vars(self.plan)), recipe=self.recipe.to_json()))
 
 @patch_to(TurboRun)
-def fit(self:TurboRun, resume: bool = False) -> Lora:
+def fit(self, resume: bool = False) -> Lora:
     "Train, take the snapshot, leave the base as it was."
     try:
         self.log = self.trainer.fit(resume)

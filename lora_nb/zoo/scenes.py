@@ -235,21 +235,21 @@ def _label(n, device, **columns):
     return torch.stack([columns.get(k, z + 26 if k.startswith("l") else z) for k in LABELS], 1)
 
 @patch_to(Scenes)
-def _rand(self:Scenes, hi, n, lo=0): return torch.randint(lo, hi, (n,)).to(self.device)
+def _rand(self, hi, n, lo=0): return torch.randint(lo, hi, (n,)).to(self.device)
 
 @patch_to(Scenes)
-def _ground(self:Scenes, n):
+def _ground(self, n):
     c, p = self._rand(len(w.COLORS), n), self._rand(len(w.PATTERNS), n)
     return dict(color=c, pattern=p), w.backgrounds(c, p), (self._rand(2, n, -1), self._rand(2, n, -1))
 
 @patch_to(Scenes)
-def _object(self:Scenes, n, held=False):
+def _object(self, n, held=False):
     b = self.world.sample(n)
     return b["images"], _label(n, self.device, **{k: b[k] for k in ("obj", "color", "pattern")})
 
 # %% ../../nbs/zoo/09_scenes.ipynb #59e4bfe3
 @patch_to(Scenes)
-def _sign(self:Scenes, n, held=False):
+def _sign(self, n, held=False):
     lab, bg, by = self._ground(n)
     words = [random_word(self.rng, held) for _ in range(n)]
     ids = torch.tensor([letter_row(s) for s in words], device=self.device).T
@@ -257,7 +257,7 @@ def _sign(self:Scenes, n, held=False):
     return self.signs.draw(words, bg, *by), _label(n, self.device, **lab)
 
 @patch_to(Scenes)
-def _pair(self:Scenes, n, held=False):
+def _pair(self, n, held=False):
     lab, bg, by = self._ground(n)
     lab |= dict(obj=self._rand(len(self.world), n), second=self._rand(len(self.world), n), relation=self._rand(4, n))
     x = self.pairs.draw(lab["obj"], lab["second"], lab["relation"], bg, *by)
@@ -265,7 +265,7 @@ def _pair(self:Scenes, n, held=False):
 
 # %% ../../nbs/zoo/09_scenes.ipynb #7cacaa46
 @patch_to(Scenes)
-def sized(self:Scenes,
+def sized(self,
           n,   # pictures
           h,   # pixels
           wd): # pixels
