@@ -129,7 +129,7 @@ def test_a_setting_that_no_flag_names_is_the_recipes():
     from lora_nb.cli.train import dreambooth_recipe, pti_recipe
     from lora_nb.pti import pivotal_recipe_for
     from lora_nb.recipe import recipe_for
-    base = SimpleNamespace(family="sd3", resolution=1024, name="x", denoiser=None)
+    base = SimpleNamespace(family="sd3", flow=True, small=False, resolution=1024, name="x", denoiser=None)
     a = lora_pti.parser().parse_args([str(w) for w in (*WORDS[:2], "--output_dir", "x")])
     assert pti_recipe(a, base) == pivotal_recipe_for(base).replace(seed=42)
     a = lora_dreambooth.parser().parse_args([str(w) for w in SUBJECT[:4]])
@@ -142,7 +142,7 @@ def test_a_setting_that_no_flag_names_is_the_recipes():
 def test_pti_flags_depend_on_each_other():
     from types import SimpleNamespace
     from lora_nb.cli.train import pti_recipe
-    base = SimpleNamespace(family="sd", resolution=512, name="x")
+    base = SimpleNamespace(family="sd", flow=False, small=False, resolution=512, name="x")
     def recipe(*words): return pti_recipe(lora_pti.parser().parse_args([str(w) for w in (*WORDS[:2], "--output_dir", "x", *words)]), base)
     assert recipe("--perform_inversion=False").ti_steps == 0
     assert recipe("--lr_scheduler", "linear").lr_schedule == "linear" == recipe("--lr_scheduler", "linear").ti_lr_schedule
