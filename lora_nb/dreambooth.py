@@ -9,7 +9,7 @@ __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'subj
            'load_concepts', 'concept_streams', 'DreamBooth', 'check_prior', 'train_dreambooth']
 
 # %% ../nbs/39_dreambooth.ipynb #d1206280
-import json, re
+import itertools, json, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,8 @@ def class_pictures(
     "Pictures of the class, drawn by the base itself."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     have = _existing(folder)
-    todo = [(i, prompts[i % len(prompts)]) for i in range(len(have), n)]
+    free = (i for i in itertools.count() if folder is None or not _file(folder, i).exists())   # what was deleted is drawn again
+    todo = [(i, prompts[i % len(prompts)]) for i in itertools.islice(free, max(0, n - len(have)))]
     made, drawn = [], range(0, len(todo), batch_size)
     for k in progress(drawn, desc="class pictures") if todo else ():
         part = todo[k:k + batch_size]
@@ -64,10 +65,12 @@ def _existing(folder):
     if path.is_file(): raise DataError(f"{path} is a file: expected a folder for the class pictures.")
     return find_pictures(path) if path.is_dir() and any(path.iterdir()) else []
 
+def _file(folder, i): return Path(folder, f"class-{i:04d}.png")
+
 def _keep(folder, i, image, prompt):
     "Save one class picture with its caption, or pass it through"
     if folder is None: return image
-    path = Path(folder, f"class-{i:04d}.png")
+    path = _file(folder, i)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".txt").write_text(prompt + "\n")
     with atomic_path(path) as tmp: image.save(tmp, format="PNG")
@@ -110,7 +113,7 @@ def prior_stream(
     buckets: Any = None,       # as `ConceptDataset` takes them
     **kw: Any,         # to `class_pictures`
 ) -> Stream:
-    "What keeps the class as it was, as a stream."
+    "The stream that keeps the class as it was."
     shape = dict(size=size or base.resolution, masks=False, buckets=buckets)
     if kind == "prediction":
         prompt = prompts if isinstance(prompts, str) else prompts[0]
@@ -136,7 +139,7 @@ class Concept:
 def load_concepts(
     path: str | Path,  # JSON: a list of {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}
 ) -> list[Concept]:
-    "Read the `concepts_list.json` of other trainers; folders are looked for beside the file, too."
+    "Read the `concepts_list.json` of other trainers; folders are also looked for beside the file."
     try: rows = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as e: raise DataError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(rows, list) or not rows: raise DataError(f"{path} holds no list of concepts: expected [{{...}}, ...].")
@@ -150,7 +153,7 @@ def load_concepts(
     return [one(i, row) for i, row in enumerate(rows, 1)]
 
 def _beside(folder, path):
-    "The folder as it is written, or beside the file if only there it exists"
+    "The folder as written, or beside the file if it exists only there"
     near = Path(path).parent / folder
     return str(near) if near.exists() and not Path(folder).exists() else folder
 
@@ -182,7 +185,7 @@ def concept_streams(
     return out
 
 def _of_a_class(concepts, prior):
-    "Lists of concepts that share class pictures; the base's predictions are asked on each one's own pictures"
+    "Lists of concepts that share class pictures; the base's predictions are made on each one's own pictures"
     groups = {}
     for i, c in enumerate(concepts if prior else ()):
         if not c.class_prompt: continue
@@ -261,7 +264,7 @@ def check_prior(
     prior: Prior,
     class_prompt: str | list[str] | None,
 ) -> PriorKind:
-    "What `prior` means, or why it is impossible"
+    "The kind of prior that `prior` asks for; a `LoraError` if it is impossible"
     if prior == "auto": return "images" if class_prompt else None
     if prior not in PRIORS: raise LoraError(f"prior = {prior!r}: expected 'images', 'prediction', None or 'auto'.")
     if prior and not class_prompt:

@@ -1,4 +1,4 @@
-"""What a training recorded: the loss of each stream, validation by noise level, previews, and the curves that show them.
+"""The record of a training run: the loss of each stream, validation by noise level, previews, and the curves that show them.
 
 Docs: https://lora-nb.github.io/lora_nb/log.html.md"""
 
@@ -24,11 +24,11 @@ from PIL import Image
 class TrainingLog:
     "What happened at each step"
     losses: list = field(default_factory=list)    # total loss of each step
-    parts: dict = field(default_factory=dict)     # stream name -> its loss at each step, NaN where it was not asked
+    parts: dict = field(default_factory=dict)     # stream name -> its loss at each step, NaN in a phase without it
     lrs: list = field(default_factory=list)       # learning rate of the first group at each step
     norms: list = field(default_factory=list)     # length of the gradient at each step
-    times: list = field(default_factory=list)     # seconds of training behind each step of `fit`
-    level: list = field(default_factory=list)     # [(step, loss on fixed samples)], by which the guard judges
+    times: list = field(default_factory=list)     # seconds of training up to each step of `fit`
+    level: list = field(default_factory=list)     # [(step, loss on fixed samples)], for the trainer's guard
     val: dict = field(default_factory=dict)       # stream name -> [(step, validation loss)]
     val_at: dict = field(default_factory=dict)    # stream name -> {noise level "0.25" -> [(step, loss)]}
     phases: list = field(default_factory=list)    # [(last step before it, name of a phase)], after the first phase
@@ -92,7 +92,7 @@ def levels(self,
 # %% ../nbs/36_log.ipynb #0854908e
 @patch_to(TrainingLog)
 def table(self,
-    every: int = 10,  # n: each n-th step
+    every: int = 10,  # n: every n-th step
 ) -> list[dict[str, Any]]:
     "Rows (step, loss, parts, lr, norm, seconds, validation) as dicts, to read or for a data frame"
     columns = dict(loss=self.losses, **self.parts, lr=self.lrs, norm=self.norms, seconds=self.times)
@@ -105,7 +105,7 @@ def table(self,
 @patch_to(TrainingLog)
 def to_csv(self,
     path: str | Path,  # file to write, whole or not at all
-    every: int = 1,    # n: each n-th step
+    every: int = 1,    # n: every n-th step
 ) -> Path:
     "The table as a file for a spreadsheet; what was not measured at a step is empty"
     rows = self.table(every)

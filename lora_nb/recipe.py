@@ -36,13 +36,15 @@ def check_recipe(
     r: "Recipe",
 ) -> None:
     "Raise a `LoraError` for a setting that is impossible"
-    for k in ("steps", "batch_size", "accumulate", "rank", "validation_samples", "validation_levels"):
+    for k in ("steps", "batch_size", "accumulate", "rank", "validation_samples", "validation_levels", "keep_checkpoints"):
         if getattr(r, k) < 1: raise LoraError(f"{k} = {getattr(r, k)}: expected at least 1.")
     for k in ("learning_rate", "text_learning_rate", "max_grad_norm", "prior_weight", "prior_batch", "warmup",
-              "offset_noise", "input_perturbation"):
+              "offset_noise", "input_perturbation", "validate_every", "preview_every", "checkpoint_every"):
         if getattr(r, k) < 0: raise LoraError(f"{k} = {getattr(r, k)}: expected zero or more.")
     for k in ("caption_dropout", "mask_floor"):
         if not 0 <= (getattr(r, k) or 0) <= 1: raise LoraError(f"{k} = {getattr(r, k)}: expected 0 to 1.")
+    if not 0 <= r.dropout < 1: raise LoraError(f"dropout = {r.dropout}: expected 0 to below 1.")
+    if r.snr_gamma is not None and r.snr_gamma <= 0: raise LoraError(f"snr_gamma = {r.snr_gamma}: expected None or above zero.")
     if not 0 <= r.rank_min <= r.rank: raise LoraError(f"rank_min = {r.rank_min}: expected 0 to {r.rank}, the rank.")
     if r.holes not in HOLES: raise LoraError(f"holes = {r.holes!r}: expected one of {', '.join(HOLES)}.")
     if r.mixed_precision not in ("auto", "no", "bf16", "fp16"):

@@ -1,4 +1,4 @@
-"""What DreamBooth, textual inversion and pivotal tuning have in common, written once. A new method adds what is its own.
+"""What DreamBooth, textual inversion and pivotal tuning have in common, written once. A new method adds only its own part.
 
 Docs: https://lora-nb.github.io/lora_nb/run.html.md"""
 
@@ -67,7 +67,7 @@ def taken(
 # %% ../nbs/38_run.ipynb #faac7008
 class TrainingRun:
     "A training by one method: `fit()` trains it, `lora()` is what it has learned so far"
-    trainer: Trainer                       # of the present phase; a run of several phases has none before `fit`
+    trainer: Trainer                       # of the current phase; a run of several phases has none before `fit`
     callback = property(lambda self: self.options.callback, lambda self, f: setattr(self.options, "callback", f))
     def __init__(self,
         base: Base,
@@ -88,11 +88,11 @@ class TrainingRun:
 
     def phases(self) -> dict[str, Callable[[], Trainer]]:
         "name -> function that makes the trainer of this phase, in order"
-        raise NotImplementedError(f"{type(self).__name__} has to say which phases it has.")
+        raise NotImplementedError(f"{type(self).__name__} must define `phases`, its training phases in order.")
 
     def lora(self) -> Lora:
         "What it has learned so far, and what a person must know about it"
-        raise NotImplementedError(f"{type(self).__name__} has to say what it has learned.")
+        raise NotImplementedError(f"{type(self).__name__} must define `lora`, which returns what was learned.")
 
 # %% ../nbs/38_run.ipynb #71e9914e
 def _changed(recipe, settings, kind):
@@ -148,9 +148,9 @@ def train_on(self,
 
 @patch_to(TrainingRun)
 def about(self,
-    **own: str,  # what else the method says
+    **own: str,  # what the method adds
 ) -> dict[str, str]:
-    "Metadata of the LoRA: the base's name and the recipe, with what the method says"
+    "Metadata of the LoRA: the base's name and the recipe, with what the method adds"
     return dict(base=self.base.name, **own, recipe=self.recipe.to_json())
 
 # %% ../nbs/38_run.ipynb #bf8c55fe
@@ -158,7 +158,7 @@ def about(self,
 def fit(self,
     resume: bool = False,  # go on from the newest checkpoint in the output folder, if there is one
 ) -> Lora:
-    "Train all phases, take what was learned, leave the base as it was"
+    "Train all phases and return what was learned; the base is left as it was"
     self.logs, phases = [], self.phases()
     try:
         for make in phases.values():

@@ -1,4 +1,4 @@
-"""Two streams that read each other, a straight path from noise to picture, and what both mean for a LoRA.
+"""Two streams of tokens that attend to each other, a straight path from noise to picture, and what both mean for a LoRA.
 
 Docs: https://lora-nb.github.io/lora_nb/sd3.html.md"""
 
@@ -104,8 +104,8 @@ class AttentionMap:
     block: int              # its index
     call: int               # number of the call since recording began: the denoising step
     timestep: float         # 1000 = pure noise
-    weights: torch.Tensor   # (B, heads, n, n): row i is how token i shares its attention out; it sums to one
-    pictures: int           # the first so many of the n tokens are the picture's
+    weights: torch.Tensor   # (B, heads, n, n): row i is how token i distributes its attention; it sums to one
+    pictures: int           # how many of the n tokens are the picture's; they come first
     @property
     def picture_to_text(self) -> torch.Tensor: return self.weights[..., :self.pictures, self.pictures:]
     @property

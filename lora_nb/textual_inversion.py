@@ -54,7 +54,7 @@ def first_vectors(
     n: int = 1,                # how many vectors
     seed: int = 0,             # of random ones
 ) -> torch.Tensor:             # (n, d) in fp32
-    "The first vectors of a new word"
+    "The initial vectors of a new word"
     table = encoder.get_input_embeddings().weight.detach().float()
     if isinstance(init, torch.Tensor): return _given(init, n, table)
     if init == "<zero>": return table.new_zeros(n, table.shape[1])
@@ -63,7 +63,7 @@ def first_vectors(
         sigma = float(init[6:-1]) if init.startswith("<rand-") else table.std()
         return torch.randn(n, table.shape[1], generator=generator(seed)).to(table.device) * sigma
     ids = tokenizer(init, add_special_tokens=False)["input_ids"]
-    ids = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "▁"]           # T5's blank says nothing
+    ids = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "▁"]           # T5's token for a blank
     if not ids: raise DataError(f"The initialiser {init!r} has no tokens: expected a word such as 'toy', or one of "
                                 "'<rand>', '<rand-0.02>', '<zero>', '<mean>'.")
     return table[[ids[i % len(ids)] for i in range(n)]]
@@ -104,7 +104,7 @@ def _encoders(base, components):
 
 @patch_to(NewWords)
 def _learn(self, component, words):
-    "Put a `WordTable` in the place of an encoder's table"
+    "Put a `WordTable` in place of an encoder's table"
     encoder, tokenizer = self.encoders[component]
     names = [n for w, d in words.items() for n in vector_tokens(w, len(d[component]))]
     table = WordTable(encoder.get_input_embeddings(), tokenizer.convert_tokens_to_ids(names),
@@ -313,7 +313,7 @@ def trigger_words_of(
     data: dict[str, Any],  # trigger -> pictures
     noun: str = "",        # a class noun said after each word
 ) -> str:
-    "The words that call what was learned, with commas between several"
+    "The trigger words of what was learned, separated by commas"
     return ", ".join(f"{t} {noun}".strip() for t in data)
 
 def pulled(

@@ -1,4 +1,4 @@
-"""One loop for every method: drawing samples, asking the denoiser, taking a step, looking at it, stopping and resuming.
+"""One loop for every method: draw samples, ask the denoiser, take a step, validate, stop and resume.
 
 Docs: https://lora-nb.github.io/lora_nb/training.html.md"""
 
@@ -47,7 +47,7 @@ def draw_samples(
     seed: int,
     run: int | None = None, # where sizes differ: samples in a row that share one; None: all
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    "Rows (n,), sides (n,), quantiles (n,) and n noises of the samples at these places: a function of seed and place"
+    "Rows, sides (1: mirrored) and quantiles, (n,) each, and n noises of these samples: a function of seed and place"
     rows, sides, qs, noise = order_by_size(examples.shapes, places, run or len(places), seed), [], [], []
     for r, i in zip(rows.tolist(), places):
         g = torch.Generator().manual_seed(derive(seed, i))
@@ -104,16 +104,16 @@ class Trainer:
     "The training loop"
     def __init__(self,
         base: Base,
-        params: Any,               # what `inject_lora` gave, or component name -> parameters that learn
+        params: Any,               # what `inject_lora` returned, or component name -> parameters that learn
         streams: list[Stream],
         recipe: Recipe,
-        off: Callable[[], Any] | None = None,  # gives a context in which the LoRA is off; None: that of the injection
+        off: Callable[[], Any] | None = None,  # returns a context in which the LoRA is off; None: that of the injection
         previews: dict[str, Any] | None = None,  # prompts, seeds, steps, guidance_scale ... for `base.generate`
         output_dir: str | Path | None = None,  # folder of checkpoints; None: none are written
         validation: dict[str, Examples] | None = None,  # stream name -> what to validate on; None: the stream's own
         callback: Callable[["Trainer"], Any] | None = None,  # called after each step; True stops the run
         rates: dict[str, float] | None = None,  # component name -> learning rate; None: those of the recipe
-        penalty: Callable[[], dict[str, torch.Tensor]] | None = None,  # gives name -> scalar, added to the loss
+        penalty: Callable[[], dict[str, torch.Tensor]] | None = None,  # returns name -> scalar, added to the loss
         turns: "list[Turn] | None" = None,     # step by step in rotation; None: everything learns at each step
     ):
         from diffusers.optimization import get_scheduler
@@ -342,7 +342,7 @@ def step(self) -> None:
 
 @patch_to(Trainer)
 def _take_turn(self):
-    "Only the parameters whose turn it is ask for gradients; the optimiser passes over the others"
+    "Only the parameters whose turn it is require gradients; the optimiser skips the others"
     now = self.turns[self.done % len(self.turns)].groups
     for n, ps in self.groups.items():
         for p in ps: p.requires_grad_(n in now)
@@ -377,7 +377,7 @@ def _note(self, name, value):
 # %% ../nbs/37_training.ipynb #e026fae9
 @patch_to(Trainer)
 def _check_finite(self, total, parts, norm, lr):
-    "Stop on NaN, with advice; an endless gradient alone is fp16's normal way of finding its scale"
+    "Stop on NaN, with advice; an infinite gradient alone is fp16's normal way of finding its scale"
     finite = all(abs(x) < float("inf") for x in ([total] if self.precision == "fp16" else [total, norm]))
     if finite: return
     values = ", ".join(f"{n} {p:.3g}" for n, p in parts.items())
@@ -449,7 +449,7 @@ def _pace(self):
 def worse(
     levels: list[float],  # loss on fixed samples at the start, and at each look since
 ) -> bool:
-    "Did this run go wrong?"
+    "Whether a run has gone wrong, by its losses on fixed samples"
     start, *later = levels
     if later and later[-1] > 1.5 * start: return True
     if len(later) < 2: return False
@@ -470,7 +470,7 @@ def _rise(log, saved):
     rate, kept = log.lrs[-1], [p for p in saved if int(p.stem[5:]) <= good]
     return (f"The loss on fixed samples of the training pictures was {log.level[0][1]:.3g} at the start and is "
             f"{log.level[-1][1]:.3g} at step {log.level[-1][0]} (gradient {log.norms[0]:.3g} at first, "
-            f"{log.norms[-1]:.3g} now; learning rate {rate:.3g}). Expected: less and less. Try learning_rate = "
+            f"{log.norms[-1]:.3g} now; learning rate {rate:.3g}). Expected: a falling loss. Try learning_rate = "
             f"{rate / 10:.1g}, a warmup, or max_grad_norm = 0.1; guard=False trains on."
             + (f" The last checkpoint from before is {kept[-1]}." if kept else ""))
 
@@ -488,7 +488,7 @@ def preview(self) -> list[Image.Image]:
 
 @patch_to(Trainer)
 def _mode(self, training):
-    "Dropout of the LoRA's branches on or off, everything else stays in evaluation mode; gives what it was"
+    "Dropout of the LoRA's branches on or off, everything else stays in evaluation mode; returns the previous mode"
     for net in self.base.parts().values():
         for m in net.modules():
             if hasattr(m, "lora_up"): m.train(training)
@@ -572,7 +572,7 @@ def _ranks(self):
 @patch_to(Trainer)
 @contextlib.contextmanager
 def session(self) -> Iterator[None]:
-    "Ready for training, and as before afterwards, whatever happens"
+    "A context ready for training; afterwards all is as before, whatever happens"
     net = self.base.denoiser
     convs = [p for p in net.parameters() if p.dim() == 4 and not p.requires_grad]
     with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []), self._ranks():
@@ -624,7 +624,7 @@ def _look(self, step, last=False):
 
 @patch_to(Trainer)
 def _postfix(self):
-    "What the progress bar says besides speed and time left: the loss, and the newest validation losses"
+    "What the progress bar shows besides speed and time left: the loss, and the newest validation losses"
     val = {f"{n} val": f"{v[-1][1]:.4f}" for n, v in self.log.val.items()}
     return dict(loss=f"{running_mean(self.log.losses[-30:])[-1]:.4f}", **val)
 

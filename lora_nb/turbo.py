@@ -167,7 +167,7 @@ def averaged(self) -> Iterator[None]:
 
 # %% ../nbs/43_turbo.ipynb #58a41fb3
 def huber(error: torch.Tensor, corner: float = 1e-3) -> torch.Tensor:
-    "|error|, round at the bottom."
+    "|error|, smoothed near zero."
     return (error ** 2 + corner ** 2).sqrt() - corner
 
 # %% ../nbs/43_turbo.ipynb #28b29716

@@ -138,3 +138,13 @@ def test_a_folder_beside_the_list(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps([row]))
     (concept,) = load_concepts(tmp_path / "c.json")
     assert Path(concept.data) == tmp_path / "bear" and concept.class_data == "toys" and concept.trigger == "sks toy"
+
+
+def test_a_class_picture_that_was_deleted_is_drawn_again(sd, tmp_path):
+    how = dict(folder=tmp_path, steps=1)
+    files, _ = class_pictures(sd, ["a toy", "an animal"], n=4, **how)
+    before = {f.name: f.read_bytes() for f in files}
+    files[1].unlink()
+    again, captions = class_pictures(sd, ["a toy", "an animal"], n=4, **how)
+    assert {f.name: f.read_bytes() for f in again} == before and len(set(again)) == 4
+    assert sorted(captions) == ["a toy", "a toy", "an animal", "an animal"]
