@@ -24,7 +24,7 @@ Modules:
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
 - `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it.
 - `lora_nb.similarity`: How alike are two pictures? Likeness to given pictures, diversity, copies and drift, as DINO, CLIP or a thumbnail sees them.
-- `lora_nb.zoo.judge`: A small classifier that says what a drawn picture shows, and a comparison that reads its background. Neither has a part in the drawing."""
+- `lora_nb.zoo.judge`: A small classifier that says what a drawn picture shows, and a comparison that reads its background. Neither takes part in the drawing."""
 
 from importlib import import_module
 from importlib.util import find_spec

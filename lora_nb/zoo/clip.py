@@ -164,7 +164,7 @@ def train_clip(
 def text_tower(
     clip: "CLIPModel",  # `CLIPModel`
 ) -> "CLIPTextModel":   # frozen `CLIPTextModel` with the same weights
-    "The text tower alone, as diffusers wants it."
+    "The text tower alone, as diffusers expects it."
     from transformers import CLIPTextModel
     text = CLIPTextModel(clip.config.text_config)
     prefix = "" if any(k.startswith("text_model.") for k in text.state_dict()) else "text_model."

@@ -1,4 +1,4 @@
-"""A small classifier that says what a drawn picture shows, and a comparison that reads its background. Neither has a part in
+"""A small classifier that says what a drawn picture shows, and a comparison that reads its background. Neither takes part in
 the drawing.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/judge.html.md"""
@@ -83,7 +83,7 @@ def load_judge(
 def recognise(
     judge: Judge,
     images: Pictures,
-) -> tuple[list[str], torch.Tensor]:  # first answers, probabilities `(B, answers)`
+) -> tuple[list[str], torch.Tensor]:  # most probable answers, probabilities `(B, answers)`
     "What does the judge see in each picture?"
     with torch.no_grad(): p = judge(to_batch(images, 64))[0].softmax(1)
     return [judge.names[i] for i in p.argmax(1)], p
@@ -101,7 +101,7 @@ def shows(
     images: Pictures,            # B pictures
     names: str | Sequence[str],  # one name for all, or B names
 ) -> np.ndarray:                 # `(B,)` of 0. and 1.
-    "Is this object the judge's first answer?"
+    "Is this object the judge's most probable answer?"
     seen, _ = recognise(judge, images)
     names = [names] * len(seen) if isinstance(names, str) else names
     unknown = set(names) - set(judge.names)

@@ -307,7 +307,7 @@ def export_base(
     out = Path(out)
     pipe.to("cpu", torch.float16).save_pretrained(out, safe_serialization=True)
     for f in out.glob("text_encoder*/config.json"): f.write_text(f.read_text().replace('"float16"', '"float32"'))
-    for f in (out / "model_index.json", *out.glob("*/config.json")):                       # nobody's folder goes into a file
+    for f in (out / "model_index.json", *out.glob("*/config.json")):                       # no local folder goes into a file
         f.write_text(re.sub(r'\n *"_name_or_path": ".*",', "", f.read_text()))
     return out
 

@@ -162,7 +162,7 @@ def save_encoder(
     path: str | Path,      # folder
     center: torch.Tensor,  # `(d,)` of `feature_mean`
 ) -> "ResNetModel":        # the model
-    "Write the encoder as `AutoModel` reads it, in half precision, and how pictures are fed to it."
+    "Write the encoder in half precision for `AutoModel`, with the settings of its picture processor."
     model.config.feature_mean = [round(v, 5) for v in center.tolist()]
     feed = dict(image_mean=[.5] * 3, image_std=[.5] * 3, size=dict(height=64, width=64))
     with atomic_path(path) as tmp, quiet():

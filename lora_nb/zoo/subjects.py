@@ -1,4 +1,4 @@
-"""Five pictures of each thing the bases have never seen, and questions about it whose answers are known.
+"""Five pictures of each subject and eight of each style that the bases have never seen, and questions about them with known answers.
 
 Docs: https://lora-nb.github.io/lora_nb/zoo/subjects.html.md"""
 
@@ -67,7 +67,7 @@ WORDINGS = tuple(CAPTION_TEMPLATES[i] for i in (0, 1, 2, 5, 6))   # one for each
 
 def describe(
     s: Mapping,                # one scene of `plan`
-    what: str = "{trigger}",   # the object's words, or a hole
+    what: str = "{trigger}",   # the object's words, or the placeholder
     style: str | None = None,  # the style's words
     wording: int = 0,          # which of `WORDINGS`
 ) -> str:                      # one sentence
@@ -162,7 +162,7 @@ def _noun(noun, n, seed, **kw):
 
 # %% ../../nbs/zoo/03_subjects.ipynb #cd7eea35
 def _style_exam(trigger, style, kind, n, avoid, seed):
-    "`avoid` is of no use here: the objects are new, the backgrounds need not be."
+    "`avoid` is not used: the objects are new, so the backgrounds need not be."
     objects, words = [o for o in OBJECTS if o not in STYLE_OBJECTS], trigger.removesuffix(" style")
     asked = questions(objects, n, (), seed)
     for q in asked: q.prompt, q.style = f"{q.prompt}, in {words} style", style or words

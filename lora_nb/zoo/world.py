@@ -172,7 +172,7 @@ def have_font(
 def _font(font=FONT):
     if not have_font(font):
         raise DataError(f"{font} is missing: rendering the world needs the Debian package fonts-noto-color-emoji "
-                        "(apt install fonts-noto-color-emoji). Only retraining a base needs it.")
+                        "(apt install fonts-noto-color-emoji). Only redrawing it or retraining a base does.")
     return ImageFont.truetype(font, 109)                                # the one size of its bitmaps
 
 # %% ../../nbs/zoo/00_world.ipynb #0c1eb800
@@ -308,7 +308,7 @@ def find_material(
     text: str | Path,                                # name of a bundled subject or style, or a folder of pictures
     kinds: Sequence[str] = ("subjects", "styles"),   # bundled material to look in
 ) -> tuple[Path, Literal["subject", "style"] | None, str]: # folder; what it is, None if not bundled; class noun or ""
-    "The pictures that a person names, and what is known about them."
+    "Find the pictures that a person names, and what is known about them."
     ours, text = {n: p for k in kinds for n, p in material(k).items()}, str(text).strip()
     name = text.lower().replace(" ", "_")
     folder = ours.get(name, Path(text).expanduser())
