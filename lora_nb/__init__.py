@@ -18,7 +18,7 @@ Modules:
 
 - `lora_nb.composition`: LoRAs are values, so they can be added, subtracted and blended: exactly, of any ranks, without a model in memory.
 - `lora_nb.conversion`: Look into a LoRA file without a pipeline, and convert it to another format with a list of everything that does not fit.
-- `lora_nb.evaluation`: Did it learn the subject, does it still follow the prompt, and what did it forget? Four questions, each with a number.
+- `lora_nb.evaluation`: Did it learn the subject, does it follow the prompt, do its pictures vary, and what did it forget? Four questions, each with a number.
 - `lora_nb.extraction`: A LoRA from a model whose weights were all fine-tuned, and a small LoRA from a large one, with an error that you can trust.
 - `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.

@@ -74,12 +74,13 @@ def captions_of(
     def one(f):
         caption = of(f)
         text = caption if caption and "{caption}" not in prompt else prompt.replace("{caption}", caption)
+        if not caption: text = text.strip(" ,;:")                # what led to the caption that is not there
         return " ".join(text.replace("{trigger}", trigger).split())
     return [one(f) for f in files]
 
 # %% ../nbs/30_captions.ipynb #c0c1d2ed
 def compose_caption(text: str, prefix: str = "", suffix: str = "", trigger: str = "") -> str:
-    "A caption with what goes around it; the trigger word leads if it is nowhere else"
+    "A caption with its prefix and suffix; the trigger word goes in front if it is nowhere else"
     glue = "" if not suffix or suffix[0] in ",.;: " else " "
     text = " ".join(f"{prefix} {text}{glue}{suffix}".split()).strip(" ,")
     if trigger and "{trigger}" not in text and trigger not in text.replace(",", " ").split():
@@ -124,7 +125,7 @@ def sentence(
     phrases: dict[str, Any],    # template and slots
     words: dict[str, str],      # one for each slot
 ) -> str:
-    "Words in their slots, with the articles mended"
+    "Words in their slots, with \"a\" or \"an\" as needed"
     return _mend_articles(" ".join(phrases["template"].format(**words).split()))
 
 def _mend_articles(text): return re.sub(r"\ba ([aeiou])", r"an \1", text)
@@ -134,7 +135,7 @@ def clip_captions(
     images: Sequence[Image.Image],                  # RGB
     clip: Clip | str | Path | None = None,          # a `Clip`, or what it takes; None: the bundled one
     phrases: dict[str, Any] | None = None,          # template and slots; None: those of the CLIP, by `phrases_of`
-    subject: str = "",                              # stands for the object that is found, such as "{trigger}"
+    subject: str = "",                              # replaces the object that is found, such as "{trigger}"
     look: int = 20,                                 # candidates that are tried again in the whole sentence
 ) -> list[str]:
     "A caption for each picture: the phrases that CLIP finds nearest"

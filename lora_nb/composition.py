@@ -80,9 +80,9 @@ def renamed(
 METHODS = {}    # name -> f(layers, loras, **kw) -> {name: Factors or [Factors]}
 
 def method(
-    name: str,   # as `compose` will know it
+    name: str,   # what `compose` calls it
 ) -> Callable:
-    "A decorator that enters a function into `METHODS`"
+    "A decorator that adds a function to `METHODS`"
     def enter(f):
         METHODS[name] = f
         return f
@@ -147,7 +147,7 @@ def _shares(weights, t=None):
 
 # %% ../nbs/24_composition.ipynb #0fb42d6e
 def add_files(
-    path_1: str | Path,      # a LoRA file; for `upl` and `upl-ckpt-v2` a model: folder, file, hub id or embedded name
+    path_1: str | Path,      # a LoRA file; for `upl` and `upl-ckpt-v2` a model: folder, file, hub id or embedded base
     path_2: str | Path,      # a LoRA file
     output_path: str | Path, # file or folder to write
     alpha_1: float = 0.5,    # weight of the first LoRA; in the `upl` modes of the LoRA

@@ -307,5 +307,5 @@ def drop_caption(
     share: float,          # of samples that lose it, 0..1
     rng: random.Random,
 ) -> str:
-    "The caption, or now and then none"
+    "The caption, or an empty one in `share` of the samples"
     return "" if rng.random() < share else caption

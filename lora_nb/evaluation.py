@@ -1,4 +1,4 @@
-"""Did it learn the subject, does it still follow the prompt, and what did it forget? Four questions, each with a number.
+"""Did it learn the subject, does it follow the prompt, do its pictures vary, and what did it forget? Four questions, each with a number.
 
 `evaluate(base, lora, ...)` draws the same prompts and seeds with and without a LoRA and measures subject and prompt
 fidelity, what was forgotten, leaks, over-fitting and diversity, each with its confidence interval.
@@ -68,7 +68,7 @@ def prompt_exam(
     kind: str | None = None,          # the class noun, or "style"; None: the last word of the trigger
     n: int = 24,                      # questions in each group
     groups: Sequence[str] = GROUPS,   # those wanted, of `GROUPS`
-    seed: int = 1,                    # first thousands of the pictures' seeds
+    seed: int = 1,                    # thousands of the first pictures' seeds: 1 starts at 1000
     subject: str | None = None,       # the name by which a judge knows the subject or style
 ) -> dict[str, list[Question]]:
     "An exam of the same texts for the trigger and for the class noun."

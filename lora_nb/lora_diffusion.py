@@ -1,4 +1,4 @@
-"""The names of the older library `lora_diffusion`: code written for it runs after changing the import.
+"""The functions of the older library `lora_diffusion`: code written for it runs after changing the import.
 
 Docs: https://lora-nb.github.io/lora_nb/lora_diffusion.html.md"""
 
@@ -87,12 +87,12 @@ def inject_trainable_lora_extended(
     r: int = 4,                                           # rank
     loras=None,                                           # path of a .pt list of factors to start from
 ):
-    "The same for linears and convolutions"
+    "`inject_trainable_lora` for linears and convolutions"
     return _inject_classes(model, target_replace_module, (nn.Linear, nn.Conv2d), r, loras)
 
 # %% ../nbs/57_lora_diffusion.ipynb #6a23fcfc
 def _inject_classes(model, classes, kinds, r, loras=None, verbose=False, dropout_p=0., scale=1.):
-    "What both functions do: check everything, then wrap"
+    "The work of both injecting functions: check everything, then wrap"
     found = _found_or_error(model, classes, kinds)
     for place, n in found: check_rank(r, *adapted_class(place.module)._sizes(place.module))
     if isinstance(loras, str) or hasattr(loras, "__fspath__"): loras = torch.load(loras, weights_only=True)
@@ -137,13 +137,13 @@ def _check_pairs(
 
 # %% ../nbs/57_lora_diffusion.ipynb #1f1f9958
 def extract_lora_ups_down(model, target_replace_module=DEFAULT_TARGET_REPLACE):
-    "`[(lora_up, lora_down)]`: the modules themselves"
+    "The injected modules: `[(lora_up, lora_down)]`"
     found = find_in_classes(model, target_replace_module, (LoraLayer,))
     if not found: raise TargetError("No lora injected.")
     return [(p.module.lora_up, p.module.lora_down) for p, _ in found]
 
 def extract_lora_as_tensor(model, target_replace_module=DEFAULT_TARGET_REPLACE, as_fp16=True):
-    "`[(up, down)]`: tensors, with the strength folded into up"
+    "The injected factors: `[(up, down)]`, with the strength folded into up"
     found = find_in_classes(model, target_replace_module, (LoraLayer,))
     if not found: raise TargetError("No lora injected.")
     pairs = [p.module.realize_as_lora() for p, _ in found]
@@ -154,13 +154,13 @@ def monkeypatch_or_replace_lora(
     model,
     loras,                                         # [up, down, up, down, ...]
     target_replace_module=DEFAULT_TARGET_REPLACE,
-    r=4,                                           # kept for its callers: the factors know their rank
+    r=4,                                           # unused, kept for old callers: the factors know their rank
 ):
     "Make the linears below some classes wear given factors, in place of whatever they wear"
     _wear_pairs(model, loras, find_in_classes(model, target_replace_module, (nn.Linear, LoraInjectedLinear)))
 
 def monkeypatch_or_replace_lora_extended(model, loras, target_replace_module=DEFAULT_TARGET_REPLACE, r=4):
-    "The same for linears and convolutions; a kind of which the list has none is left out"
+    "`monkeypatch_or_replace_lora` for linears and convolutions; a kind that the list does not contain is skipped"
     kinds = {2: (nn.Linear, LoraInjectedLinear), 4: (nn.Conv2d, LoraInjectedConv2d)}
     wanted = sum((kinds[n] for n in {t.ndim for t in loras}), ())
     _wear_pairs(model, loras, find_in_classes(model, target_replace_module, wanted))
@@ -276,7 +276,7 @@ def apply_learned_embed_in_clip(
     return name
 
 def load_learned_embed_in_clip(learned_embeds_path, text_encoder, tokenizer, token=None, idempotent=False):
-    "The same from a .pt file"
+    "`apply_learned_embed_in_clip` from a .pt file"
     learned = torch.load(learned_embeds_path, weights_only=True, map_location="cpu")
     return apply_learned_embed_in_clip(learned, text_encoder, tokenizer, token, idempotent)
 
@@ -291,7 +291,7 @@ def save_lora_weight(model,             # with LoRA injected
     with atomic_path(path) as tmp: torch.save([w.weight.detach().cpu().half() for pair in pairs for w in pair], tmp)
 
 def save_lora_as_json(model, path="./lora.json"):
-    "The same as nested lists of numbers"
+    "Write `[up, down, up, down, ...]` as nested lists of numbers"
     pairs = extract_lora_ups_down(model)
     with atomic_path(path) as tmp:
         Path(tmp).write_text(json.dumps([w.weight.detach().cpu().float().tolist() for pair in pairs for w in pair]))
@@ -319,7 +319,7 @@ def save_safeloras_with_embeds(modelmap={}, # name -> (model, target class names
     _save_positional(lists, embeds, outpath)
 
 def save_safeloras(modelmap={}, outpath: str | Path = "./lora.safetensors"):
-    "The same without tokens"
+    "`save_safeloras_with_embeds` without tokens"
     return save_safeloras_with_embeds(modelmap=modelmap, outpath=outpath)
 
 # %% ../nbs/57_lora_diffusion.ipynb #6ad5df0b
@@ -335,7 +335,7 @@ def convert_loras_to_safeloras_with_embeds(modelmap={}, # name -> (path of a .pt
     _save_positional(lists, embeds, outpath)
 
 def convert_loras_to_safeloras(modelmap={}, outpath: str | Path = "./lora.safetensors"):
-    "The same without tokens"
+    "`convert_loras_to_safeloras_with_embeds` without tokens"
     convert_loras_to_safeloras_with_embeds(modelmap=modelmap, outpath=outpath)
 
 # %% ../nbs/57_lora_diffusion.ipynb #ce1d29da
@@ -350,7 +350,7 @@ def _todays_order(component, weights, ranks, targets):
     return [w for i in order for w in weights[2*i:2*i+2]], [ranks[i] for i in order]
 
 def parse_safeloras(safeloras): # an open safetensors file
-    "`{name: ([up, down, ...], ranks, target class names)}`, in the order today's models are walked"
+    "The LoRAs of an open file: `{name: ([up, down, ...], ranks, target class names)}`, in today's order of layers"
     metadata, loras = safeloras.metadata() or {}, {}
     tensors = {k: safeloras.get_tensor(k) for k in safeloras.keys() if metadata.get(k) != EMBED_FLAG}
     groups = group_parts(tensors, split_index)
@@ -364,7 +364,7 @@ def parse_safeloras(safeloras): # an open safetensors file
     return loras
 
 def parse_safeloras_embeds(safeloras):
-    "`{token: tensor}`"
+    "The tokens of an open file: `{token: tensor}`"
     metadata = safeloras.metadata() or {}
     return {k: safeloras.get_tensor(k) for k in safeloras.keys() if metadata.get(k) == EMBED_FLAG}
 
@@ -424,7 +424,7 @@ def patch_pipe(
     pipe,
     maybe_unet_path,        # .safetensors, or one of the reference's three .pt files
     token=None,             # other name(s) for its words
-    r: int = 4,             # kept for its callers: files know their rank
+    r: int = 4,             # unused, kept for old callers: files know their rank
     patch_unet=True, patch_text=True, patch_ti=True,
     idempotent_token=True,  # replace words that are there
     unet_target_replace_module=DEFAULT_TARGET_REPLACE,
@@ -579,7 +579,7 @@ from .show import save_jpeg
 
 # %% ../nbs/57_lora_diffusion.ipynb #81c79fd5
 def clipseg_mask_generator(images, target_prompts, model_id=CLIPSEG, device=None, bias=.01, temp=1., **kwargs):
-    "L masks of pictures by text; the largest value is 255"
+    "Greyscale masks of what the prompts name in each picture; the largest value is 255"
     out = []
     for im, logits in zip(images, clipseg_logits(images, target_prompts, model_id, device)):
         p = (soft(logits, temp) + bias).clip(0, 1)
@@ -591,12 +591,12 @@ def blip_captioning_dataset(images, text=None, model_id=BLIP, device=None, **kwa
     return blip_captions(images, model_id, text, device, **kwargs)
 
 def face_mask_google_mediapipe(images, blur_amount=80., bias=.05, detect=find_faces):
-    "L masks of faces; by OpenCV, since mediapipe no longer has the detector in this name"
+    "L masks of faces; by OpenCV, because mediapipe no longer has the detector that this function is named after"
     def one(im): return face_mask(im, detect, blur_amount / 800).point(lambda v: max(v, round(255 * bias)))
     return [one(im) for im in images]
 
 def swin_ir_sr(images, model_id="caidas/swin2SR-classical-sr-x2-64", target_size=None, device=None, **kwargs):
-    "Enlarge pictures by Swin2SR; those of `target_size` (width, height) are left alone"
+    "Enlarge pictures with Swin2SR; those of `target_size` (width, height) are left alone"
     done = [bool(target_size) and im.width >= target_size[0] and im.height >= target_size[1] for im in images]
     small = [im for im, ok in zip(images, done) if not ok]
     larger = iter(enlarge(small, model_id, device) if small else [])

@@ -1,4 +1,4 @@
-"""When the sum of two LoRAs is not the sum of their abilities: projections, votes, least squares, turns, and weights that are learned.
+"""When the sum of two LoRAs is not the sum of their abilities: projections, votes, least squares, taking turns, and learned weights.
 
 Docs: https://lora-nb.github.io/lora_nb/mixing.html.md"""
 
@@ -92,7 +92,7 @@ def drop_and_rescale(
     p: float = .5,        # share of the entries that is dropped
     generator: torch.Generator | None = None,  # of the random numbers
 ) -> torch.Tensor:
-    "DARE's noise"
+    "A difference with entries dropped at random and the rest scaled up: DARE"
     if not 0 <= p < 1: raise LoraError(f"p={p}: expected a share from 0 to below 1")
     keep = torch.rand(delta.shape, generator=generator) >= p
     return delta * keep.to(delta) / (1 - p)
@@ -152,7 +152,7 @@ class Mixture:
 
 # %% ../nbs/25_mixing.ipynb #a1516cbf
 def _joined(factors, module):
-    "Factors side by side in the module's dtype and place, and whose rank is whose"
+    "Factors side by side, in the module's dtype and on its device, and the number of each rank's LoRA"
     owner = torch.tensor([i for i, f in enumerate(factors) if f for _ in range(f.rank)])
     f = add_factors([f for f in factors if f])
     shape, groups = tuple(module.weight.shape), getattr(module, "groups", 1)
@@ -179,7 +179,7 @@ def _branch(self, name, x, module, up, down, owner):
 # %% ../nbs/25_mixing.ipynb #1bda7f98
 @patch_to(Mixture)
 def __enter__(self) -> Mixture:
-    "Put hooks and words in"
+    "Add the hooks, and the LoRAs' words to the vocabulary"
     words = join_words(self.loras)
     self._words = apply_lora(self.model, Lora({}, words)) if words and not isinstance(self.model, nn.Module) else None
     for n, (module, up, down, owner) in self.layers.items():
@@ -191,7 +191,7 @@ def __enter__(self) -> Mixture:
 
 @patch_to(Mixture)
 def __exit__(self, *error) -> None:
-    "Take them out"
+    "Remove hooks and words"
     for h in self._handles: h.remove()
     self._handles.clear()
     if self._words: remove_lora(self.model, self._words)
@@ -222,7 +222,7 @@ def composite(
     mixture: Mixture,                    # entered
     shares: list[float] | None = None,   # of each LoRA in the mean; None: equal
 ) -> Iterator[Mixture]:
-    "LoRA Composite on a `Mixture`: inside this block the denoiser answers with the mean of what each LoRA alone would say"
+    "LoRA Composite on a `Mixture`: inside this block the denoiser returns the mean of what it predicts with each LoRA alone"
     k = len(mixture.loras)
     shares = [1 / k] * k if shares is None else [s / sum(shares) for s in shares]
     model = next(m for c, m in mixture.parts.items() if c in ("unet", "transformer"))

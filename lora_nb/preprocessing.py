@@ -246,9 +246,15 @@ _STATE = "preprocess.json"
 
 def _sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
+def _identity(f):
+    "A function's name and code: two lambdas have one name, and a captioner that was edited has new code"
+    code = getattr(f, "__code__", None)
+    consts = [c for c in code.co_consts if not hasattr(c, "co_code")] if code else ()
+    return [getattr(f, "__qualname__", str(f)), *([code.co_code.hex(), repr(consts), repr(code.co_names)] if code else [])]
+
 def _fingerprint(files, s, *functions):
     "Of everything that decides the output: settings, originals, their captions"
-    what = [asdict(s), [getattr(f, "__qualname__", str(f)) for f in functions]]
+    what = [asdict(s), [_identity(f) for f in functions]]
     what += [(str(f.resolve()), _sha(f) if f.is_file() else None, own_caption(f)) for f in files]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -281,7 +287,7 @@ def _check_ours(output, old, new, overwrite):
 # %% ../nbs/31_preprocessing.ipynb #abff17ba
 @contextlib.contextmanager
 def _stage(output):
-    "A hidden folder in the output that goes away"
+    "A temporary hidden folder in the output"
     fresh = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def parameters(
 
 # %% ../nbs/58_reference.ipynb #b02beb66
 def described(x: object) -> object:
-    "`x`, whose docstring ends with a list of its parameters; unchanged where the source says nothing or cannot be read."
+    "Add a list of its parameters to the docstring of `x`, if the source describes them; returns `x`."
     try: rows = parameters(x)
     except (OSError, TypeError, SyntaxError, IndexError, tokenize.TokenError): return x
     doc = inspect.getdoc(x) or ""

@@ -1,4 +1,4 @@
-"""A LoRA's strength over the steps and the layers of a run, as a value that can be drawn, written as text and read back.
+"""A LoRA's strength over the steps and the layers of a run, as a value that can be plotted, written as text and read back.
 
 Docs: https://lora-nb.github.io/lora_nb/schedule.html.md"""
 
@@ -75,7 +75,7 @@ def _pairs(d, what):
 
 # %% ../nbs/33_schedule.ipynb #ae8f389f
 def _check_schedule(s):
-    "Refuse what has no meaning"
+    "Refuse impossible values"
     if s.ease not in ("linear", "cosine", "step"):
         raise LoraError(f"ease={s.ease!r} is unknown: expected 'linear', 'cosine' or 'step'")
     top = 1. if isinstance(s.start, float) else math.inf
@@ -128,7 +128,7 @@ def at(self, moment: Moment) -> float:
 # %% ../nbs/33_schedule.ipynb #04c82633
 @patch_to(LoraSchedule)
 def values(self, steps: int = 25) -> list[float]:
-    "The strength at each step of a run, for a look at it"
+    "The strength at each step of a run, for instance to plot it"
     last = max(1, steps - 1)
     return [self.at(Moment(i / last, i, steps, 1 - i / last)) for i in range(steps)]
 

@@ -1,4 +1,4 @@
-"""A LoRA whose strength depends on the denoising step and the layer, at no cost per step, and without a trace.
+"""A LoRA whose strength depends on the denoising step and the layer, at no cost per step; afterwards the pipeline is as it was.
 
 Docs: https://lora-nb.github.io/lora_nb/scheduling.html.md"""
 
@@ -183,7 +183,7 @@ class ScheduleState:
     "Where a scheduled run is"
     moment: Moment | None = None             # of the last call of the denoiser
     values: list[tuple] | None = None        # (strength, share of the ranks or None) of each LoRA, as worn
-    groups: list[LayerGroup] | None = None   # None: to be made anew
+    groups: list[LayerGroup] | None = None   # None: to be made again
     outside: tuple | None = None             # what others had merged, and where the weights were, when we last looked
 
 @dataclass
@@ -266,7 +266,7 @@ def put_back(self, model: nn.Module) -> None:
 # %% ../nbs/34_scheduling.ipynb #8f544f65
 @patch_to(Scheduled)
 def _put_on(self):
-    "Find the weights, wear what text encoders wear, and watch the denoiser"
+    "Find the weights, put on the text encoders' part, and hook the denoiser"
     for l in self.loras: l.schedule.check_blocks(self.positions, f"this {self.component}")
     placed = [None if l.lora is None else place_lora(self.pipe, l.lora) for l in self.loras]
     layers = [{p: f for p, (_, f) in (found or {}).get(self.component, {}).items()} for found in placed]
@@ -405,7 +405,7 @@ def _cut(layer, r):
     gate.mask = None if r is None else (torch.arange(layer.r, device=gate.weight.device) < r)[None]
 
 def _open(layer, was, selector):
-    "Make a branch what it was"
+    "Restore a branch"
     layer._modules["selector"] = selector
     _set_back(layer, was, "enabled")
     layer.scale = was["_scale"]
@@ -494,13 +494,13 @@ def _scratch(self, n):
 # %% ../nbs/34_scheduling.ipynb #6a4b28d7
 @patch_to(Scheduled)
 def _outside(self):
-    "What would show that somebody else changed the weights"
+    "What would show that other code changed the weights"
     w = next(iter(self.sites.values())).root.weight if self.sites else None
     return {n: s for n, (_, s) in worn_state(self.model).merged.items()}, w is not None and (w.device, w.dtype)
 
 @patch_to(Scheduled)
 def _follow(self):
-    "Start anew from weights that were moved, merged or taken off by others"
+    "Start again from weights that other code moved, merged or took off"
     now, was = self._outside(), self.state.outside
     if now == was: return
     self.state.outside, self.state.groups = now, None
@@ -537,7 +537,7 @@ def scheduled(
     pipe: "Wearer",        # a pipeline, a loaded base, or a denoiser
     loras: dict[Any, Any], # {Lora, file or name of what is worn: schedule}; a schedule is whatever `as_schedule` takes
     budget: int = 2 << 30, # bytes of composed weights to keep beside those in use
-    mode: Literal["merge", "inject"] = "merge",  # into the weights: steps cost nothing; as branches: changes cost nothing
+    mode: Literal["merge", "inject"] = "merge",  # into the weights: steps cost nothing extra; as branches: changes cost little
 ) -> Iterator[Scheduled]:  # with `.set(lora, schedule)` and `.stats`
     "Within this context LoRAs follow schedules; afterwards the pipeline is as before, bit for bit"
     handle = Scheduled(pipe, loras, budget, mode)

@@ -36,8 +36,11 @@ def to_tensor(
         if size: im = ImageOps.fit(im, (size, size), Image.LANCZOS)
         return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 127.5 - 1
     x = image.detach().float().cpu()
-    if size in (None, x.shape[-1]): return x
-    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+    if size is None: return x
+    h, w = x.shape[-2:]
+    side = min(h, w)
+    x = x[:, (h - side) // 2:(h + side) // 2, (w - side) // 2:(w + side) // 2]       # as a file is cropped, around the centre
+    return x if side == size else F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
 
 # %% ../nbs/27_similarity.ipynb #adf6a51c
 def to_batch(
@@ -205,7 +208,7 @@ def _distances(described):
 
 def diversity_marks(
     described: torch.Tensor,  # `(B, d)` descriptions of length one
-) -> np.ndarray:              # `(B,)`: their mean is `diversity`, and their scatter tells its uncertainty
+) -> np.ndarray:              # `(B,)`: their mean is `diversity`, and their scatter shows its uncertainty
     "Diversity as one number for each picture: the jackknife's pseudo-values, since every pair belongs to two pictures."
     r, n = _distances(described), len(described)
     return r.sum() / (n - 1) - (r.sum() - 2 * r) / (n - 2) if n > 2 else np.full(n, diversity(described))
@@ -215,7 +218,7 @@ def thumbnails(
     images: Pictures,  # pictures of any kind
     side: int = 16,    # of the thumbnail
 ) -> torch.Tensor:     # `(B, 3 * side * side)`, each of length one
-    "A picture described by its own thumbnail, which a copy cannot hide."
+    "Pictures described by their own thumbnails, which give copies away."
     x = F.adaptive_avg_pool2d(to_batch(images, 64), side).flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 

@@ -37,7 +37,7 @@ def test_captions_of_files(tmp_path):
     (tmp_path/"a.txt").write_text("a photo of {trigger} on a wall\n")
     files = [tmp_path/"a.jpg", tmp_path/"b.jpg"]
     assert captions_of(files, "a {trigger}", "sks") == ["a photo of sks on a wall", "a sks"]
-    assert captions_of(files, "{trigger}, {caption}", "sks") == ["sks, a photo of sks on a wall", "sks,"]
+    assert captions_of(files, "{trigger}, {caption}", "sks") == ["sks, a photo of sks on a wall", "sks"]
     assert captions_of(files, "a {trigger}", "sks", own=False) == ["a sks"] * 2
 
 
@@ -83,3 +83,9 @@ def test_whose_caption_counts(tmp_path):
     assert [r["text"] for r in rows] == ["by hand, a photo", "by a model, a photo", "edited"] and asked == ["b.jpg"]
     with pytest.raises(ValueError): give_captions([(rows[1], (tmp_path/"p.png", None))], s, lambda images, paths: [], {})
     assert captioner_for(s) is None and edited_captions(tmp_path/"nowhere", dict(rows=[])) == {}
+
+
+def test_a_missing_caption_leaves_no_comma(tmp_path):
+    from PIL import Image
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert captions_of([tmp_path / "a.png"], "{trigger}, {caption}", "sks") == ["sks"]

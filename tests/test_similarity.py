@@ -110,3 +110,8 @@ def test_overfitting_and_drift_need_pairs():
     assert torch.allclose(thumbnails(bears).norm(dim=1), torch.ones(5), atol=1e-5)
     with pytest.raises(DataError, match="two training pictures, not 1"): overfitting(thumbnails(bears), thumbnails(bears[:1]))
     with pytest.raises(DataError, match="6 pictures before and 2 after"): drift(some, some[:2])
+
+
+def test_tensors_are_cropped_as_pictures_are():
+    x = torch.rand(3, 32, 48)
+    assert to_tensor(x, 32).equal(x[:, :, 8:40]) and to_tensor(x, 16).shape == to_tensor(torch.rand(3, 32, 64), 16).shape == (3, 16, 16)

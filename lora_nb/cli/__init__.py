@@ -1,4 +1,4 @@
-"""The book from a terminal: one door to all commands.
+"""The book from a terminal: one entry point for all commands.
 
 Docs: https://lora-nb.github.io/lora_nb/cli.html.md"""
 

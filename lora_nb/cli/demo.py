@@ -1,4 +1,4 @@
-"""The whole book in one command: teach a base one subject, measure what it learned, show it.
+"""The whole book in one command: teach a base one subject, measure what it learned, and show it.
 
 Docs: https://lora-nb.github.io/lora_nb/cli_demo.html.md"""
 

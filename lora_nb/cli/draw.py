@@ -1,4 +1,4 @@
-"""`lora_generate` draws with any LoRAs at any strengths; `lora_evaluate` draws to measure what one of them has taught.
+"""`lora_generate` draws with any LoRAs at any strengths; `lora_evaluate` measures what a LoRA has taught.
 
 Docs: https://lora-nb.github.io/lora_nb/cli_draw.html.md"""
 
@@ -49,7 +49,7 @@ def together(
     loras: "Mapping[str, LoraSchedule]",            # file -> schedule
     mode: Literal["sum", "switch", "composite"],
 ) -> "dict[Lora, LoraSchedule]":                    # for `scheduled`
-    "Several files worn together."
+    "The LoRAs of several files with their schedules, combined as `mode` says."
     from lora_nb.lora import Lora
     from lora_nb.schedule import LoraComposite, lora_switch
     values = {Lora.load(f): s for f, s in loras.items()}
@@ -65,7 +65,7 @@ def drawing(
     base: "Base",               # gets the sampler of a turbo LoRA
     plan: "dict[Lora, Any]",    # what is worn
 ) -> dict[str, Any]:            # for `base.generate`
-    "How to draw: as the flags say, else as a turbo LoRA among the worn says, else as the base does."
+    "How to draw: as the flags say, else as a turbo LoRA in the plan says, else as the base does."
     how = dict(steps=a.num_inference_steps, guidance_scale=a.guidance_scale, size=a.size, skip_layers=a.skip_layers)
     quick = next((lora for lora in plan if "turbo" in lora.metadata), None)
     if quick is None: return how

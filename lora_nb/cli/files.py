@@ -1,4 +1,4 @@
-"""Raw photographs into training pictures; LoRA files inspected, converted, added and extracted; and whether a model fits a card.
+"""Prepare photographs for training; inspect, convert, add and extract LoRA files; find out whether a model fits a card.
 
 Docs: https://lora-nb.github.io/lora_nb/cli_files.html.md"""
 

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 # %% ../../nbs/51_cli_flags.ipynb #e4e92766
 def terminal(
     run: Callable[[list[str]], Any],  # a command, or anything that takes a list of words
-    *argv: object,                    # the words behind the command
+    *argv: object,                    # the words after the command
 ) -> tuple[int, str]:                 # its exit code and everything it printed
     "Run a command as a terminal would."
     out, code = io.StringIO(), 0
@@ -95,12 +95,12 @@ def number(
 
 # %% ../../nbs/51_cli_flags.ipynb #ab30a157
 def shown_default(flag: Flag) -> str:
-    "What holds without the flag, as text; empty where the recipe, or the phrase, says it."
+    "The default as text; empty if the recipe or the help phrase gives it."
     value = flag.usual if flag.default is None else flag.default
     return "" if value is None or value is False or value == [] else str(value)
 
 def help_of(flag: Flag) -> str:
-    "The phrase of a flag and its default, if it has one of its own."
+    "The help phrase of a flag, with its default if it has one of its own."
     shown = shown_default(flag)
     return f"{flag.help} (default: {shown})" if shown and shown is not REQUIRED else flag.help
 
@@ -156,7 +156,7 @@ class OldFlag(argparse.Action):
         print(f"{parser.prog}: {option_string} changes nothing: {self.old.why}.", file=sys.stderr)
 
 def old_help(old: Old) -> str:
-    "What `--help` says of an old flag."
+    "What `--help` says about an old flag."
     return (old.why if old.same == ("any",) else f"{old.why}. {old.do}").replace("%", "%%")
 
 def asks_for_the_same(old: Old, value: object) -> bool:
@@ -281,7 +281,7 @@ def writable(folder: str | Path) -> Path:
 
 # %% ../../nbs/51_cli_flags.ipynb #ef48e18f
 def folder_of(path: str, what: str) -> Path:  # what it should hold
-    "A folder that is there."
+    "The folder as a path; an error if it is missing."
     if not Path(path).is_dir(): raise UsageError(f"No folder {path}: expected {what}.")
     return Path(path)
 

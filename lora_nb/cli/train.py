@@ -1,4 +1,4 @@
-"""`lora_dreambooth`, `lora_ti` and `lora_pti`: the reference's command lines, every flag honoured or refused by name.
+"""`lora_dreambooth`, `lora_ti` and `lora_pti`: the command lines of `lora_diffusion`, every flag honoured or refused by name.
 
 Docs: https://lora-nb.github.io/lora_nb/cli_train.html.md"""
 
@@ -93,12 +93,12 @@ def finished(
 
 # %% ../../nbs/52_cli_train.ipynb #f951750b
 def check_data(a: argparse.Namespace):
-    "Refuse what no training can begin with."
+    "Refuse a missing folder of pictures, and a resolution that is not a multiple of 8."
     folder_of(a.instance_data_dir, "pictures of the subject or style")
     if a.resolution is not None and a.resolution % 8: raise UsageError(f"--resolution {a.resolution}: expected a multiple of 8.")
 
 def previews_of(a: argparse.Namespace) -> dict[str, Any] | None:
-    "What a training draws on its way."
+    "What to draw during training; None without `--preview_prompt`."
     return dict(prompts=[a.preview_prompt] * 4, seeds=a.seed) if a.preview_prompt else None
 
 def base_with_vae(a: argparse.Namespace) -> "Base":
@@ -311,7 +311,7 @@ OLD_PTI = {
 
 # %% ../../nbs/52_cli_train.ipynb #333f5afe
 def check_words(a: argparse.Namespace):
-    "Refuse what the words cannot be learned with, before a base is loaded."
+    "Refuse flags with which words cannot be learned, before a base is loaded."
     from lora_nb.textual_inversion import concepts_of
     check_data(a)
     if not all(w.strip() for w in a.placeholder_tokens.split("|")):

@@ -59,7 +59,7 @@ class Entry:
 
 # %% ../../nbs/49_studio.ipynb #4c10f931
 def page_png(image: Image.Image) -> bytes:
-    "The picture as a PNG for the page, enlarged to about 384 pixels if it is smaller."
+    "The picture as a PNG for the page; a small one is enlarged, to at most 384 pixels."
     k = max(1, 384 // max(image.size)); buffer = io.BytesIO()
     if k > 1: image = image.resize((image.width * k, image.height * k), Image.LANCZOS)
     image.save(buffer, "PNG", compress_level=1)
@@ -299,7 +299,7 @@ def _schedules(self):
 
 @patch_to(Studio)
 def changed(self):
-    "A widget was changed."
+    "React to a changed widget: redraw the curves and, if wanted, the picture."
     if self.quiet: return
     self.curves()
     if self.live.value and self.gallery: self.draw(live=True)

@@ -112,5 +112,5 @@ def read_settings(
     try: text = path.read_text("utf-8") if path.suffix == ".json" else Image.open(path).info.get("lora_nb")
     except OSError as e: raise DataError(f"cannot read {path} ({e}): expected a picture that the studio saved") from e
     if text: return settings_from(text)
-    raise DataError(f"{path} holds no settings: expected a PNG that the studio saved. Programs that write a picture anew "
-                    "often drop what they do not know.")
+    raise DataError(f"{path} holds no settings: expected a PNG that the studio saved. Programs that re-save a picture "
+                    "often drop metadata that they do not know.")

@@ -1,4 +1,4 @@
-"""From settings to a picture: quickly, with previews, and leaving no trace on the base.
+"""From settings to a picture: fast, with previews, and without a trace on the base.
 
 Docs: https://lora-nb.github.io/lora_nb/studio_easel.html.md"""
 
@@ -193,7 +193,7 @@ def find_lora(
     source: Lora | str | Path,  # a `Lora`, a bundled name, or a file
     base: "Base",               # names the layers of files that only number them
 ) -> tuple[Lora, str]:
-    "The LoRA, and where it came from: a bundled name, a path, or an empty text."
+    "The LoRA, and where it came from: a bundled name, a path, or '' for a `Lora` in memory."
     if isinstance(source, Lora): return source, ""
     text, bundled = str(source).strip(), bundled_files(base.name)
     if (name := text.replace(" ", "_")) in bundled: return Lora.load(bundled[name]), name

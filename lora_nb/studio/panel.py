@@ -137,7 +137,7 @@ def report_html(
     lora: Lora,
     report: "Report",  # what `lora.report(base)` returns
 ) -> str:
-    "What a person wants to know about a LoRA that was just loaded, as HTML."
+    "The report of a LoRA that was just loaded, shortened, as HTML."
     fits = f"{len(report.matched)} of {len(lora)} layers fit" if len(lora) else "words only"
     facts = [fits, f"rank {lora.rank}" if len(lora) else "", human(lora.bytes), f"made on {lora.metadata['base']}"
              if lora.metadata.get("base") else "its file names no base"]
@@ -217,7 +217,7 @@ def with_trigger(
     trigger: str,
     kind: str = "",  # the LoRA's class noun, or "style"
 ) -> tuple[str, tuple[str, str] | None]:
-    "The prompt with the trigger in its place, and what was replaced by what; None if it was there already."
+    "The prompt with the trigger in its place, and the pair (old text, new text); None if it was there already."
     if trigger.lower() in prompt.lower(): return prompt, None
     noun = trigger.split()[-1] if " " in trigger else kind
     if kind == "style" and prompt.strip():

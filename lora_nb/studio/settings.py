@@ -1,4 +1,4 @@
-"""Everything that a picture of the studio depends on, as plain data.
+"""Everything that a picture in the studio depends on, as plain data.
 
 Docs: https://lora-nb.github.io/lora_nb/studio_settings.html.md"""
 
@@ -90,7 +90,7 @@ def sparkline(
     values: Sequence[float],  # strength at each step of a run
     width: int = 150,         # pixels
     height: int = 36,
-    low: float = -1.,         # what is below or above is drawn at the edge
+    low: float = -1.,         # values below `low` or above `high` are drawn at the edge
     high: float = 2.,
 ) -> str:
     "A small SVG of a schedule."

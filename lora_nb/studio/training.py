@@ -1,4 +1,4 @@
-"""From a folder of pictures to a LoRA in the panel, with a curve and previews on the way.
+"""From a folder of pictures to a LoRA in the panel, with a loss curve and previews during training.
 
 Docs: https://lora-nb.github.io/lora_nb/studio_training.html.md"""
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 def find_concept(
     text: str,  # a bundled subject or style, or a folder with pictures
 ) -> tuple[Path, Literal["subject", "style"] | None, str]:
-    "The folder of a concept's pictures, what it is, and its class noun; None and an empty text where neither is known."
+    "The folder of a concept's pictures, subject or style, and its class noun; None and '' if they are not known."
     return find_material(text)
 
 @dataclass(frozen=True)
 class Lesson:
-    "What somebody wants the base to learn."
+    "What the base should learn."
     pictures: str                # a bundled subject or style, or a folder
     method: Literal["dreambooth", "pti"] = "dreambooth"            # pti: pivotal tuning
     intent: Literal["subject", "style", "face"] = "subject"        # chooses the recipe card
@@ -63,7 +63,7 @@ def words(self) -> str:
 @patch_to(Lesson)
 def recipe(self,
            base: "Base") -> Recipe:
-    "The card's recipe with these wishes; it validates, previews and saves a few times on the way."
+    "The card's recipe with these choices; the run validates, previews and saves a few times."
     make = pivotal_recipe_for if self.method == "pti" else recipe_for
     some = lambda n: max(1, self.steps // n)
     return make(base, self.intent, steps=self.steps, rank=self.rank, learning_rate=self.learning_rate, seed=self.seed,
@@ -185,7 +185,7 @@ def say(self,
 # %% ../../nbs/48_studio_training.ipynb #476fe25d
 @patch_to(Training)
 def known(self):
-    "Other pictures were chosen: fill in what is known about them."
+    "Fill in what is known about newly chosen pictures."
     self.seen.value = ""
     if not self.pictures.value.strip(): return
     def fill():
@@ -224,7 +224,7 @@ def log(self) -> "TrainingLog":
 
 @patch_to(Training)
 def _after_step(self, job, trainer):
-    "Show how far it is; True stops the run."
+    "Show how far the run has come; True stops it."
     past = sum(l.steps for l in getattr(self.run, "logs", []))
     total, done = self.total, past + trainer.done
     self.bar.value, now = done, time.perf_counter()
@@ -265,7 +265,7 @@ def _train(self, job, resume):
 @patch_to(Training)
 def _learn(self, job, lesson, resume):
     "Train, and hand the result to the drawing page."
-    if not lesson.trigger: raise LoraError("there is no trigger word: expected a word that is to mean your subject, such as "
+    if not lesson.trigger: raise LoraError("there is no trigger word: expected a word that will mean your subject, such as "
                                           "'sks' or '<mine>'.")
     out, self.shown, self.cost, self.run = self.out(lesson), time.perf_counter(), .1, None
     def on_step(pipe, i, t, now): job.check(); return now
