@@ -20,7 +20,7 @@ Modules:
 - `lora_nb.conversion`: Look into a LoRA file without a pipeline, and convert it to another format with a list of everything that does not fit.
 - `lora_nb.evaluation`: Did it learn the subject, does it follow the prompt, do its pictures vary, and what did it forget? Four questions, each with a number.
 - `lora_nb.extraction`: A LoRA from a model whose weights were all fine-tuned, and a small LoRA from a large one, with an error that you can trust.
-- `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
+- `lora_nb.formats`: Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing silently.
 - `lora_nb.injection`: Put a LoRA into a model, as trainable branches or merged into the weights, and take it out again without a trace.
 - `lora_nb.lora`: A LoRA is a value: named pairs of thin matrices, the words it taught, and what a person must know about it.
 - `lora_nb.similarity`: How alike are two pictures? Likeness to given pictures, diversity, copies and drift, as DINO, CLIP or a thumbnail sees them.

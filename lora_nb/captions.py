@@ -74,7 +74,7 @@ def captions_of(
     def one(f):
         caption = of(f)
         text = caption if caption and "{caption}" not in prompt else prompt.replace("{caption}", caption)
-        if not caption: text = text.strip(" ,;:")                # what led to the caption that is not there
+        if not caption and "{caption}" in prompt: text = text.strip(" ,;:")      # what led to the caption
         return " ".join(text.replace("{trigger}", trigger).split())
     return [one(f) for f in files]
 

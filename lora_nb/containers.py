@@ -74,7 +74,7 @@ def unpickle(
 ) -> Any:  # tensors in lists, tuples and dicts
     "What a pickle holds; an error if it needs more than tensors and plain containers"
     try:
-        with open(path, "rb") as f: return torch.load(f, map_location="cpu", weights_only=True)   # of a path, torch trusts the ending
+        with open(path, "rb") as f: return torch.load(f, map_location="cpu", weights_only=True)   # torch trusts a path's suffix
     except pickle.UnpicklingError as e:
         raise FormatError("the pickle holds code or is damaged: expected tensors only. Loading it could run a "
                           "stranger's program, so it was not; ask its author for a safetensors file.") from e
@@ -142,7 +142,7 @@ def unpack_tensor(
 
 # %% ../nbs/14_containers.ipynb #8b66530a
 NOTE = "lora_nb"   # our key in a file's metadata
-BOOKKEEPING = ("format", NOTE, "lora_adapter_metadata", "adapter_config")   # keys that are no person's metadata
+BOOKKEEPING = ("format", NOTE, "lora_adapter_metadata", "adapter_config")   # keys of the formats, not of a person
 
 def note(
     lora: "Lora",
@@ -157,7 +157,7 @@ def note(
 def others(
     metadata: dict[str, str],  # of a file
 ) -> dict[str, str]:
-    "What other programs noted in a file"
+    "The metadata that other programs left in a file"
     return {k: str(v) for k, v in metadata.items() if k not in BOOKKEEPING}
 
 # %% ../nbs/14_containers.ipynb #2aa188f1
@@ -207,7 +207,7 @@ def check_seal(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str],  # as read from a file
 ) -> bool:                     # False: there is no note, and so no checksum
-    "Does a file have our checksum? An error if it does and the content is another"
+    "Does a file have our checksum? An error if the content does not match it"
     own = read_note(metadata)
     if own and own.get("checksum") != checksum(tensors, own):
         raise FormatError("the content is not what the file's checksum says: it is damaged or was edited. "

@@ -555,7 +555,7 @@ def distillation(
     dtype: torch.dtype = torch.float16,   # of the factors
     metadata: dict | None = None,         # for the LoRA: base, trigger ...
 ) -> Distillation:
-    "A LoRA from the difference of two models, with its error and what it could not carry"
+    "A LoRA from the difference of two models, with its error and a list of what it cannot carry"
     _one_of(rank=rank, energy=energy, bytes=bytes)
     device, found = default_device(device), changes(base, tuned, targets)
     _refuse_nothing(found, targets)

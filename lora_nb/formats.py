@@ -1,4 +1,4 @@
-"""Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing in silence.
+"""Read every LoRA file exactly as it was meant, write files that other programs read, and lose nothing silently.
 
 `load_lora(path, base=None)` recognises a file by its content: peft, diffusers, kohya, `lora_diffusion` in both orders,
 textual inversion. `save_lora(lora, path, format="peft")` writes one, and `FORMATS` lists what can be read and written. What

@@ -1,4 +1,4 @@
-"""Every dialect of the most traded LoRA files, read and written exactly: SD1 to SD3.5, LoCon, CP, LoHa, LoKr, DoRA.
+"""Every dialect of the most widely shared LoRA files, read and written exactly: SD1 to SD3.5, LoCon, CP, LoHa, LoKr, DoRA.
 
 Docs: https://lora-nb.github.io/lora_nb/kohya.html.md"""
 
@@ -176,7 +176,7 @@ _FOREIGN = {r"diff(_b)?": "whole differences of weights or biases", r"[wb]_norm"
 def refuse_foreign(
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    "An error for parts of adapters that are no products of thin matrices"
+    "An error for parts of adapters that are not products of thin matrices"
     parts = {k: k.partition(".")[2] for k in tensors if k.startswith(("lora_", "lycoris_"))}
     for pattern, what in _FOREIGN.items() if set(parts.values()) - set(_PARTS) else ():
         found = [k for k, part in parts.items() if re.fullmatch(pattern, part)]
@@ -237,7 +237,7 @@ def lokr_factors(
     return kron(up1, up2), kron(down1, down2), r2 or r1
 
 # %% ../nbs/16_kohya.ipynb #35845631
-LIMIT = 2 * 2**30                      # bytes that the factors of one file may take once multiplied out
+LIMIT = 2 * 2**30                      # most bytes that the factors of one file may take, once multiplied out
 
 def product_bytes(
     p: dict[str, torch.Tensor],  # part -> tensor of one module

@@ -132,7 +132,7 @@ def with_note(
     lora: Lora,
     metadata: dict[str, str],  # of the file that it was read from
 ) -> Lora:
-    "`lora` with the alphas, words and metadata that our note in the file has"
+    "`lora` with the alphas, words and metadata from our note in the file"
     own = read_note(metadata)
     alphas = own.pop("alphas", {})
     words = {t: {c: unpack_tensor(v) for c, v in e.items()} for t, e in own.pop("embeddings", {}).items()}
