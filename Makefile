@@ -4,6 +4,7 @@
 # make test-colab               run the lessons (nbs/tutorials) in an environment of Colab's versions, constraints-colab.txt
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make docs                     the site, without Quarto: _docs/index.html (with Quarto: nbdev-docs)
+# make live                     the page on which the embedded model draws in a browser: out/live (minutes; needs npm)
 # make picture                  run the demo and put its picture and numbers on the index
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
 # make bench / bench-gpu        the measured comparisons / the same for transformers of SD3.5's shapes, where there is a GPU
@@ -24,7 +25,7 @@ COLAB ?= $(CURDIR)/.venv-colab
 # what depends on the versions of torch, diffusers, transformers and peft: layers, files, families, one training of each kind
 CORE := nbs/0 nbs/1 nbs/2 39_dreambooth 40_textual_inversion 41_pti 42_sd3 34_scheduling tests/test_ editable
 
-.PHONY: demo test test-versions test-browser test-colab release-check bench bench-gpu results turbo quality base base3 docs readme picture export clean
+.PHONY: demo test test-versions test-browser test-colab release-check bench bench-gpu results turbo quality base base3 live docs readme picture export clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
@@ -66,6 +67,9 @@ base: $(VENV)/.run
 
 base3: $(VENV)/.run
 	$(BIN)/python -m lora_nb.zoo.mmdit $(or $(OUT),out/base)
+
+live: $(VENV)/.dev
+	$(BIN)/python -m lora_nb.live export --output_dir out/live
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/docs.py

@@ -1,0 +1,151 @@
+// The model in the page: weights, ONNX sessions, prompts, and the loop that draws.
+import {widen} from './half.js'
+import {together} from './lora.js'
+import {Generator} from './random.js'
+import {ddimStep, lcmStep, lcmTimesteps} from './scheduler.js'
+import {Tokenizer} from './tokenizer.js'
+
+/** @typedef {import('./lora.js').Lora} Lora
+ * @typedef {{lora: Lora, strength: number, curve?: number[]}} Worn `curve`: factors of the strength, over the steps
+ * @typedef {{prompt: string, seed: number, steps: number, guidance: number, worn: Worn[], turbo?: Lora|null, show?: number}} Wish */
+
+const WEIGHTS = 'weights'                                 // what the graphs call the file that they share
+
+/** The bytes of a file, with progress; an Error for people if it does not come whole.
+ * @param {string} url @param {(got: number) => void} [report] @param {number} [expected] bytes @returns {Promise<ArrayBuffer>} */
+export async function fetchBytes(url, report = () => {}, expected) {
+  let answer
+  try { answer = await fetch(url) } catch { throw new Error(`${name(url)} could not be loaded: is the network down?`) }
+  if (!answer.ok) throw new Error(`${name(url)} could not be loaded (${answer.status}).`)
+  const reader = answer.body.getReader(), parts = []
+  let got = 0
+  for (;;) {
+    let next
+    try { next = await reader.read() } catch { throw new Error(`${name(url)} broke off after ${got} bytes. Reload the page to try again.`) }
+    if (next.done) break
+    parts.push(next.value); got += next.value.length; report(got)
+  }
+  if (expected !== undefined && got !== expected) throw new Error(`${name(url)} has ${got} bytes, expected ${expected}. Reload the page to try again.`)
+  const out = new Uint8Array(got)
+  let at = 0
+  for (const p of parts) { out.set(p, at); at += p.length }
+  return out.buffer
+}
+
+const name = url => url.split('/').pop()
+
+export class Engine {
+  /** Load what drawing needs. @param {any} ort onnxruntime-web @param {string} url of the folder with manifest.json
+   * @param {(got: number, all: number) => void} [report] @returns {Promise<Engine>} */
+  static async open(ort, url, report = () => {}) {
+    const manifest = JSON.parse(new TextDecoder().decode(await fetchBytes(`${url}/manifest.json`)))
+    const half = await fetchBytes(`${url}/${manifest.weights.file}`, got => report(got, manifest.weights.bytes), manifest.weights.bytes)
+    const engine = new Engine()
+    engine.ort = ort; engine.url = url; engine.manifest = manifest
+    engine.weights = widen(new Uint16Array(half))
+    engine.tokenizer = new Tokenizer(manifest.tokenizer)
+    engine.sessions = {}
+    const s = manifest.schedule
+    engine.schedule = {alphas: Float64Array.from(s.alphas), prediction: s.prediction, last: s.last, trained: s.trained, timesteps: s.timesteps}
+    return engine
+  }
+
+  /** @param {string} graph of the manifest @returns {Promise<any>} an InferenceSession, made when first asked for */
+  async session(graph) {
+    return this.sessions[graph] ??= (async () => {
+      const model = new Uint8Array(await fetchBytes(`${this.url}/${graph}.onnx`))
+      const data = new Uint8Array(this.weights.buffer)
+      return this.ort.InferenceSession.create(model, {executionProviders: ['wasm'], graphOptimizationLevel: 'all', logSeverityLevel: 3,
+        externalData: [{path: WEIGHTS, data}]})
+    })()
+  }
+
+  /** Numbers of a weight, as a view. @param {string} path @returns {Float32Array} */
+  weight(path) {
+    const e = this.manifest.entries[path]
+    return this.weights.subarray(e.offset, e.offset + e.shape.reduce((a, b) => a * b, 1))
+  }
+
+  tensor(data, shape) { return new this.ort.Tensor(data instanceof BigInt64Array ? 'int64' : 'float32', data, shape) }
+
+  /** The inputs of a graph that are LoRA factors. @param {string} component @param {{lora: Lora, strength: number|((path: string) => number)}[]} worn */
+  factors(component, worn) {
+    const g = this.manifest.graphs[component], out = {}
+    together(worn, g.paths, g.shapes).forEach(({rank, down, up}, i) => {
+      const s = g.shapes[g.paths[i]]
+      out[`${g.paths[i]}.down`] = this.tensor(down, [rank, ...s.down.slice(1)])
+      out[`${g.paths[i]}.up`] = this.tensor(up, [s.up[0], rank, ...s.up.slice(2)])
+    })
+    return out
+  }
+
+  /** The text encoder's states of some prompts. @param {string[]} prompts @param {Worn[]} worn
+   * @returns {Promise<{states: Float32Array, lost: number}>} (n, 77, width) */
+  async encode(prompts, worn) {
+    const table = this.weight(this.manifest.table), {width, length} = this.manifest.text, extra = []
+    let next = table.length / width
+    this.tokenizer.words.clear()
+    for (const {lora} of worn) {
+      for (const [word, parts] of Object.entries(lora.words)) {
+        const v = parts.text_encoder
+        if (!v || this.tokenizer.words.has(word)) continue
+        this.tokenizer.words.set(word, Array.from({length: v.n}, (_, i) => next + i))
+        for (let i = 0; i < v.n; i++) extra.push(v.data.subarray(i * width, (i + 1) * width))
+        next += v.n
+      }
+    }
+    const embeds = new Float32Array(prompts.length * length * width), rows = table.length / width
+    let lost = 0
+    prompts.forEach((p, k) => {
+      const {ids, lost: l} = this.tokenizer.encode(p)
+      lost = Math.max(lost, l)
+      ids.forEach((id, i) => embeds.set(id < rows ? table.subarray(id * width, (id + 1) * width) : extra[id - rows], (k * length + i) * width))
+    })
+    const s = await this.session('text_encoder')
+    const out = await s.run({embeds: this.tensor(embeds, [prompts.length, length, width]), ...this.factors('text_encoder', worn)})
+    return {states: out.states.data, lost}
+  }
+
+  /** Latents as a picture. @param {Float32Array} z @returns {Promise<Uint8ClampedArray>} RGBA */
+  async decode(z) {
+    const {scale, shift, shape, size} = this.manifest.latents, x = z.map(v => v / scale + shift)
+    const s = await this.session('decoder'), y = (await s.run({latents: this.tensor(x, [1, ...shape])})).pixels.data
+    const n = size * size, out = new Uint8ClampedArray(4 * n)
+    for (let i = 0; i < n; i++) {
+      for (let c = 0; c < 3; c++) out[4 * i + c] = Math.round(Math.min(1, Math.max(0, y[c * n + i] / 2 + .5)) * 255)
+      out[4 * i + 3] = 255
+    }
+    return out
+  }
+
+  /** Draw one picture. @param {Wish} wish @param {(step: number, pixels: Uint8ClampedArray|null) => (boolean|void)} [seen] called after each
+   * step, with a picture of the clean latents every `wish.show` steps; true stops
+   * @returns {Promise<{pixels: Uint8ClampedArray, lost: number, stopped: boolean}>} */
+  async draw(wish, seen = () => {}) {
+    const {shape} = this.manifest.latents, n = shape.reduce((a, b) => a * b, 1), random = new Generator(wish.seed)
+    const few = !!wish.turbo, guided = wish.guidance !== 1
+    const always = wish.worn.map(w => ({...w, strength: w.strength}))
+    const {states, lost} = await this.encode(guided ? [wish.prompt, ''] : [wish.prompt], always)
+    const width = states.length / (guided ? 2 : 1), batch = guided ? 2 : 1, denoiser = await this.session('denoiser')
+    const all = few ? [...always, {lora: wish.turbo, strength: 1}] : always
+    const times = few ? lcmTimesteps(wish.steps, wish.original ?? 50, this.schedule.trained) : this.schedule.timesteps[wish.steps - 1]
+    let z = random.normal(n), factors = null, worn = null, step = {z, clean: z}, stopped = false
+    const e = this.tensor(states, [batch, this.manifest.text.length, this.manifest.text.width])
+    for (let k = 0; k < times.length; k++) {
+      const now = all.map(w => w.strength * (w.curve ? w.curve[Math.min(w.curve.length - 1, Math.floor(k / times.length * w.curve.length))] : 1))
+      if (now.join() !== worn) { worn = now.join(); factors = this.factors('denoiser', all.map((w, i) => ({lora: w.lora, strength: now[i]}))) }
+      const zz = new Float32Array(batch * n), t = BigInt64Array.from({length: batch}, () => BigInt(times[k]))
+      for (let i = 0; i < batch; i++) zz.set(z, i * n)
+      const out = (await denoiser.run({latents: this.tensor(zz, [batch, ...shape]), timesteps: this.tensor(t, [batch]), states: e, ...factors})).answer.data
+      const answer = guided ? out.slice(0, n) : out
+      if (guided) for (let i = 0; i < n; i++) answer[i] = out[n + i] + wish.guidance * (out[i] - out[n + i])
+      const before = few ? (k + 1 < times.length ? times[k + 1] : -1) : times[k] - Math.floor(this.schedule.trained / times.length)
+      step = few ? lcmStep(this.schedule, z, answer, times[k], before, before >= 0 ? random.normal(n) : null)
+                 : ddimStep(this.schedule, z, answer, times[k], before)
+      z = step.z
+      const last = k + 1 === times.length, picture = wish.show && !last && k % wish.show === wish.show - 1 ? await this.decode(step.clean) : null
+      if (seen(k + 1, picture) && !last) { stopped = true; break }
+    }
+    return {pixels: await this.decode(stopped ? step.clean : z), lost, stopped}
+  }
+}

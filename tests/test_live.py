@@ -1,0 +1,158 @@
+"The page that draws and learns: its JavaScript in Chromium, against Python."
+import json, random, shutil, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_nb.core import LoraError, data_path
+from lora_nb.families import as_base
+from lora_nb.injection import apply_lora, find_targets, remove_lora
+from lora_nb.live import PAGE, example_step, export_live, factor_layout, fetch_runtime, serve_live, training_step
+from lora_nb.lora import Factors, Lora
+from lora_nb.random_pipes import random_pipe
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+needs_runtime = pytest.mark.skipif(CHROMIUM is None or shutil.which("npm") is None, reason="Chromium or npm is not installed")
+CALM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=CALM)
+        yield b
+        b.close()
+
+
+@pytest.fixture(scope="module")
+def modules(browser):
+    "A page on which the JavaScript modules can be imported, without a model."
+    server = serve_live(PAGE)
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}/client.js")
+    yield page
+    server.shutdown()
+
+
+def prompts():
+    rng, letters = random.Random(0), "abc de'fgh12 ,.!?-_<>|&ÄßéΩ日🎃\t\n"
+    words = ["a cat", "it's", "they've", "GREEN", "striped", "12", "naïve", "e\u0301", "<|endoftext|>", "background"]
+    for i in range(1000):
+        yield "".join(rng.choice(letters) for _ in range(rng.randint(0, 80))) if i % 2 else " ".join(rng.choices(words, k=rng.randint(1, 30)))
+
+
+@needs_browser
+def test_tokenizer(modules):
+    from transformers import AutoTokenizer
+    folder, texts = data_path("tiny-sd", "tokenizer"), list(prompts())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=77).input_ids
+    found = modules.evaluate("""async ([json, texts]) => { const {Tokenizer} = await import('/tokenizer.js'), t = new Tokenizer(json)
+        return texts.map(x => t.encode(x).ids) }""", [json.loads(Path(folder, "tokenizer.json").read_text()), texts])
+    wrong = [t for t, a, b in zip(texts, expected, found) if a != b]
+    assert not wrong, wrong[:3]
+
+
+@needs_browser
+@pytest.mark.parametrize("seed, n", [(0, 768), (1, 2048), (123456, 777), (7, 16), (2**32 - 1, 800)])
+def test_noise_of_a_seed(modules, seed, n):
+    found = modules.evaluate("async ([s, n]) => Array.from(new (await import('/random.js')).Generator(s).normal(n))", [seed, n])
+    assert np.abs(np.array(found) - torch.randn(n, generator=torch.Generator().manual_seed(seed)).numpy()).max() < 2e-6
+
+
+@needs_browser
+def test_half_precision(modules):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal(5000) * 10.**rng.integers(-9, 6, 5000), [0, -0., 65504, 65519.9, 65520, 1e30, 6e-8, 2.98e-8, 6.1e-5]])
+    x = x.astype(np.float32)
+    with np.errstate(over="ignore"): expected = x.astype(np.float16)
+    bits, back = modules.evaluate("""async x => { const {narrow, widen} = await import('/half.js'), h = narrow(Float32Array.from(x))
+        return [Array.from(h), Array.from(widen(h), String)] }""", x.tolist())
+    assert bits == expected.view(np.uint16).tolist()
+    assert np.array_equal(np.array([float(b.replace("Infinity", "inf")) for b in back], np.float32), expected.astype(np.float32))
+
+
+@needs_browser
+def test_files_that_are_none(modules):
+    read = lambda raw: modules.evaluate("""async raw => { const {load} = await import('/lora.js')
+        try { load(Uint8Array.from(raw).buffer, 'a.safetensors'); return 'loaded' } catch (e) { return e.message } }""", list(raw))
+    whole = data_path("loras", "neon.safetensors").read_bytes()
+    assert "Not a .safetensors file" in read(b"") and "Not a .safetensors file" in read(b"hello world, this is no model")
+    assert "cut off" in read(whole[:60_000])
+    from safetensors.torch import save
+    assert "lora_convert" in read(save({"lora_unet_x.lora_down.weight": torch.zeros(1, 2)}))
+    assert "only one of its two" in read(save({"unet.x.lora_A.weight": torch.zeros(1, 2)}))
+    assert "of type I64" in read(save({"unet.x.lora_A.weight": torch.zeros(1, 2, dtype=torch.int64)}))
+
+
+def random_lora(base, seed, rank=2):
+    g = torch.Generator().manual_seed(seed)
+    layers = {}
+    for c, net, targets in (("unet", base.denoiser, "extended"), ("text_encoder", base.pipe.text_encoder, "attention")):
+        for path in find_targets(net, targets, c):
+            w = net.get_submodule(path).weight
+            up = torch.randn(w.shape[0], rank, *[1] * (w.ndim - 2), generator=g) * .1
+            layers[f"{c}.{path}"] = Factors(up, torch.randn(rank, *w.shape[1:], generator=g) * .1, alpha=rank / 2)
+    words = {"<thing>": {"text_encoder": torch.randn(2, base.pipe.text_encoder.config.hidden_size, generator=g)}}
+    return Lora(layers, words, {"trigger": "<thing>"})
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory, browser):
+    "A page with a random base and two random LoRAs: (page, base, loras)."
+    base, folder = as_base(random_pipe("sd"), "random"), tmp_path_factory.mktemp("live")
+    try: runtime = fetch_runtime(folder / "ort")
+    except LoraError as e: pytest.skip(str(e))
+    for net in base.parts().values(): net.half().float()
+    loras = {n: random_lora(base, i) for i, n in enumerate(("one", "two"))}
+    for n, lora in loras.items(): lora.save(folder / f"{n}.safetensors")
+    out = export_live(base, folder / "page", {n: folder / f"{n}.safetensors" for n in loras}, training=(2,), rank=2, runtime=runtime)
+    server = serve_live(out)
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}/client.js")
+    page.evaluate("""async () => { const {Client} = await import('/client.js'); window.client = new Client()
+        await client.ask('open', {url: new URL('/model', location.href).href})
+        for (const name of ['one', 'two']) await client.ask('lora', {name, url: new URL(`/loras/${name}.safetensors`, location.href).href}) }""")
+    yield page, base, {n: Lora.load(folder / f"{n}.safetensors") for n in loras}
+    server.shutdown()
+
+
+@needs_runtime
+@pytest.mark.parametrize("worn", [{}, {"one": 1.}, {"one": .7, "two": -.4}], ids=["base", "one", "two"])
+def test_pictures_equal_pythons(live, worn):
+    page, base, loras = live
+    prompt, how = "a <thing> on a striped blue background" if worn else "a cat", dict(steps=4, guidance_scale=3.)
+    for n, s in worn.items(): apply_lora(base.pipe, Lora(loras[n].layers, loras[n].embeddings if n == "one" else {}), scale=s, name=n)
+    expected = np.asarray(base.generate([prompt], seeds=[5], **how)[0]).astype(int)
+    remove_lora(base.pipe)
+    found = page.evaluate("""async ([prompt, worn]) => Array.from((await client.ask('draw', {prompt, seed: 5, steps: 4, guidance: 3,
+        worn: Object.entries(worn).map(([name, strength]) => ({name, strength}))})).pixels)""", [prompt, worn])
+    found = np.array(found).reshape(*expected.shape[:2], 4)[..., :3]
+    assert np.abs(found - expected).max() <= 2, np.abs(found - expected).max()
+
+
+@needs_runtime
+def test_ten_training_steps_equal_torchs(live):
+    page, base, _ = live
+    layout = factor_layout(base.denoiser, list(find_targets(base.denoiser, "attention", "unet")), 2)
+    inputs = list(example_step(base, layout, 2, batch=2))
+    step, losses = training_step(base, layout, 2), []
+    for k in range(1, 11):
+        inputs[3] = torch.tensor([float(k)])
+        *inputs[:3], loss = step(*inputs); losses.append(float(loss))
+    theta, _, _, _, lr, z, noise, t, states, *_ = example_step(base, layout, 2, batch=2)
+    found = page.evaluate("""async ([theta, lr, latents, noise, times, states]) => client.ask('steps', {batch: 2, theta, lr, latents, noise, times, states, n: 10})""",
+                          [theta.tolist(), float(lr), z.flatten().tolist(), noise.flatten().tolist(), t.tolist(), states.flatten().tolist()])
+    assert np.abs(np.array(found) - losses).max() < 1e-5, (found, losses)
+
+
+@needs_runtime
+def test_a_broken_download_is_a_sentence(live):
+    page, _, _ = live
+    said = page.evaluate("""async () => { const {Client} = await import('/client.js'), c = new Client()
+        try { await c.ask('open', {url: new URL('/nowhere', location.href).href}); return '' } catch (e) { return e.message } }""")
+    assert "manifest.json could not be loaded (404)" in said
