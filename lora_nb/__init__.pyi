@@ -141,6 +141,11 @@ from .show import save_jpeg as save_jpeg
 from .studio import Studio as Studio
 from .studio import lora_studio as lora_studio
 
+# in the browser
+from .live import export_live as export_live
+from .live import serve_live as serve_live
+from .live import show_live as show_live
+
 # lessons
 from .lessons import lesson_base as lesson_base
 from .lessons import lesson_places as lesson_places
@@ -161,6 +166,7 @@ from .cli.files import lora_info as lora_info
 from .cli.files import lora_convert as lora_convert
 from .cli.files import lora_distill as lora_distill
 from .cli.files import lora_memory as lora_memory
+from .live import lora_live as lora_live
 
 # errors
 from .core import LoraError as LoraError
@@ -248,6 +254,7 @@ from . import injection as injection
 from . import kohya as kohya
 from . import layers as layers
 from . import lessons as lessons
+from . import live as live
 from . import loading as loading
 from . import log as log
 from . import lora as lora
@@ -279,4 +286,4 @@ from . import words as words
 from . import worn as worn
 from . import zoo as zoo
 
-__all__ = ['load_base', 'as_base', 'Base', 'embedded_bases', 'random_pipe', 'estimate_memory', 'Memory', 'memory_bars', 'Lora', 'Factors', 'add_factors', 'canonical', 'block_of', 'COMPONENTS', 'STREAMS', 'BLOCKS', 'apply_lora', 'remove_lora', 'set_scale', 'extract_lora', 'adapters', 'disabled', 'inject_lora', 'find_targets', 'TARGETS', 'MMDIT_TARGETS', 'Report', 'LoraLayer', 'LoraInjectedLinear', 'LoraInjectedConv2d', 'set_scales', 'load_lora', 'save_lora', 'FORMATS', 'convert_lora', 'fit_format', 'lora_file_info', 'trigger_words', 'distill', 'distillation', 'resize', 'save_checkpoint', 'merge_checkpoint', 'compose', 'triggers_of', 'learn_weights', 'zip_columns', 'LoraSchedule', 'scheduled', 'ramp', 'interpolate', 'parse_schedule', 'parse_lora', 'lora_switch', 'LoraComposite', 'trained_schedule', 'preprocess', 'settings_for', 'find_pictures', 'open_picture', 'ConceptDataset', 'captions_of', 'recipe_card', 'recipe_for', 'Recipe', 'train_dreambooth', 'DreamBooth', 'Concept', 'load_concepts', 'class_pictures', 'train_textual_inversion', 'TextualInversion', 'inversion_recipe_for', 'neighbours', 'train_pti', 'PivotalTuning', 'pivotal_recipe_for', 'Trainer', 'Stream', 'TrainingLog', 'attention_maps', 'shift_for', 'block_groups', 'TurboRun', 'turbo_plan', 'turbo_recipe', 'turbocharged', 'with_turbo', 'turbo_settings', 'evaluate', 'Dino', 'Clip', 'diversity', 'overfitting', 'thumbnails', 'drift', 'bootstrap', 'paired_bootstrap', 'wearing', 'grid', 'before_after', 'curve', 'bars', 'heat', 'to_image', 'save_jpeg', 'Studio', 'lora_studio', 'lesson_base', 'lesson_places', 'lesson_pictures', 'lesson_cost', 'at_once', 'for_diffusers', 'take_away', 'lora_ppim', 'lora_dreambooth', 'lora_ti', 'lora_pti', 'lora_generate', 'lora_evaluate', 'lora_info', 'lora_convert', 'lora_distill', 'lora_memory', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'data_path', 'set_seed', 'generator', 'generators', 'default_device', 'default_dtype', 'atomic_path']
+__all__ = ['load_base', 'as_base', 'Base', 'embedded_bases', 'random_pipe', 'estimate_memory', 'Memory', 'memory_bars', 'Lora', 'Factors', 'add_factors', 'canonical', 'block_of', 'COMPONENTS', 'STREAMS', 'BLOCKS', 'apply_lora', 'remove_lora', 'set_scale', 'extract_lora', 'adapters', 'disabled', 'inject_lora', 'find_targets', 'TARGETS', 'MMDIT_TARGETS', 'Report', 'LoraLayer', 'LoraInjectedLinear', 'LoraInjectedConv2d', 'set_scales', 'load_lora', 'save_lora', 'FORMATS', 'convert_lora', 'fit_format', 'lora_file_info', 'trigger_words', 'distill', 'distillation', 'resize', 'save_checkpoint', 'merge_checkpoint', 'compose', 'triggers_of', 'learn_weights', 'zip_columns', 'LoraSchedule', 'scheduled', 'ramp', 'interpolate', 'parse_schedule', 'parse_lora', 'lora_switch', 'LoraComposite', 'trained_schedule', 'preprocess', 'settings_for', 'find_pictures', 'open_picture', 'ConceptDataset', 'captions_of', 'recipe_card', 'recipe_for', 'Recipe', 'train_dreambooth', 'DreamBooth', 'Concept', 'load_concepts', 'class_pictures', 'train_textual_inversion', 'TextualInversion', 'inversion_recipe_for', 'neighbours', 'train_pti', 'PivotalTuning', 'pivotal_recipe_for', 'Trainer', 'Stream', 'TrainingLog', 'attention_maps', 'shift_for', 'block_groups', 'TurboRun', 'turbo_plan', 'turbo_recipe', 'turbocharged', 'with_turbo', 'turbo_settings', 'evaluate', 'Dino', 'Clip', 'diversity', 'overfitting', 'thumbnails', 'drift', 'bootstrap', 'paired_bootstrap', 'wearing', 'grid', 'before_after', 'curve', 'bars', 'heat', 'to_image', 'save_jpeg', 'Studio', 'lora_studio', 'export_live', 'serve_live', 'show_live', 'lesson_base', 'lesson_places', 'lesson_pictures', 'lesson_cost', 'at_once', 'for_diffusers', 'take_away', 'lora_ppim', 'lora_dreambooth', 'lora_ti', 'lora_pti', 'lora_generate', 'lora_evaluate', 'lora_info', 'lora_convert', 'lora_distill', 'lora_memory', 'lora_live', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'data_path', 'set_seed', 'generator', 'generators', 'default_device', 'default_dtype', 'atomic_path']

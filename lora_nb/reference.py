@@ -38,9 +38,10 @@ FRONT |= {
     "judging": "evaluate Dino Clip diversity overfitting thumbnails drift bootstrap paired_bootstrap wearing",
     "showing": "grid before_after curve bars heat to_image save_jpeg",
     "studio": "Studio lora_studio",
+    "in the browser": "export_live serve_live show_live",
     "lessons": "lesson_base lesson_places lesson_pictures lesson_cost at_once for_diffusers take_away",
     "commands": "lora_ppim lora_dreambooth lora_ti lora_pti lora_generate lora_evaluate lora_info lora_convert lora_distill "
-                "lora_memory",
+                "lora_memory lora_live",
     "errors": "LoraError FormatError TargetError ShapeError DataError TrainingError",
     "small things": "data_path set_seed generator generators default_device default_dtype atomic_path",
 }

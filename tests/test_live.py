@@ -1,5 +1,5 @@
 "The page that draws and learns: its JavaScript in Chromium, against Python."
-import json, random, shutil, sys
+import json, random, shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,8 @@ def test_ten_training_steps_equal_torchs(live):
         inputs[3] = torch.tensor([float(k)])
         *inputs[:3], loss = step(*inputs); losses.append(float(loss))
     theta, _, _, _, lr, z, noise, t, states, *_ = example_step(base, layout, 2, batch=2)
-    found = page.evaluate("""async ([theta, lr, latents, noise, times, states]) => client.ask('steps', {batch: 2, theta, lr, latents, noise, times, states, n: 10})""",
+    found = page.evaluate("""async ([theta, lr, latents, noise, times, states]) =>
+        client.ask('steps', {batch: 2, theta, lr, latents, noise, times, states, n: 10})""",
                           [theta.tolist(), float(lr), z.flatten().tolist(), noise.flatten().tolist(), t.tolist(), states.flatten().tolist()])
     assert np.abs(np.array(found) - losses).max() < 1e-5, (found, losses)
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
-import browser                                         # beside this file
+import browser, forked                                 # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS, TIMEOUT, THREADS = int(os.environ.get("WORKERS", 2)), 1200, "1"
@@ -16,7 +16,8 @@ ENV = {**os.environ, "LORA_NB_QUIET": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE"
        "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore::DeprecationWarning",
        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), THREADS)}
 ENV["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), ENV["PATH"]])
-SCRATCH = Path(tempfile.mkdtemp(prefix="lora_nb-test-"))
+SCRATCH = Path(os.environ.get("LORA_NB_SCRATCH") or tempfile.mkdtemp(prefix="lora_nb-test-"))      # forked processes share it
+SERVER = forked.server()
 IGNORED = {".git", ".venv", "build", "dist", "out", "_proc", "_docs", "__pycache__", ".cache", ".ipynb_checkpoints",
            "lora_nb.egg-info"}
 
@@ -141,12 +142,12 @@ def code_is_clean():
 
 def test_file(path):
     "One file of tests/, by pytest."
-    run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path, PYTHONDONTWRITEBYTECODE="1")
+    forked.run(SERVER, forked.tests, path, SCRATCH / f"{path.stem}.log", TIMEOUT)
 
 
 def test_notebook(path):
     "Run all cells of one notebook, as nbdev does."
-    run("nbdev-test", path, "--n-workers", "0")
+    forked.run(SERVER, forked.notebook, path, SCRATCH / f"{path.parent.name}-{path.stem}.log", TIMEOUT)
 
 
 # ------------------------------------------------------------------------------------------ packaging
@@ -262,6 +263,8 @@ def main(words):
     tests += [(f.__name__.replace("_", " "), f) for f in others]
     tests += [(f"browser {place}", in_browser, place) for place in browser.PLACES]
     tests = [t for t in tests if not words or any(w in t[0] for w in words)]
+    os.environ.update(ENV, LORA_NB_SCRATCH=str(SCRATCH))               # the server of forked processes begins with these
+    os.chdir(ROOT)
     try:
         with ThreadPoolExecutor(WORKERS) as pool: results = list(pool.map(lambda t: measured(*t), tests))
     finally: shutil.rmtree(SCRATCH, ignore_errors=True)
