@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/37_training.ipynb #85a47a83
-from .core import TrainingError, atomic_path, progress, patch_to
+from .core import TrainingError, atomic_path, default_dtype, progress, patch_to
 from .bases import Base, Cond
 from .scheduling import rank_masked
 from .dataset import Examples, TextCache, derive, drop_caption, hole_for, order_by_size
@@ -70,8 +70,8 @@ def _precision(recipe, device):
     if recipe.mixed_precision == "fp16" and device.type == "cpu":
         raise TrainingError("mixed_precision = 'fp16' on a CPU: expected 'no' or 'bf16' there. 'auto' chooses.")
     if recipe.mixed_precision != "auto": return recipe.mixed_precision
-    if device.type != "cuda": return "no"     # on a CPU bf16's backward pass gave back what its forward pass gained
-    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    # what frozen weights are kept in; on a CPU bf16's backward pass gave back what its forward pass gained
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(default_dtype(device), "no")
 
 def _accelerator(precision, device):
     "A fresh accelerator: accelerate's shared state would refuse a second run of another precision"

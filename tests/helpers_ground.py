@@ -71,6 +71,18 @@ def random_lora(model, targets="attention", rank=2, seed=1):
     return lora
 
 
+def close(a, b, eps=1e-5): return torch.allclose(a, b, atol=eps, rtol=eps)
+
+
+def lora_for(pipe, rank, *components, seed=0):
+    "A LoRA that does something, in the attention of some components of a pipeline"
+    torch.manual_seed(seed)
+    worn = inject_lora(pipe, {c: "attention" for c in components}, rank=rank)
+    for m in worn.layers.values(): torch.nn.init.normal_(m.lora_up.weight, std=.1)
+    lora = worn.lora(); worn.remove()
+    return lora
+
+
 def tiny_pipe():
     "What the toolbox sees of a pipeline: a UNet, a text encoder and its tokenizer"
     text_encoder, tokenizer = tiny_clip()

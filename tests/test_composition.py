@@ -6,25 +6,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from helpers_ground import close, lora_for
 from lora_nb.composition import METHODS, add_files, compose, find_method, method, number_words, renamed
 from lora_nb.core import DataError, LoraError, ShapeError, TargetError, data_path
 from lora_nb.formats import format_of, read_file
-from lora_nb.injection import apply_lora, inject_lora, remove_lora
+from lora_nb.injection import apply_lora, remove_lora
 from lora_nb.lora import Factors, Lora, gather, join_words
 from lora_nb.loading import load_base
 from lora_nb.names import canonical
 from lora_nb.random_pipes import random_pipe
 
-close = lambda a, b, eps=1e-5: torch.allclose(a, b, atol=eps, rtol=eps)
-
-
-def random_lora(pipe, rank, *components, seed=0):
-    "A LoRA that does something, in the attention of some components"
-    torch.manual_seed(seed)
-    worn = inject_lora(pipe, {c: "attention" for c in components}, rank=rank)
-    for m in worn.layers.values(): torch.nn.init.normal_(m.lora_up.weight, std=.1)
-    lora = worn.lora(); worn.remove()
-    return lora
 
 one_layer = lambda r, out=6, into=8: Lora({"unet.x": Factors(torch.randn(out, r), torch.randn(r, into))})
 ours = Lora({}, {"<s>": {"text_encoder": torch.ones(1, 4)}}, {"trigger": "<s> toy"})
@@ -161,10 +152,10 @@ def test_a_method_is_entered_under_its_name():
 def tiny(): return random_pipe("sd")
 
 @pytest.fixture(scope="module")
-def mine(tiny): return words(random_lora(tiny, 4, "unet", "text_encoder"), "<cat>", 0)
+def mine(tiny): return words(lora_for(tiny, 4, "unet", "text_encoder"), "<cat>", 0)
 
 @pytest.fixture(scope="module")
-def yours(tiny): return words(random_lora(tiny, 2, "unet", seed=1), "<cat>", 1)
+def yours(tiny): return words(lora_for(tiny, 2, "unet", seed=1), "<cat>", 1)
 
 def words(lora, token, seed):
     vectors = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))

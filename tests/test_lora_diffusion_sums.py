@@ -3,6 +3,7 @@ import pytest
 import safetensors
 import torch
 
+from helpers_ground import close, lora_for
 from lora_nb import (LoRAManager, collapse_lora, extract_lora_ups_down, inject_trainable_lora_extended, lora_add, lora_join,
                      monkeypatch_remove_lora, svd_distill)
 from lora_nb.core import FormatError, LoraError, data_path
@@ -11,25 +12,13 @@ from lora_nb.lora import Lora
 from lora_nb.random_pipes import random_pipe
 from lora_nb.worn import branches, places
 
-close = lambda a, b, eps=1e-5: torch.allclose(a, b, atol=eps, rtol=eps)
-
-
-def random_lora(pipe, rank, *components, seed=0):
-    "A LoRA that does something, in the attention of some components"
-    torch.manual_seed(seed)
-    worn = inject_lora(pipe, {c: "attention" for c in components}, rank=rank)
-    for m in worn.layers.values(): torch.nn.init.normal_(m.lora_up.weight, std=.1)
-    lora = worn.lora(); worn.remove()
-    return lora
-
-
 
 @pytest.fixture(scope="module")
 def tiny(): return random_pipe("sd")
 
 
 def test_a_manager_of_unequal_loras(tiny):
-    first, second = random_lora(tiny, 2, "unet", "text_encoder"), random_lora(tiny, 3, "unet", seed=1)
+    first, second = lora_for(tiny, 2, "unet", "text_encoder"), lora_for(tiny, 3, "unet", seed=1)
     first = Lora(first.layers, {"<cat>": {"text_encoder": torch.randn(2, 32)}}, {"trigger": "<cat>"})
     second = Lora(second.layers, metadata={"trigger": "moss"})
     manager = LoRAManager([first, second], tiny)
@@ -45,12 +34,12 @@ def test_a_manager_of_unequal_loras(tiny):
 
 
 def test_files_that_cannot_be_joined_by_number(tiny, tmp_path):
-    lora = random_lora(tiny, 2, "unet")
+    lora = lora_for(tiny, 2, "unet")
     lora.save(tmp_path / "numbered.safetensors", format="lora_diffusion", base=tiny)
     lora.save(tmp_path / "peft.safetensors")
     opened = lambda *names: [safetensors.safe_open(tmp_path / f"{n}.safetensors", "pt") for n in names]
     with pytest.raises(FormatError, match="compose"): lora_join(opened("numbered", "peft"))
-    other = random_lora(random_pipe("sdxl"), 2, "unet")
+    other = lora_for(random_pipe("sdxl"), 2, "unet")
     other.save(tmp_path / "other.safetensors", format="lora_diffusion", base=random_pipe("sdxl"))
     with pytest.raises(FormatError, match="differently"): lora_join(opened("numbered", "other"))
     tensors, about, ranks, words = lora_join(opened("numbered", "numbered"))

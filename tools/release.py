@@ -64,8 +64,10 @@ def wheel_is_whole():
 def main(tag=None):
     checks = [tree_is_committed, version_is_valid, changelog_names_it, wheel_is_whole, test.colab_badges, test.readme_in_sync,
               test.readme_links, test.modules_in_sync, test.stored_outputs]
-    results = [test.measured(c.__name__.replace("_", " "), c) for c in checks]
-    if tag: results.append(test.measured(f"tag {tag} agrees", tag_agrees, tag))
+    try:
+        results = [test.measured(c.__name__.replace("_", " "), c) for c in checks]
+        if tag: results.append(test.measured(f"tag {tag} agrees", tag_agrees, tag))
+    finally: test.shutil.rmtree(test.SCRATCH, ignore_errors=True)
     for name, error in results:
         if error: print(f"\n{'-' * 30} {name}\n{error}")
     return any(error for _, error in results)
