@@ -341,3 +341,11 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(home):
     flat = lambda params: torch.cat([p.flatten() for p in params])
     assert processes == 2 and (flat(two) - flat(alone)).abs().max() < 1e-5
     assert max(abs(a - b) for a, b in zip(two_losses, alone_losses)) < 1e-5
+
+
+@pytest.mark.parametrize("kind, capability, expected", [("cuda", (7, 5), "fp16"), ("cuda", (8, 0), "bf16"), ("mps", None, "no"),
+                                                        ("cpu", None, "no")])
+def test_training_computes_in_what_the_weights_are_kept_in(monkeypatch, kind, capability, expected):
+    from lora_nb.training import _precision
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert _precision(Recipe(), torch.device(kind)) == expected
