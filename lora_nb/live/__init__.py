@@ -7,9 +7,9 @@ Docs: https://lora-nb.github.io/lora_nb/live.html.md"""
 # %% auto #0
 __all__ = ['WEIGHTS', 'STEP_INPUTS', 'MOST_STEPS', 'PAGE', 'RUNTIME', 'RUNTIME_FILES', 'pack_weights', 'Branched',
            'factor_shapes', 'factors_for', 'to_onnx', 'share_weights', 'denoiser_graph', 'text_graph', 'Autoencoder',
-           'decoder_graph', 'encoder_graph', 'run_graph', 'factor_layout', 'training_step', 'traceable',
-           'training_graph', 'Written', 'example_step', 'manifest', 'fetch_runtime', 'export_live', 'serve_live',
-           'show_live', 'live_parser', 'lora_live']
+           'decoder_graph', 'encoder_graph', 'Describes', 'describer_graph', 'run_graph', 'factor_layout',
+           'training_step', 'traceable', 'training_graph', 'Written', 'example_step', 'manifest', 'fetch_runtime',
+           'export_live', 'serve_live', 'show_live', 'live_parser', 'lora_live']
 
 # %% ../../nbs/51_live.ipynb #bfc37047
 import contextlib, functools, hashlib, http.server, json, logging, shutil, subprocess, sys, tarfile, tempfile, threading, types, warnings
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from ..core import LoraError, atomic_path, data_path, human, progress
 from ..bases import Base
 from ..loading import load_base
+from ..pictures import find_pictures
+from ..similarity import Dino
 from ..injection import find_targets
 from ..lora import Lora
 if TYPE_CHECKING: import onnx
@@ -30,10 +32,11 @@ if TYPE_CHECKING: import onnx
 # %% ../../nbs/51_live.ipynb #e3ba412c
 def pack_weights(
     base: Base,
+    **more: torch.nn.Module,  # other networks that belong to the page, by name
 ) -> tuple[torch.Tensor, dict[str, dict]]:  # all numbers in fp16; name -> dict(offset in numbers, shape)
     "The weights of a base's networks in one array, and where each of them is."
     parts, entries, at = [], {}, 0
-    for component, network in base.parts().items():
+    for component, network in {**base.parts(), **more}.items():
         for name, p in network.state_dict().items():
             if not p.is_floating_point(): continue
             entries[f"{component}.{name}"] = dict(offset=at, shape=list(p.shape))
@@ -183,6 +186,19 @@ def decoder_graph(base: Base) -> "onnx.ModelProto":
 def encoder_graph(base: Base) -> "onnx.ModelProto":
     "pixels in -1..1 -> latents"
     return to_onnx(Autoencoder(base.vae, True), (torch.rand(2, 3, *[base.resolution] * 2) * 2 - 1,), ["pixels"], ["latents"], _open_sizes(1))
+
+# %% ../../nbs/51_live.ipynb #4036a276
+class Describes(torch.nn.Module):
+    "The picture encoder with all that happens before and after it, as a module that can be exported."
+    def __init__(self, encoder: Dino): super().__init__(); self.model, self.encoder = encoder.model, encoder
+    def forward(self, x):
+        "Vectors of pictures in -1..1."
+        e = self.encoder
+        return F.normalize(e.encode(((x + 1) / 2 - e.mean) / e.std), dim=-1)
+
+def describer_graph(describer: Describes) -> "onnx.ModelProto":
+    "pixels in -1..1 -> a vector of length one"
+    return to_onnx(describer, (torch.rand(2, 3, *[describer.encoder.size] * 2) * 2 - 1,), ["pixels"], ["description"], _open_sizes(1))
 
 # %% ../../nbs/51_live.ipynb #9b4c475e
 def run_graph(
@@ -365,6 +381,7 @@ def export_live(
     base: Base,                          # of Stable Diffusion 1.x's family, on the CPU
     out: str | Path,                     # folder; made anew
     loras: dict[str, str | Path] | None = None,   # name -> .safetensors file in PEFT's names
+    examples: dict[str, tuple[str | Path, str]] | None = None,   # name -> folder of pictures to learn from, class noun
     training: tuple[int, ...] = (4, 6),  # batch sizes of training graphs; () for a page that only draws
     rank: int = 8,                       # of a LoRA that the page trains
     runtime: str | Path | None = None,   # folder with onnxruntime-web; None: fetched by npm
@@ -380,7 +397,10 @@ def export_live(
         _write_model(base, tmp / "model", training, rank)
         (tmp / "loras").mkdir()
         for name, path in (loras or {}).items(): shutil.copy(path, tmp / "loras" / f"{name}.safetensors")
-        (tmp / "loras.json").write_text(json.dumps([_card(n, tmp / "loras" / f"{n}.safetensors") for n in loras or {}]))
+        cards = [_card(n, tmp / "loras" / f"{n}.safetensors") for n in loras or {}]
+        taught = {n: _example(Path(folder), noun, tmp / "examples" / n) for n, (folder, noun) in (examples or {}).items()}
+        size = lambda folder: sum(p.stat().st_size for p in (tmp / folder).rglob("*"))
+        (tmp / "page.json").write_text(json.dumps(dict(loras=cards, examples=taught, bytes=dict(model=size("model"), runtime=size("ort")))))
     return Path(out)
 
 def _card(name, path):
@@ -390,17 +410,28 @@ def _card(name, path):
     turbo = json.loads(lora.metadata["turbo"]) if "turbo" in lora.metadata else None
     return dict(name=name, bytes=path.stat().st_size, turbo=turbo, **keep)
 
+def _example(folder, noun, out, most=5):
+    "Copy some pictures of a subject; their captions, in which {trigger} stands for the word to learn."
+    out.mkdir(parents=True)
+    pictures = find_pictures(folder)[:most]
+    for p in pictures: shutil.copy(p, out / p.name)
+    said = {p.name: c.read_text(encoding="utf-8").strip() if (c := p.with_suffix(".txt")).exists() else None for p in pictures}
+    return dict(noun=noun, pictures=list(said.items()))
+
 # %% ../../nbs/51_live.ipynb #dd9f74ce
 def _write_model(base, out, training, rank):
     "Weights, graphs and manifest."
     out.mkdir()
-    numbers, entries = pack_weights(base)
+    encoder = Dino()
+    extra = dict(describer=Describes(encoder)) if encoder.size == base.resolution else {}
+    numbers, entries = pack_weights(base, **extra)
     numbers.numpy().tofile(out / "weights.bin")
     nets = dict(denoiser=(base.denoiser, base.denoiser_name, "extended"), text_encoder=(base.pipe.text_encoder, "text_encoder", "attention"))
     shapes = {k: factor_shapes(net, list(find_targets(net, targets, c)), c) for k, (net, c, targets) in nets.items()}
     layout = factor_layout(base.denoiser, list(find_targets(base.denoiser, "attention", base.denoiser_name)), rank)
     jobs = dict(denoiser=lambda: denoiser_graph(base, shapes["denoiser"]), text_encoder=lambda: text_graph(base, shapes["text_encoder"]),
-                decoder=lambda: decoder_graph(base), encoder=lambda: encoder_graph(base))
+                decoder=lambda: decoder_graph(base), encoder=lambda: encoder_graph(base),
+                **{k: functools.partial(describer_graph, d) for k, d in extra.items()})
     for n in training: jobs[f"train{n}"] = functools.partial(training_graph, base, layout, rank, n)
     bar = progress(jobs.items(), desc="graphs")
     for name, make in bar:
@@ -408,7 +439,7 @@ def _write_model(base, out, training, rank):
         share_weights(model := make(), numbers, entries)
         (out / f"{name}.onnx").write_bytes(model.SerializeToString())
     what = manifest(base, entries, shapes) | dict(weights=dict(file="weights.bin", bytes=2 * len(numbers)),
-        training=dict(rank=rank, batches=list(training), layout=layout, component=base.denoiser_name))
+        describer=bool(extra), training=dict(rank=rank, batches=list(training), layout=layout, component=base.denoiser_name))
     (out / "manifest.json").write_text(json.dumps(what))
 
 # %% ../../nbs/51_live.ipynb #3912e9a2
@@ -466,7 +497,9 @@ def lora_live(argv=None):
         base = load_base(a.pretrained_model_name_or_path, device="cpu", dtype=torch.float32)
         own = {p.stem: p for p in map(Path, a.lora)} or {p.stem: p for p in sorted(data_path("loras").glob("*.safetensors"))}
         if base.name != "tiny-sd" and not a.lora: own = {}
-        out = export_live(base, a.output_dir, own, training=() if a.no_training else (4, 6))
+        from lora_nb.zoo.world import find_material, material
+        subjects = {n: (p, find_material(n)[2]) for n, p in material("subjects").items()}
+        out = export_live(base, a.output_dir, own, subjects, training=() if a.no_training else (4, 6))
     except LoraError as e: raise SystemExit(f"lora_live: {e}") from None
     total = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(f"{out}: {human(total)}. Look at it: lora_live serve --folder {out}")

@@ -7,7 +7,8 @@ import {Tokenizer} from './tokenizer.js'
 
 /** @typedef {import('./lora.js').Lora} Lora
  * @typedef {{lora: Lora, strength: number, curve?: number[]}} Worn `curve`: factors of the strength, over the steps
- * @typedef {{prompt: string, seed: number, steps: number, guidance: number, worn: Worn[], turbo?: Lora|null, show?: number}} Wish */
+ * @typedef {{prompt: string, seed: number, steps: number, guidance: number, worn: Worn[], turbo?: Lora|null, show?: number,
+ *  raw?: boolean}} Wish `raw`: latents only */
 
 const WEIGHTS = 'weights'                                 // what the graphs call the file that they share
 
@@ -33,6 +34,11 @@ export async function fetchBytes(url, report = () => {}, expected) {
 }
 
 const name = url => url.split('/').pop()
+
+/** Let waiting messages in, such as "stop": without threads the runtime gives them no time. @returns {Promise<void>} */
+export function breathe() {
+  return new Promise(go => { const c = new MessageChannel(); c.port1.onmessage = () => { c.port1.close(); go() }; c.port2.postMessage(0) })
+}
 
 export class Engine {
   /** Load what drawing needs. @param {any} ort onnxruntime-web @param {string} url of the folder with manifest.json
@@ -106,6 +112,27 @@ export class Engine {
     return {states: out.states.data, lost}
   }
 
+  /** A picture's latents, as the denoiser takes them. @param {Float32Array} pixels (3, size, size) in -1..1 @returns {Promise<Float32Array>} */
+  async latents(pixels) {
+    const {scale, shift, size} = this.manifest.latents, s = await this.session('encoder')
+    const z = (await s.run({pixels: this.tensor(pixels, [1, 3, size, size])})).latents.data
+    return z.map(x => (x - shift) * scale)
+  }
+
+  /** What shows in a picture, as a vector of length one: the describer that comes with the page. @param {Float32Array} pixels
+   * @returns {Promise<Float32Array>} */
+  async describe(pixels) {
+    const {size} = this.manifest.latents, s = await this.session('describer')
+    return (await s.run({pixels: this.tensor(pixels, [1, 3, size, size])})).description.data
+  }
+
+  /** Forget a session that is large and seldom used. @param {string} graph */
+  async release(graph) {
+    const s = this.sessions[graph]
+    delete this.sessions[graph]
+    if (s) await (await s).release()
+  }
+
   /** Latents as a picture. @param {Float32Array} z @returns {Promise<Uint8ClampedArray>} RGBA */
   async decode(z) {
     const {scale, shift, shape, size} = this.manifest.latents, x = z.map(v => v / scale + shift)
@@ -144,8 +171,9 @@ export class Engine {
                  : ddimStep(this.schedule, z, answer, times[k], before)
       z = step.z
       const last = k + 1 === times.length, picture = wish.show && !last && k % wish.show === wish.show - 1 ? await this.decode(step.clean) : null
+      await breathe()
       if (seen(k + 1, picture) && !last) { stopped = true; break }
     }
-    return {pixels: await this.decode(stopped ? step.clean : z), lost, stopped}
+    return {pixels: wish.raw ? null : await this.decode(stopped ? step.clean : z), latents: z, lost, stopped}
   }
 }

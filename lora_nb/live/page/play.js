@@ -1,20 +1,10 @@
-// The page Play: prompt, LoRAs, a curve over the steps, and the picture as it forms.
-import {Client} from './client.js'
+// Play: prompt, LoRAs, a curve over the steps, and the picture as it forms.
 import {Curve} from './curve.js'
+import {$, fail, model, say, show} from './model.js'
 
-const $ = id => document.getElementById(id)
-const megabytes = n => `${(n / 1e6).toFixed(1)} MB`
-const fail = e => { $('error').textContent = e.message; $('error').hidden = false }
-
-let client, cards = [], size = 64, busy = false, again = false
+let busy = false, again = false
 const worn = new Map()                                   // name -> strength
 const curve = new Curve($('curve'), () => wish())
-
-async function cardsOf() {
-  const answer = await fetch('loras.json')
-  if (!answer.ok) throw new Error(`The list of LoRAs could not be loaded (${answer.status}).`)
-  return answer.json()
-}
 
 function row(card) {                                     // names come from files: they are text, never HTML
   const box = document.createElement('div'), label = document.createElement('label'), slider = document.createElement('input'), value = document.createElement('output')
@@ -26,37 +16,36 @@ function row(card) {                                     // names come from file
   box.append(label, value); $('loras').append(box)
 }
 
-async function start() {
-  $('load').disabled = true; $('bar').hidden = false; $('error').hidden = true
-  try {
-    client = new Client()
-    const {manifest} = await client.ask('open', {url: new URL('model', location.href).href}, ({got, all}) => { $('bar').value = got / all; $('size').textContent = `${megabytes(got)} of ${megabytes(all)}` })
-    size = manifest.latents.size
-    for (const c of ['with', 'without']) $(c).width = $(c).height = size
-    $('steps').value = manifest.sampling.steps; $('guidance').value = manifest.sampling.guidance_scale
-    cards.filter(c => !c.turbo).forEach(row)
-    $('few').disabled = !cards.some(c => c.turbo)
-    $('start').hidden = true; $('panel').hidden = false
-    await draw()
-  } catch (e) { fail(e); $('load').disabled = false }
+/** Called once, when the model is there. */
+export async function open() {
+  const {size, manifest, cards} = model
+  for (const c of ['with', 'without']) $(c).width = $(c).height = size
+  $('steps').value = manifest.sampling.steps; $('guidance').value = manifest.sampling.guidance_scale
+  cards.filter(c => !c.turbo).forEach(row)
+  $('few').disabled = !cards.some(c => c.turbo)
+  await draw()
+}
+
+/** A LoRA that has just been made or given gets a slider. */
+export function add(card, strength = 0) {
+  if (!model.cards.some(c => c.name === card.name)) { model.cards.push(card); row(card) }
+  for (const x of $('loras').querySelectorAll('input')) if (x.dataset.name === card.name) { x.value = String(strength); x.oninput() }
 }
 
 function wish() {                                        // a slider moved: draw again with few steps, as soon as there is time
   if ($('few').checked) { if (busy) { again = true } else draw() }
 }
 
-function show(canvas, pixels) { $(canvas).getContext('2d').putImageData(new ImageData(pixels, size, size), 0, 0) }
-
-async function draw() {
+export async function draw() {
   if (busy) return
-  busy = true; again = false; $('draw').disabled = true; $('stop').disabled = false; $('error').hidden = true
-  const turbo = $('few').checked ? cards.find(c => c.turbo) : null
+  busy = model.busy = true; again = false; $('draw').disabled = true; $('stop').disabled = false; say()
+  const turbo = $('few').checked ? model.turbo : null
   const list = [...worn].filter(([, s]) => s !== 0)
   const settings = {prompt: $('prompt').value, seed: Math.max(0, Math.floor(+$('seed').value || 0)), turbo: turbo?.name ?? null, show: turbo ? 0 : 5,
     steps: turbo ? turbo.turbo.steps : Math.min(50, Math.max(1, Math.floor(+$('steps').value || 25))), guidance: turbo ? turbo.turbo.guidance_scale : +$('guidance').value || 1}
   try {
-    for (const name of [...list.map(([n]) => n), ...turbo ? [turbo.name] : []]) await client.ask('lora', {name, url: new URL(`loras/${encodeURIComponent(name)}.safetensors`, location.href).href})
-    const ask = (names, canvas) => client.ask('draw', {...settings, worn: names.map(([name, strength]) => ({name, strength, curve: curve.flat ? undefined : curve.values}))},
+    for (const name of [...list.map(([n]) => n), ...turbo ? [turbo.name] : []]) await model.load(name)
+    const ask = (names, canvas) => model.client.ask('draw', {...settings, worn: names.map(([name, strength]) => ({name, strength, curve: curve.flat ? undefined : curve.values}))},
       ({step, pixels}) => { $('state').textContent = `step ${step} of ${settings.steps}`; if (pixels) show(canvas, pixels) })
     const out = await ask(list, 'with')
     show('with', out.pixels)
@@ -64,15 +53,14 @@ async function draw() {
     $('note').textContent = out.lost ? `The prompt is longer than 77 tokens: the last ${out.lost} are left out.` : ''
     if ($('beside').checked && !out.stopped) { $('other').hidden = false; show('without', (await ask([], 'without')).pixels) } else $('other').hidden = true
     $('state').textContent = out.stopped ? 'stopped: this is a preview' : `${out.seconds.toFixed(1)} s`
-  } catch (e) { fail(e); $('start').hidden = false; $('load').hidden = true; $('bar').hidden = true }
-  busy = false; $('draw').disabled = false; $('stop').disabled = true
+  } catch (e) { fail(e) }
+  busy = model.busy = false; $('draw').disabled = false; $('stop').disabled = true
   if (again) draw()
 }
 
-$('load').onclick = start
 $('form').onsubmit = e => { e.preventDefault(); draw() }
 $('prompt').onkeydown = e => { if (e.key === 'Enter' && (e.ctrlKey || e.metaKey)) { e.preventDefault(); draw() } }
-$('stop').onclick = () => client.ask('stop')
+$('stop').onclick = () => model.client.ask('stop')
 $('flat').onclick = () => { curve.set(Array(32).fill(1)); wish() }
 $('few').onchange = () => { for (const x of ['steps', 'guidance']) $(x).disabled = $('few').checked; draw() }
 $('file').onchange = async () => {
@@ -80,13 +68,10 @@ $('file').onchange = async () => {
   if (!f) return
   try {
     const buffer = await f.arrayBuffer(), name = f.name.replace(/\.safetensors$/, '')
-    const about = await client.ask('lora', {name, buffer}, undefined, [buffer])
-    $('error').hidden = true
-    if (!cards.some(c => c.name === name)) { cards.push({name, trigger: about.trigger}); row({name, trigger: about.trigger}) }
+    const about = await model.client.ask('lora', {name, buffer}, undefined, [buffer])
+    say(); add({name, trigger: about.trigger})
     $('note').textContent = `${name}: ${about.layers} layers of rank ${about.rank}${about.words.length ? `, words ${about.words.join(', ')}` : ''}`
-  } catch (e) { fail(e); $('start').hidden = false; $('load').hidden = true; $('bar').hidden = true }
+  } catch (e) { fail(e) }
 }
 
-cardsOf().then(list => { cards = list; $('size').textContent = 'about 33 MB once, then from your cache' }, fail)
 $('prompt').value = 'a cat face on a striped blue background'
-window.lora_nb = {ready: () => client && !busy}          // for tests

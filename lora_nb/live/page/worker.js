@@ -1,14 +1,15 @@
 // The model works here, so that the page never freezes. Messages in: {id, call, args}; out: {id, value | error | progress}.
 import * as ort from './ort/ort.wasm.min.mjs'
 import {Engine} from './engine.js'
-import {load} from './lora.js'
+import {load, save} from './lora.js'
+import {Lesson} from './lesson.js'
 import {Trainer} from './trainer.js'
 
 ort.env.wasm.wasmPaths = new URL('./ort/', import.meta.url).href
 ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1
 ort.env.logLevel = 'error'
 
-let engine = null, halt = false
+let engine = null, halt = false, lesson = null
 const loras = new Map()
 
 const calls = {
@@ -34,6 +35,29 @@ const calls = {
     const b = {latents: Float32Array.from(latents), noise: Float32Array.from(noise), times, states: Float32Array.from(states), weight: new Float32Array(batch).fill(1 / batch)}
     for (let k = 0; k < n; k++) losses.push(await t.step(b, lr))
     return losses
+  },
+  /** Prepare a lesson: pictures as latents, captions as states, class pictures. */
+  async prepare(wish, report) {
+    halt = false; await lesson?.close()
+    lesson = await Lesson.open(engine, {...wish, turbo: loras.get(wish.turbo) ?? null}, p => { report(p); return halt })
+    return {stopped: halt}
+  },
+  /** Train from where the lesson stands to its end, or until it is stopped. */
+  async train(args, report) {
+    halt = false
+    return lesson.run(p => { report(p); return halt })
+  },
+  /** What has been learned becomes a LoRA like the others; its file comes back. */
+  async learned({name}) {
+    const l = lesson.lora(name)
+    loras.set(name, l)
+    return save(l)
+  },
+  /** Cosine of drawn pictures and given ones, mean over both. */
+  async alike({drawn, given}) {
+    const vectors = async list => { const out = []; for (const x of list) out.push(await engine.describe(x)); return out }
+    const a = await vectors(drawn), b = await vectors(given)
+    return a.map(x => b.reduce((sum, y) => sum + x.reduce((s, v, i) => s + v * y[i], 0), 0) / b.length)
   },
   async stop() { halt = true },
 }
