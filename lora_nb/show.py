@@ -6,7 +6,7 @@ Docs: https://lora-nb.github.io/lora_nb/show.html.md"""
 
 # %% auto #0
 __all__ = ['Picture', 'PAPER', 'INK', 'FAINT', 'PALETTE', 'WIDTH', 'PAD', 'FONT_SIZE', 'LIMIT_KB', 'to_image', 'Jpeg', 'show',
-           'save_jpeg', 'grid', 'before_after', 'Plot', 'running_mean', 'curve', 'bars', 'heat']
+           'save_jpeg', 'grid', 'before_after', 'Frames', 'frames', 'Plot', 'running_mean', 'curve', 'bars', 'heat']
 
 # %% ../nbs/01_show.ipynb #58a7a7f9
 import io, math, re, textwrap
@@ -225,6 +225,36 @@ def before_after(
         if len(images) != len(columns):
             raise DataError(f"found {len(images)} pictures for {prompt!r}, expected {len(columns)}: {list(columns)}.")
     return grid([list(images) for images in rows.values()], row_titles=list(rows), col_titles=columns, size=size)
+
+# %% ../nbs/01_show.ipynb #b1d6ec6a
+class Frames(Jpeg):
+    "A strip of pictures, one for each value of something that moves"
+    def __init__(self,
+        image: "Picture",     # the strip
+        note: dict[str, Any], # `label`, `values`, `boxes` (left, top, width, height) and `live`
+        limit: float = 90,    # KB; a strip has more in it than a picture
+    ):
+        super().__init__(image, limit=limit)
+        self.note = note
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"image/jpeg": self.data, "text/plain": repr(self)}, {"lora_nb_frames": self.note}
+
+# %% ../nbs/01_show.ipynb #7b348828
+def frames(
+    pictures: Mapping[Any, "Picture"],  # value -> what it gives; all of one shape
+    label: str,                         # what moves, e.g. "strength"
+    live: dict[str, Any] | None = None, # what the page draws: `wish`, and `set`, the path in it of the value that moves, with `range`
+    size: int | None = None,            # width of one picture in the strip
+) -> Frames:
+    "Pictures of a movement, as a strip here and as a slider on the site"
+    values, tiles = [str(v) for v in pictures], [to_image(x) for x in pictures.values()]
+    if len(tiles) < 3: raise DataError(f"found {len(tiles)} pictures, expected at least 3: fewer do not move.")
+    if len({t.size for t in tiles}) > 1: raise DataError(f"found pictures of sizes {sorted({t.size for t in tiles})}, expected one size.")
+    width = size or max(min(tiles[0].width, 64), min(max(tiles[0].width, 160), WIDTH // len(tiles) - PAD))
+    strip = grid(tiles, cols=len(tiles), col_titles=[f"{label} {v}" if i == 0 else v for i, v in enumerate(values)], size=width)
+    top = strip.height - round(tiles[0].height * width / tiles[0].width)
+    boxes = [[i * (width + PAD), top, width, strip.height - top] for i in range(len(tiles))]
+    return Frames(strip, dict(label=label, values=values, boxes=boxes, **(dict(live=live) if live else {})))
 
 # %% ../nbs/01_show.ipynb #6f6215a3
 _RC = {"svg.fonttype": "none", "svg.hashsalt": "lora_nb", "font.family": ["DejaVu Sans", "sans-serif"], "font.size": 10,
