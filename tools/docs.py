@@ -3,7 +3,7 @@
 `_quarto.yml` says what is on the site and in which order. nbdev's own processors turn each notebook into a page, and
 Sphinx with MyST-NB draws it (tools/site/conf.py). No notebook is run: what is stored in it is what is shown.
 """
-import ast, os, re, shutil, sys
+import ast, html, json, os, re, shutil, sys
 from pathlib import Path
 import yaml
 from fastcore.foundation import L
@@ -136,6 +136,23 @@ def page(notebook, known):
     return nb
 
 
+def moving(output):
+    "A strip of pictures with a note, as a figure of which tools/site/figures.js makes a slider."
+    note = output.get("metadata", {}).get("lora_nb_frames")
+    if not note: return
+    kind = next(k for k in ("image/jpeg", "image/png") if k in output["data"])
+    data, alt = "".join(output["data"][kind]).replace("\n", ""), f"{note['label']}: {', '.join(note['values'])}"
+    output["data"] = {"text/html": f'<figure class="frames" data-note="{html.escape(json.dumps(note))}"><img src="data:{kind};base64,{data}" '
+                                   f'alt="{html.escape(alt)}"></figure>'}
+
+
+LIVE = f"{SITE['site-url']}/live/"      # the page that draws; in Markdown its full address, on the site a relative one
+def to_live(text, docname):
+    "Links to the live page as plain HTML, which Sphinx does not take for a page of its own."
+    return re.sub(r"\[([^\]]*)\]\(" + re.escape(LIVE) + r"([^)]*)\)",
+                  lambda m: f'<a href="{"../" * docname.count("/")}live/index.html{m[2]}">{html.escape(m[1])}</a>', text)
+
+
 BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*colab-badge[^)]*\)\]\(([^)]*)\)")      # its picture would be missing offline
 
 
@@ -152,10 +169,12 @@ def stage():
         move = moved(p, pages, faults)                        # names of the zoo are short: linked within the zoo only
         links = Links({k: v for k, v in known.items() if "zoo" in p.parts or ".zoo." not in v})
         for c in nb.cells:
+            for o in c.get("outputs", []): moving(o)
             said = [(c, "source")] if c.cell_type == "markdown" else []
             said += [(o["data"], k) for o in c.get("outputs", []) for k in o.get("data", {}) if k == "text/markdown"]
             for place, k in said:
-                place[k] = links.linkify(move(BADGE.sub(r"[Open in Colab](\1){.colab}", "".join(place[k]))))
+                text = BADGE.sub(r"[Open in Colab](\1){.colab}", to_live("".join(place[k]), docname(p)))
+                place[k] = links.linkify(move(text))
         if p == pages[0]: nb.cells.append(mk_cell(tree(), "markdown"))
         (STAGE / docname(p)).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, (STAGE / docname(p)).with_suffix(".ipynb"))
@@ -182,7 +201,11 @@ def build(target):
     shutil.rmtree(made, ignore_errors=True)                                          # pages that are no more
     places = ["-c", ROOT / "tools/site", "-d", STAGE.parent / "doctrees", STAGE, made]
     failed = main(["-b", "html", *strict, *map(str, places)])
-    if not failed: shutil.copytree(made, target, dirs_exist_ok=True)
+    if failed: return failed
+    shutil.copytree(made, target, dirs_exist_ok=True)
+    page = ROOT / "out/live"
+    if (page / "page.json").exists(): shutil.copytree(page, Path(target, "live"), dirs_exist_ok=True)
+    else: print("out/live is not there: the site comes without the page that draws (make live)")
     return failed
 
 

@@ -160,6 +160,7 @@ function taken(source, width, height, what) {
 
 $('lesson').onsubmit = e => { e.preventDefault(); if (!$('learn').disabled) learn() }
 $('halt').onclick = () => model.client.ask('stop')
+$('pick').onclick = () => $('files').click()
 $('files').onchange = () => { give([...$('files').files]); $('files').value = '' }
 $('example').onchange = () => { if ($('example').value) example($('example').value) }
 $('trigger').oninput = $('noun').oninput = refresh
