@@ -9,7 +9,7 @@ import torch
 from lora_nb.core import LoraError, data_path
 from lora_nb.families import as_base
 from lora_nb.injection import apply_lora, find_targets, remove_lora
-from lora_nb.live import PAGE, example_step, export_live, factor_layout, fetch_runtime, serve_live, training_step
+from lora_nb.live import LEARNS, PAGE, example_step, export_live, factor_layout, fetch_runtime, serve_live, training_step
 from lora_nb.lora import Factors, Lora
 from lora_nb.random_pipes import random_pipe
 
@@ -138,7 +138,7 @@ def test_pictures_equal_pythons(live, worn):
 @needs_runtime
 def test_ten_training_steps_equal_torchs(live):
     page, base, _ = live
-    layout = factor_layout(base.denoiser, list(find_targets(base.denoiser, "attention", "unet")), 2)
+    layout = factor_layout(base.denoiser, list(find_targets(base.denoiser, LEARNS, "unet")), 2)
     inputs = list(example_step(base, layout, 2, batch=2))
     step, losses = training_step(base, layout, 2), []
     for k in range(1, 11):
@@ -149,6 +149,92 @@ def test_ten_training_steps_equal_torchs(live):
         client.ask('steps', {batch: 2, theta, lr, latents, noise, times, states, n: 10})""",
                           [theta.tolist(), float(lr), z.flatten().tolist(), noise.flatten().tolist(), t.tolist(), states.flatten().tolist()])
     assert np.abs(np.array(found) - losses).max() < 1e-5, (found, losses)
+
+
+LESSON = """async ([pictures, stop]) => {
+    const plan = {pictures: pictures.map(x => Float32Array.from(x)), captions: ['a sks toy on a red background', 'a sks toy'], classPrompt: 'a toy',
+        trigger: 'sks', noun: 'toy', steps: 6, lr: 1e-2, seed: 3, every: 0, preview: null, turbo: null, few: null}, losses = []
+    await client.ask('prepare', plan)
+    const seen = ({step, loss}) => { losses.push(loss); if (step === stop) client.ask('stop') }
+    let out = await client.ask('train', {}, seen)
+    const stopped = out.stopped
+    if (stopped) out = await client.ask('train', {}, seen)
+    const file = await client.ask('learned', {name: 'toy'})
+    const drawn = await client.ask('draw', {prompt: 'a sks toy', seed: 5, steps: 4, guidance: 3, worn: [{name: 'toy', strength: 1}]})
+    return {losses, stopped, out, file: Array.from(file), pixels: Array.from(drawn.pixels)} }"""
+
+
+@needs_runtime
+def test_what_the_page_taught_draws_the_same_in_python_and_diffusers(live, tmp_path):
+    page, base, _ = live
+    size, g = base.resolution, torch.Generator().manual_seed(0)
+    pictures = [(torch.rand(3, size, size, generator=g) * 2 - 1).flatten().tolist() for _ in range(2)]
+    whole, parts = page.evaluate(LESSON, [pictures, 0]), page.evaluate(LESSON, [pictures, 2])
+    assert not whole["stopped"] and parts["stopped"] and whole["out"]["step"] == 6
+    assert np.allclose(whole["losses"], parts["losses"], atol=1e-6), "a lesson that was stopped goes on as if it had not been"
+    path = tmp_path / "toy.safetensors"
+    path.write_bytes(bytes(whole["file"]))
+    lora = Lora.load(path)
+    assert lora.metadata["trigger"] == "sks" and len(lora.layers) == len(find_targets(base.denoiser, LEARNS, "unet"))
+    assert any(f.up.abs().max() > 0 for f in lora.layers.values())
+    how = dict(seeds=[5], steps=4, guidance_scale=3.)
+    plain = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int)
+    apply_lora(base.pipe, lora); ours = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int); remove_lora(base.pipe)
+    base.pipe.load_lora_weights(str(path)); theirs = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int); base.pipe.unload_lora_weights()
+    found = np.array(whole["pixels"]).reshape(size, size, 4)[..., :3]
+    assert np.abs(ours - plain).max() > 3, "what was learned shows"
+    assert np.abs(found - ours).max() <= 2 and np.abs(theirs - ours).max() <= 2
+
+
+@needs_runtime
+def test_pictures_given_become_numbers_as_in_python(live):
+    page, base, _ = live
+    from lora_nb.similarity import to_tensor
+    path = next(data_path("subjects", "robot").glob("*.jpg"))
+    found = page.evaluate("""async ([bytes, size]) => { const {ground, numbers, pictureOf} = await import('/pictures.js')
+        const c = await pictureOf(new Blob([Uint8Array.from(bytes)]), 'a.jpg', size), plain = document.createElement('canvas')
+        plain.width = plain.height = size
+        const k = plain.getContext('2d'); k.fillStyle = '#34a046'; k.fillRect(0, 0, size, size); k.fillStyle = '#d62828'; k.fillRect(20, 20, 24, 24)
+        return {x: Array.from(numbers(c)), said: ground(plain)} }""", [list(path.read_bytes()), base.resolution])
+    x = np.array(found["x"]).reshape(3, base.resolution, base.resolution)
+    assert np.abs(x - to_tensor(path, base.resolution).numpy()).mean() < .04 and found["said"] == "on a green background"
+    said = page.evaluate("""async () => { const {pictureOf} = await import('/pictures.js')
+        try { await pictureOf(new Blob(['no picture']), 'notes.txt', 64); return '' } catch (e) { return e.message } }""")
+    assert said.startswith("notes.txt is no picture")
+
+
+@needs_runtime
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_reader_teaches_the_page(live, browser, tmp_path, width):
+    page, base, _ = live
+    p = browser.new_context(viewport=dict(width=width, height=900)).new_page()
+    wrong = []
+    p.on("pageerror", lambda e: wrong.append(str(e)))
+    p.on("dialog", lambda d: wrong.append(d.message))
+    p.goto(page.url.rsplit("/", 1)[0] + "/index.html#teach")
+    p.click("#load:enabled")
+    p.wait_for_selector("#teach:visible", timeout=60000)
+    p.wait_for_selector("#stop:disabled", state="attached", timeout=60000)
+    hostile = tmp_path / "<img src=x onerror=alert(1)>.png"
+    from PIL import Image
+    for i, path in enumerate((hostile, tmp_path / "b.png")): Image.new("RGB", (90, 70), ("red", "blue")[i]).save(path)
+    (tmp_path / "notes.txt").write_text("no picture")
+    p.set_input_files("#files", [hostile, tmp_path / "b.png", tmp_path / "notes.txt"])
+    p.wait_for_selector("#error:has-text('notes.txt is no picture')")
+    assert p.locator("#tiles figure").count() == 2 and p.locator("#tiles input").first.input_value() == "on a red background"
+    p.fill("#trigger", "<b>x</b>"); p.fill("#many", "20"); p.uncheck("#prior")
+    p.click("#learn")
+    p.wait_for_selector("#progress:has-text('20 steps, loss')", timeout=60000)
+    p.wait_for_selector("#learn:enabled", timeout=60000)
+    assert p.locator("#previews figure").count() == 6 and p.locator("#pairs canvas").count() == 8
+    assert p.evaluate("document.documentElement.scrollWidth") <= width
+    with p.expect_download() as d: p.click("#save")
+    d.value.save_as(tmp_path / "x.safetensors")
+    assert Lora.load(tmp_path / "x.safetensors").metadata["trigger"] == "<b>x</b>"
+    p.click("#playit")
+    p.wait_for_selector("#said:has-text('<b>x</b> toy on a striped purple background')", timeout=60000)
+    assert not wrong and p.locator("#loras b").count() == 0
+    p.context.close()
 
 
 @needs_runtime

@@ -21,7 +21,7 @@ export function load(buffer, name) {
   }
   if (odd.length) throw new Error(`${name}: this page reads LoRAs in PEFT's names for Stable Diffusion 1.x, and ${odd.length} tensors ` +
     `such as ${odd[0].slice(0, 80)} have others. In Python: lora_convert ${name} out.safetensors --format peft`)
-  const note = parse(metadata.lora_nb) ?? {}, peft = parse(metadata.lora_adapter_metadata) ?? {}, layers = Object.create(null)
+  const note = {...metadata, ...parse(metadata.lora_nb)}, peft = parse(metadata.lora_adapter_metadata) ?? {}, layers = Object.create(null)
   for (const [path, [A, B]] of Object.entries(halves)) {
     if (!A || !B) throw new Error(`${name}: ${path} has only one of its two matrices.`)
     const rank = A.shape[0], inner = A.data.length / rank, outer = B.shape[0]
@@ -82,5 +82,6 @@ export function save(lora) {
     tensors[`${path}.lora_A.weight`] = {shape: f.downShape, data: f.down}
     tensors[`${path}.lora_B.weight`] = {shape: f.upShape, data: f.up}
   }
-  return write(tensors, {format: 'pt', lora_nb: JSON.stringify(lora.note)})
+  const text = v => typeof v === 'string' ? v : JSON.stringify(v)
+  return write(tensors, {...Object.fromEntries(Object.entries(lora.note).map(([k, v]) => [k, text(v)])), format: 'pt'})
 }

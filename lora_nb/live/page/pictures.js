@@ -35,6 +35,20 @@ export function numbers(canvas) {
   return out
 }
 
+const NAMED = {red: [214, 40, 40], orange: [244, 132, 25], yellow: [250, 215, 50], green: [52, 160, 70], blue: [45, 100, 215], purple: [125, 60, 180],
+  pink: [245, 145, 190], brown: [125, 80, 45], white: [245, 245, 245], gray: [140, 140, 140], black: [25, 25, 25]}     // the base's own words
+
+/** "on a green background", if the edge of a picture has one colour; else "": a caption that names what is not the subject keeps it out
+ * of the subject. @param {HTMLCanvasElement} canvas @returns {string} */
+export function ground(canvas) {
+  const {width: w, height: h} = canvas, {data} = canvas.getContext('2d').getImageData(0, 0, w, h), edge = []
+  for (let i = 0; i < w; i++) for (const k of [i, (h - 1) * w + i, i * w, i * w + w - 1]) edge.push([data[4 * k], data[4 * k + 1], data[4 * k + 2]])
+  const middle = [0, 1, 2].map(c => edge.map(p => p[c]).sort((a, b) => a - b)[edge.length >> 1]), far = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1], a[2] - b[2])
+  if (edge.filter(p => far(p, middle) < 60).length < .85 * edge.length) return ''
+  const [name] = Object.entries(NAMED).reduce((best, e) => far(e[1], middle) < far(best[1], middle) ? e : best)
+  return `on ${/^[aeiou]/.test(name) ? 'an' : 'a'} ${name} background`
+}
+
 /** The camera, shown in `video`. @param {HTMLVideoElement} video @returns {Promise<() => void>} what ends it */
 export async function camera(video) {
   if (!navigator.mediaDevices?.getUserMedia) throw new Error('This browser offers no camera here: it does so on https and on localhost.')

@@ -1,12 +1,12 @@
 // Teach it your own: pictures, a name, the training with its loss and previews, and what came of it.
-import {camera, numbers, Paint, pictureOf, square} from './pictures.js'
+import {camera, ground, numbers, Paint, pictureOf, square} from './pictures.js'
 import {Plot} from './plot.js'
 import {add} from './play.js'
 import {$, fail, model, say, show} from './model.js'
 
-const MOST = 8, GROUNDS = ['a striped blue background', 'a dotted green background', 'a plain yellow background', 'a checkered red background']
+const MOST = 8, GROUNDS = ['a striped blue background', 'a dotted green background', 'a yellow background', 'a checkered red background']
 const RATE = 4e-3, PREVIEWS = 5
-const tiles = []                                          // {canvas, caption}: what is learned from
+const tiles = []                                          // {canvas, rest}: what is learned from; `rest` of its caption, an input
 let plot = null, plan = null, made = null, stop = null, choose = () => {}
 
 const canvasOf = () => { const c = document.createElement('canvas'); c.width = c.height = model.size; return c }
@@ -36,13 +36,14 @@ function refresh() {
     : 'Drop pictures here. The middle square of each is used. They stay on your machine.'
 }
 
-function tile(canvas, what, caption = null) {
+function tile(canvas, what, rest = ground(canvas)) {
   if (tiles.length >= MOST) throw new Error(`Eight pictures are enough here: ${what} was left out.`)
-  const box = document.createElement('figure'), away = document.createElement('button'), t = {canvas, caption}
+  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('input'), t = {canvas, rest: input}
+  input.value = rest; input.placeholder = 'on a … background'; input.spellcheck = false; input.maxLength = 120; input.setAttribute('aria-label', `what else shows in ${what}`)
   canvas.setAttribute('role', 'img'); canvas.setAttribute('aria-label', what)
   away.type = 'button'; away.textContent = '×'; away.title = 'leave it out'; away.setAttribute('aria-label', `leave out ${what}`)
   away.onclick = () => { tiles.splice(tiles.indexOf(t), 1); box.remove(); refresh() }
-  box.append(canvas, away); $('tiles').append(box); tiles.push(t); refresh()
+  box.append(canvas, away, input); $('tiles').append(box); tiles.push(t); refresh()
 }
 
 async function give(files) {
@@ -58,7 +59,7 @@ async function example(name) {
     for (const [file, caption] of e.pictures) {
       const answer = await fetch(`examples/${name}/${file}`)
       if (!answer.ok) throw new Error(`${file} could not be loaded (${answer.status}).`)
-      tile(await pictureOf(await answer.blob(), file, model.size), `${name} ${file}`, caption)
+      tile(await pictureOf(await answer.blob(), file, model.size), `${name} ${file}`, caption?.replace(/^.*\{trigger\}\s*/, ''))
     }
   } catch (e) { fail(e) }
   refresh()
@@ -66,7 +67,7 @@ async function example(name) {
 
 const newPlan = () => {
   const {trigger, noun} = words(), steps = Math.min(400, Math.max(20, Math.floor(+$('many').value || 100))), {sampling} = model.manifest
-  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.caption?.replace('{trigger}', `${trigger} ${noun}`) ?? `a ${trigger} ${noun}`),
+  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => `a ${trigger} ${noun} ${t.rest.value.trim()}`.trim()),
     classPrompt: $('prior').checked ? a(noun) : null, trigger, noun, steps, lr: RATE, seed: 0, every: Math.ceil(steps / PREVIEWS),
     preview: {prompt: `a ${trigger} ${noun} on ${GROUNDS[0]}`, seed: 1, steps: 10, guidance: sampling.guidance_scale}}
 }
