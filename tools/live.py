@@ -1,0 +1,125 @@
+"""The page that draws and learns, measured in Chromium: python tools/live.py table|picture|times [out/live]
+
+table    trains five held-out subjects in the page, with its buttons, and lets the judge look at eight unseen prompts of each
+         (nbs/results/live.json)
+picture  the moving picture of the README (nbs/images/live.gif)
+times    seconds of what a reader waits for, and memory after fifty pictures
+"""
+import io, json, shutil, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lora_nb import load_base
+from lora_nb.core import atomic_path, data_path
+from lora_nb.evaluation import answers, marks, wearing
+from lora_nb.live import serve_live
+from lora_nb.lora import Lora
+from lora_nb.pictures import find_pictures
+
+ROOT = Path(__file__).resolve().parent.parent
+SUBJECTS = ["jack-o-lantern", "teapot", "robot", "teddy_bear", "octopus"]
+
+
+def opened(playwright, folder, tab="teach", width=1280, height=900, threads=True):
+    "The page with its model loaded: (page, seconds until it was ready)."
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    args = ["--no-sandbox", "--disable-gpu", *([] if threads else ["--disable-features=SharedArrayBuffer"])]
+    browser = playwright.chromium.launch(executable_path=chromium, args=args)
+    page = browser.new_page(viewport=dict(width=width, height=height), bypass_csp=True)
+    page.on("pageerror", lambda e: print("error in the page:", e))
+    server = serve_live(folder)
+    began = time.time()
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}/index.html#{tab}")
+    page.click("#load:enabled")
+    page.wait_for_function("lora_nb.ready()", timeout=120_000)
+    return page, time.time() - began
+
+
+def taught(page, subject, steps=100, each=lambda: None):
+    "Press the page's buttons until it has learned a bundled subject: (text of the measurement, seconds of training, of all)."
+    page.select_option("#example", subject)
+    page.wait_for_function("document.querySelectorAll('#tiles figure').length === 5")
+    page.fill("#many", str(steps))
+    began, first, last = time.time(), None, None
+    page.click("#learn")
+    while True:
+        said = page.inner_text("#progress")
+        if first is None and said.startswith("step"): first = time.time()
+        if last is None and "Looking" in said: last = time.time()
+        if not page.evaluate("lora_nb.model.busy"): break
+        each(); time.sleep(.05)
+    if page.inner_text("#error"): raise SystemExit(page.inner_text("#error"))
+    return page.inner_text("#measure"), last - first, time.time() - began
+
+
+def table(page):
+    "Five subjects, trained in the page, judged in Python."
+    from lora_nb.zoo.judge import load_judge
+    from lora_nb.zoo.subjects import CLASS_OF
+    base, judge, rows = load_base("tiny-sd", device="cpu"), load_judge(), {}
+    for subject in SUBJECTS:
+        measure, seconds, total = taught(page, subject)
+        with page.expect_download() as d, tempfile.TemporaryDirectory() as box:
+            page.click("#save")
+            d.value.save_as(f"{box}/lora.safetensors")
+            lora = Lora.load(f"{box}/lora.safetensors")
+        name, pictures = subject.replace("_", " "), find_pictures(data_path("subjects", subject))
+        paper = judge.exam("sks", name, CLASS_OF[name], 8, pictures)
+        with wearing(base, lora): after = marks(paper, answers(base, paper, steps=25), judge, pictures)
+        rows[subject] = dict(subject=int(np.sum(after["subject_fidelity"])), ground=int(np.sum(after["prompt_fidelity"])), of=8,
+                             similarity=round(float(np.mean(after["subject_similarity"])), 2),
+                             others_of_its_class=round(float(np.mean(after["class_retention"])), 2),
+                             train_seconds=round(seconds, 1), total_seconds=round(total, 1), page_says=measure)
+        print(subject, rows[subject], flush=True)
+    with atomic_path(ROOT / "nbs/results/live.json") as tmp: Path(tmp).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def picture(page):
+    "The page while it learns, as a moving picture: one frame for each preview and each pair of the result."
+    frames, seen = [], [-1]
+
+    def look():
+        n = page.evaluate("document.querySelectorAll('#previews figure, #pairs canvas').length")
+        if n == seen[0]: return
+        seen[0] = n
+        page.wait_for_timeout(60)
+        frames.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+    taught(page, "robot", each=look)
+    seen[0] = -1
+    look()
+    small = [f.resize((640, round(640 * f.height / f.width)), Image.LANCZOS) for f in frames]
+    palette = small[-1].quantize(96, dither=Image.Dither.NONE)
+    out = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in small]
+    with atomic_path(ROOT / "nbs/images/live.gif") as tmp:
+        out[0].save(tmp, "GIF", save_all=True, append_images=out[1:], duration=[500] * (len(out) - 1) + [4000], loop=0, optimize=True)
+    print(len(out), "frames", (ROOT / "nbs/images/live.gif").stat().st_size)
+
+
+def times(page):
+    "Seconds of a guided picture, a turbo picture and a training; memory before and after fifty pictures."
+    draw = """async ({turbo, worn}) => { const m = lora_nb.model, t = turbo ? m.turbo : null
+        for (const n of [...worn, ...t ? [t.name] : []]) await m.load(n)
+        const began = performance.now()
+        await m.client.ask('draw', {prompt: 'a cat face on a striped blue background', seed: 1, worn: worn.map(name => ({name, strength: 1})),
+            turbo: t?.name ?? null, steps: t ? t.turbo.steps : 25, guidance: t ? t.turbo.guidance_scale : 4, show: 0})
+        return (performance.now() - began) / 1000 }"""
+    for what in (dict(turbo=False, worn=[]), dict(turbo=False, worn=["neon"]), dict(turbo=True, worn=["neon"])):
+        page.evaluate(draw, what)
+        print(what, sorted(round(page.evaluate(draw, what), 2) for _ in range(5)))
+    memory = lambda: page.evaluate("performance.measureUserAgentSpecificMemory().then(m => m.bytes)") / 2**20
+    before = memory()
+    for _ in range(50): page.evaluate(draw, dict(turbo=True, worn=["neon"]))
+    print(f"memory before {before:.0f} MiB, after fifty pictures {memory():.0f} MiB")
+    for prior in (False, True):
+        page.set_checked("#prior", prior)
+        print("prior" if prior else "plain", "100 steps, seconds of training and of all:", [round(x, 1) for x in taught(page, "teapot")[1:]])
+
+
+if __name__ == "__main__":
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        page, seconds = opened(p, sys.argv[2] if len(sys.argv) > 2 else ROOT / "out/live")
+        print(f"ready after {seconds:.1f} s")
+        dict(table=table, picture=picture, times=times)[sys.argv[1]](page)
