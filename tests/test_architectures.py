@@ -100,7 +100,8 @@ def test_strange_paths(name):
     with pytest.raises(FormatError, match=re.escape(name)): refuse_strange([name])
 
 
-@pytest.mark.parametrize("name", ["unet.conv_in", "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q", "text_encoder_2.text_projection",
+@pytest.mark.parametrize("name", ["unet.conv_in", "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q",
+                                  "text_encoder_2.text_projection",
                                   "text_encoder.model.layers.3.self_attn.q_proj", "unet.mid_block.attentions.0.proj_in"])
 def test_paths_of_known_models(name): refuse_strange([name])
 

@@ -156,16 +156,19 @@ def half(key, out=16, n=16): return {f"{key}.lora_down.weight": torch.randn(2, n
 
 
 @pytest.mark.parametrize("key", ["unet.output_blocks.95.1.proj_in", "diffusion_model.input_blocks.4.1.nothing", "joint_blocks.0.x_block.attn.qqq",
-                                 "diffusion_model.input_blocks.4.0.op", "unet.middle_block.7.proj_in", "clip_l.text_model.encoder.layer.0.mlp.fc1",
+                                 "diffusion_model.input_blocks.4.0.op", "unet.middle_block.7.proj_in",
+                                 "clip_l.text_model.encoder.layer.0.mlp.fc1",
                                  "unet.output_blocks.3.0.proj_in", "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding",
                                  "unet.down_block.0.attentions.0.proj_in", "transformer.blocked.0.attn.to_q", "text_encoder.layers_0.q_proj"])
 def test_a_path_that_no_model_has_is_an_error_on_reading(key, load):
     refused(re.escape(key), load, half(key), exc=FormatError)
 
 
-@pytest.mark.parametrize("key, family", [("diffusion_model.double_blocks.0.img_attn.qkv", "FLUX"), ("diffusion_model.blocks.0.self_attn.q", "Wan"),
+@pytest.mark.parametrize("key, family", [("diffusion_model.double_blocks.0.img_attn.qkv", "FLUX"),
+                                         ("diffusion_model.blocks.0.self_attn.q", "Wan"),
                                          ("diffusion_model.layers.0.attention.qkv", "Z-Image"), ("lora_unet_single_blocks_0_linear1", "FLUX"),
-                                         ("lora_prior_unet_down_blocks_0_1_attn", "Cascade"), ("lora_unet_blocks_0_cross_attn_kv_linear", "PixArt")])
+                                         ("lora_prior_unet_down_blocks_0_1_attn", "Cascade"),
+                                         ("lora_unet_blocks_0_cross_attn_kv_linear", "PixArt")])
 def test_a_family_that_is_not_read_is_named(key, family, load): refused(family, load, half(key), exc=FormatError)
 
 
@@ -209,7 +212,8 @@ def test_stabilitys_names_have_swapped_halves(load):
 
 def test_metadata_of_a_comfy_file_names_the_family(tmp_path):
     "SD2's text encoder is clip_h there"
-    te = Lora({"text_encoder.encoder.layers.0.mlp.fc1": pair(4096, 1, 1024), "text_encoder.encoder.layers.0.self_attn.q_proj": pair(1024, 1, 1024)})
+    te = Lora({"text_encoder.encoder.layers.0.mlp.fc1": pair(4096, 1, 1024),
+               "text_encoder.encoder.layers.0.self_attn.q_proj": pair(1024, 1, 1024)})
     te.save(tmp_path/"h.safetensors", "comfy")
     tensors, metadata = read_file(tmp_path/"h.safetensors")
     assert all(k.startswith("text_encoders.clip_h.transformer.text_model.encoder.") for k in tensors)

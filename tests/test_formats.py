@@ -152,7 +152,8 @@ def test_what_others_noted_keeps_its_place(tmp_path):
     about = {"ss_tag_frequency": '{"10_cat": {"cat": 9}}', "modelspec.title": "Néon \U0001f431", "ss_network_dim": "32", "sshs_model_hash": "ab",
              "software": "x", "trigger": "<neon>", "base": "random"}
     theirs = {k: v for k, v in about.items() if k not in ("trigger", "base")}
-    layers = {n: Factors(torch.randn(4, 2), torch.randn(2, 4)) for n in ("unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q")}
+    names = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layers = {n: Factors(torch.randn(4, 2), torch.randn(2, 4)) for n in names}
     for first in ("peft", "kohya", "comfy"):
         save_lora(Lora(layers, metadata=about), tmp_path/"a.safetensors", first)
         for second in ("peft", "kohya", "comfy"):
