@@ -158,7 +158,7 @@ def test_names_and_places(tmp_path, monkeypatch):
 
 def test_what_may_be_replaced(tmp_path):
     path = tmp_path / "a"; path.mkdir(); check_free(path); check_free(tmp_path / "b")
-    (path / "x").touch()
+    (path / "x").touch(); check_free(path / "x"); (path / "x").write_text("held")
     for at in (path, path / "x"):
         with pytest.raises(LoraError, match="nothing was written"): check_free(at)
         check_free(at, overwrite=True); check_free(at, same=lambda p: True)
