@@ -1,4 +1,4 @@
-import contextlib, errno, io, json, os
+import contextlib, errno, io
 from unittest.mock import patch
 
 import diffusers

@@ -370,16 +370,15 @@ def test_distilling_does_not_depend_on_the_device(tmp_path, monkeypatch):
     change = torch.outer(torch.randn(len(m.weight)), torch.randn(m.weight.shape[1])) * m.weight.norm() * .001 / len(m.weight)
     m.weight.data += change
     base.save_pretrained(tmp_path / "base"); tuned.save_pretrained(tmp_path / "tuned")
-    distil = lambda *words: works(lora_distill, "--base_model", tmp_path / "base", "--target_model", tmp_path / "tuned", "--device", "cpu", *words)
+    models = "--base_model", tmp_path / "base", "--target_model", tmp_path / "tuned", "--device", "cpu"
+    distil = lambda *words: works(lora_distill, *models, *words)
     distil("--rank", 1, "--save_path", tmp_path / "d.safetensors", "--format", "kohya")
     (f,) = Lora.load(tmp_path / "d.safetensors").layers.values()
     assert (f.delta().float() - change).norm() < .01 * change.norm()
     from lora_nb.formats import format_of, read_file
     assert format_of(*read_file(tmp_path / "d.safetensors")) == "kohya"
-    assert "targets" in refused(lora_distill, "--base_model", tmp_path / "base", "--target_model", tmp_path / "tuned", "--device", "cpu",
-                                "--save_path", tmp_path / "no.safetensors", "--targets", "attn2")
-    assert "equal" in refused(lora_distill, "--base_model", tmp_path / "base", "--target_model", tmp_path / "tuned", "--device", "cpu",
-                              "--save_path", tmp_path / "no.safetensors", "--min_difference", 1)
+    assert "targets" in refused(lora_distill, *models, "--save_path", tmp_path / "no.safetensors", "--targets", "attn2")
+    assert "equal" in refused(lora_distill, *models, "--save_path", tmp_path / "no.safetensors", "--min_difference", 1)
 
 
 def test_pictures_of_an_earlier_run_are_kept(tmp_path, no_base):

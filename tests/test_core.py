@@ -134,14 +134,15 @@ def test_each_step_that_can_fail(tmp_path, monkeypatch, number, advice, where):
     path = tmp_path / "a.txt"; path.write_text("whole")
     def fail(*args, **kw): raise OSError(number, os.strerror(number))
     if where != "inside": monkeypatch.setattr({"mkdtemp": "tempfile.mkdtemp", "fsync": "os.fsync", "replace": "os.replace"}[where], fail)
-    with pytest.raises(LoraError, match=f"cannot write .*{advice}"): write(path, fail if where == "inside" else lambda p: p.write_text("new"))
+    with pytest.raises(LoraError, match=f"cannot write .*{advice}"):
+        write(path, fail if where == "inside" else lambda p: p.write_text("new"))
     monkeypatch.undo()
     assert path.read_text() == "whole" and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_errors_that_are_not_about_the_disk_pass(tmp_path):
-    for error in (FileNotFoundError(2, "No such file", "/elsewhere/picture.png"), ConnectionResetError(104, "reset"), RuntimeError("CUDA out of memory"),
-                  OSError("cannot write mode F as PNG")):
+    for error in (FileNotFoundError(2, "No such file", "/elsewhere/picture.png"), ConnectionResetError(104, "reset"),
+                  RuntimeError("CUDA out of memory"), OSError("cannot write mode F as PNG")):
         def fail(p, error=error): raise error
         with pytest.raises(type(error)) as caught: write(tmp_path / "x", fail)
         assert caught.value is error and not os.listdir(tmp_path)
@@ -192,7 +193,6 @@ print("done")
 
 @pytest.mark.parametrize("names", ["a", "folder", "a,b,c"])
 def test_killed_at_every_step_all_is_old_or_all_is_new(tmp_path, names):
-    import subprocess, sys
     split, seen = names.split(","), []
     for step in range(1, 40):
         folder = tmp_path / str(step); folder.mkdir()

@@ -147,7 +147,8 @@ def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
     refused("cannot write 'mine'", save_lora, small_lora(), tmp_path/"x.safetensors", "mine", exc=FormatError)
 
 
-FULL = {"folder/": None, "base.safetensors": {"model.diffusion_model.out.2.bias": torch.ones(4)}, "vae.safetensors": {"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)},
+FULL = {"folder/": None, "base.safetensors": {"model.diffusion_model.out.2.bias": torch.ones(4)},
+        "vae.safetensors": {"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)},
         "text.safetensors": b"a letter", "link.safetensors": "link"}
 
 

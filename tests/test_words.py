@@ -111,13 +111,14 @@ def test_a_word_called_t5_is_a_word(tmp_path):
     assert [*Lora.load(tmp_path/"x.safetensors").embeddings["x"]] == ["text_encoder_3"]
 
 
+LAYER = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{part}.weight": torch.ones(*shape) for part, shape in (("up", (8, 1)), ("down", (1, 8)))}
+
 @pytest.mark.parametrize("held", [{"clip_l": 768, "clip_l_out": 768}, {"clip_l_out": 768}, {"clip_l": 768, "clip_g": 1280, "t5_out": 4096}])
 def test_output_embeddings_are_refused_by_name(tmp_path, held):
     held = {k: torch.ones(1, d) for k, d in held.items()}
     save_file(held, tmp_path/"x.safetensors")
     refused("_out: vectors for the output", Lora.load, tmp_path/"x.safetensors")
-    layer = {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(8, 1), "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(1, 8)}
-    save_file({f"bundle_emb.cat.{k}": t for k, t in held.items()} | layer, tmp_path/"x.safetensors")
+    save_file({f"bundle_emb.cat.{k}": t for k, t in held.items()} | LAYER, tmp_path/"x.safetensors")
     refused("_out: vectors for the output", Lora.load, tmp_path/"x.safetensors")
 
 
@@ -125,9 +126,8 @@ def test_output_embeddings_are_refused_by_name(tmp_path, held):
 @pytest.mark.parametrize("ends", [{"string_to_param.*": "text_encoder"}, {"clip_l": "text_encoder", "clip_g": "text_encoder_2"},
                                   {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}])
 def test_bundled_words_with_dots_and_t5(tmp_path, word, ends):
-    layer = {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(8, 1), "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(1, 8)}
     held = {e: torch.randn(2, 8) for e in ends}
-    save_file({f"bundle_emb.{word}.{e}": t for e, t in held.items()} | layer, tmp_path/"x.safetensors")
+    save_file({f"bundle_emb.{word}.{e}": t for e, t in held.items()} | LAYER, tmp_path/"x.safetensors")
     lora = Lora.load(tmp_path/"x.safetensors")
     assert len(lora) == 1 and [*lora.embeddings] == [word]
     assert all(lora.embeddings[word][c].equal(held[e]) for e, c in ends.items())
@@ -136,7 +136,8 @@ def test_bundled_words_with_dots_and_t5(tmp_path, word, ends):
 NO_WORDS = {"IA3": {"base_model.model.down_blocks.0.attn1.to_k.ia3_l": torch.ones(8, 1)},
             "IA3, feed-forward": {"base_model.model.ff.net.0.ia3_l": torch.ones(1, 8)},
             "VeRA": {"base_model.model.mid.to_q.vera_lambda_b": torch.ones(8), "base_model.model.mid.to_q.vera_lambda_d": torch.ones(2)},
-            "VeRA with its projections": {"base_model.vera_A": torch.ones(2, 8), "base_model.vera_B": torch.ones(8, 2), "x.to_q.vera_lambda_d": torch.ones(2)},
+            "VeRA with its projections": {"base_model.vera_A": torch.ones(2, 8), "base_model.vera_B": torch.ones(8, 2),
+                                          "x.to_q.vera_lambda_d": torch.ones(2)},
             "FourierFT": {"base_model.model.to_q.fourierft_spectrum": torch.ones(10)}, "differences": {"mid_block.norm.diff": torch.ones(8)},
             "a norm": {"unet.conv_norm_out.scale": torch.ones(8)}, "an MLP": {"layers.0.w": torch.ones(2, 8)}}
 
