@@ -1,4 +1,4 @@
-import contextlib, io
+import contextlib, errno, io
 from unittest.mock import patch
 
 import diffusers
@@ -44,15 +44,15 @@ def test_a_full_disk_leaves_the_old_folder(base, lora, tmp_path):
     merge_checkpoint(base, lora, tmp_path / "folder")
     old = (tmp_path / "folder" / WEIGHTS).read_bytes()
     teapot = Lora.load(data_path("loras", "teapot.safetensors"))
-    with patch.object(type(base.pipe.scheduler), "save_pretrained", side_effect=OSError("no space left")):   # in the middle
-        with pytest.raises(OSError, match="no space"): merge_checkpoint(base, teapot, tmp_path / "folder")
+    with patch.object(type(base.pipe.scheduler), "save_pretrained", side_effect=OSError(errno.ENOSPC, "no space left")):   # in the middle
+        with pytest.raises(LoraError, match="no space"): merge_checkpoint(base, teapot, tmp_path / "folder", overwrite=True)
     assert (tmp_path / "folder" / WEIGHTS).read_bytes() == old and not adapters(base)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_two_halves_in_half_precision_replace_a_pipeline(base, lora, tmp_path):
     save_checkpoint(base, tmp_path / "folder")
-    merge_checkpoint(base, [lora, lora], tmp_path / "folder", scale=[.5, .5], dtype=torch.float16)
+    merge_checkpoint(base, [lora, lora], tmp_path / "folder", scale=[.5, .5], dtype=torch.float16, overwrite=True)
     half = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", dtype=torch.float16)
     assert half.unet.dtype == torch.float16
     name = apply_lora(base, lora)
@@ -73,8 +73,6 @@ def test_every_family_into_a_folder_quietly(family, tmp_path):
     with contextlib.redirect_stderr(io.StringIO()) as said: save_checkpoint(p, tmp_path / family)
     assert (said.getvalue(), bars_now()) == ("", [True] * 3)
     set_bars(False, False, True)
-    if family != "sd":
-        with pytest.raises(FormatError, match="SD1.x only"): save_checkpoint(p, tmp_path / "x.safetensors", "single_file")
     back = type(p).from_pretrained(tmp_path / family).components[main].state_dict()
     assert all(torch.equal(t, back[k]) for k, t in p.components[main].state_dict().items())
 
@@ -118,3 +116,146 @@ def test_what_cannot_be_written(lora, tmp_path):
     inject_lora(p, "attention", rank=1)
     with pytest.raises(LoraError, match="branches"): save_checkpoint(p, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ one file for every family
+def pipe_of(family):
+    "A random pipeline whose files other programs can hold"
+    p = random_pipe("sd" if family in ("sd1", "sd2") else family)
+    if family == "sd2":
+        config = {**p.unet.config, "use_linear_projection": True}
+        p.register_modules(unet=type(p.unet).from_config(config))
+    if family in ("sdxl", "sd3"):                     # diffusers tells the encoders in a file apart by their widths
+        config = type(p.text_encoder_2.config)(**{**p.text_encoder_2.config.to_dict(), "hidden_size": 48, "projection_dim": 48})
+        p.register_modules(text_encoder_2=type(p.text_encoder_2)(config))
+    if family == "sd3": torch.nn.init.eye_(p.text_encoder.text_projection.weight)
+    return p
+
+
+FAMILIES = ["sd1", "sd2", "sdxl", "sd3"]
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_file_of_every_family_is_read_by_diffusers(family, tmp_path):
+    p = pipe_of(family)
+    save_checkpoint(p, tmp_path / "one.safetensors", "single_file"); save_checkpoint(p, tmp_path / "folder")
+    parts, rest = read_single_file(tmp_path / "one.safetensors", p)
+    assert rest == [] and {"vae", "text_encoder"} < set(parts)
+    back = type(p).from_single_file(str(tmp_path / "one.safetensors"), config=str(tmp_path / "folder"))
+    for c, found in parts.items():
+        want = {canonical(n): t for n, t in p.components[c].state_dict().items()}
+        theirs = {canonical(n): t for n, t in back.components[c].state_dict().items()}
+        assert all(torch.equal(t, found[n]) and torch.equal(t, theirs[n]) for n, t in want.items() if "shared" not in n), c
+    assert load_base(tmp_path / "one.safetensors", device="cpu", config=str(tmp_path / "folder")).family[:2] == "sd"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_merged_into_one_file_is_what_is_worn(family, tmp_path):
+    p = pipe_of(family)
+    main = "transformer" if family == "sd3" else "unet"
+    torch.manual_seed(1)
+    tried = inject_lora(p, "attention", rank=2, component=[main, "text_encoder"])
+    for x in tried.params(): x.data.normal_(std=.2)
+    mine = tried.lora(); tried.remove()
+    mine.save(tmp_path / "lora.safetensors")
+    save_checkpoint(p, tmp_path / "folder")
+    merge_checkpoint(tmp_path / "folder", tmp_path / "lora.safetensors", tmp_path / "one.safetensors", "single_file", scale=.5)
+    parts, _ = read_single_file(tmp_path / "one.safetensors", p)
+    name = apply_lora(p, mine, .5)
+    worn = {c: {canonical(n): t.clone() for n, t in p.components[c].state_dict().items()} for c in (main, "text_encoder")}
+    remove_lora(p, name)
+    plain = {canonical(n): t for n, t in p.components[main].state_dict().items()}
+    assert all(torch.equal(t, parts[c][n]) for c in worn for n, t in worn[c].items())
+    assert any(not torch.equal(t, plain[n]) for n, t in worn[main].items())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
+def test_words_beside_one_file(family, tmp_path):
+    p = pipe_of(family)
+    width = {c: m.get_input_embeddings().weight.shape[1] for c, m in p.components.items() if c.startswith("text_encoder") and m is not None}
+    words = {t: {c: torch.randn(n, d) for c, d in width.items()} for t, n in (("<cat>", 2), ("<dog>", 1))}
+    merge = lambda **kw: merge_checkpoint(p, Lora({}, words), tmp_path / "w.safetensors", "single_file", **kw)
+    with pytest.raises(FormatError, match="<cat>, <dog>"): merge()
+    assert not list(tmp_path.iterdir())
+    merge(words="separate")
+    parts, rest = read_single_file(tmp_path / "w.safetensors", p)                     # the shapes fit: the words' rows are gone
+    found = {}
+    for f in sorted(tmp_path.glob("w.*.safetensors")): found |= Lora.load(f).embeddings
+    assert rest == [] and Lora({}, found) == Lora({}, words)
+
+
+def test_what_one_file_has_no_place_for(tmp_path):
+    save = lambda p: save_checkpoint(p, tmp_path / "x.safetensors", "single_file")
+    with pytest.raises(FormatError, match="not the identity"): save(random_pipe("sd3"))
+    p = random_pipe("sd"); p.unet.class_embedding = torch.nn.Linear(4, 4)
+    with pytest.raises(FormatError, match="class_embedding|no names"): save(p)
+    p = random_pipe("sdxl"); p.register_modules(text_encoder_2=None)
+    p.unet.add_embedding.strange = torch.nn.Linear(4, 4)
+    with pytest.raises(FormatError): save(p)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_that_predicts_velocity_says_so(tmp_path):
+    from diffusers import EulerDiscreteScheduler
+    p = random_pipe("sdxl")
+    p.scheduler = EulerDiscreteScheduler.from_config(p.scheduler.config, prediction_type="v_prediction")
+    save_checkpoint(p, tmp_path / "v.safetensors", "single_file")
+    assert read_single_file(tmp_path / "v.safetensors", p)[1] == ["v_pred"]
+
+
+# ------------------------------------------------------------------------------------------ precision, and what is there already
+def weights_of(folder): return {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("stored", [dict(default=torch.float16), dict(default=torch.bfloat16), dict(default=torch.float16, vae=torch.float32),
+                                    dict(default=torch.float32, text_encoder=torch.bfloat16)], ids=str)
+def test_a_merged_folder_is_as_large_as_its_base(stored, tmp_path):
+    p = random_pipe("sd")
+    for c in ("unet", "vae", "text_encoder"): getattr(p, c).to(stored.get(c, stored["default"]))
+    save_checkpoint(p, tmp_path / "base")
+    tried = inject_lora(p, "attention", rank=1)
+    for x in tried.params(): x.data.normal_(std=.1)
+    mine = tried.lora(); tried.remove()
+    merge_checkpoint(tmp_path / "base", mine, tmp_path / "made")
+    assert weights_of(tmp_path / "made") == weights_of(tmp_path / "base")
+    name = apply_lora(p, mine)
+    back = StableDiffusionPipeline.from_pretrained(tmp_path / "made")
+    same = [torch.equal(t.float(), back.unet.state_dict()[n].float()) for n, t in p.unet.state_dict().items()]
+    remove_lora(p, name)
+    assert all(same)
+
+
+@pytest.mark.parametrize("format, name", [("folder", "out"), ("single_file", "out.safetensors"), ("single_file", "out.ckpt")])
+def test_nothing_is_replaced_without_being_asked(base, lora, format, name, tmp_path):
+    import shutil
+    save_checkpoint(base, tmp_path / "base"); (tmp_path / "other").mkdir()
+    path, files = tmp_path / "other" / name, lambda: {f: f.read_bytes() for f in (tmp_path / "other").rglob("*") if f.is_file()}
+    def photos(): path.mkdir(); (path / "photo.jpg").write_text("dear")
+    makers = [lambda: save_checkpoint(base, path, format), photos, lambda: path.write_text("letter")]
+    for make in makers + [lambda: lora.save(path)] * (path.suffix == ".safetensors"):
+        make(); kept = files()
+        for source in (base, tmp_path / "base"):
+            with pytest.raises(LoraError, match="exists"): merge_checkpoint(source, lora, path, format)
+        assert files() == kept
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_the_base_is_never_its_own_output(lora, tmp_path, base):
+    save_checkpoint(base, tmp_path / "base")
+    (tmp_path / "link").symlink_to("base")
+    before = {f: f.read_bytes() for f in (tmp_path / "base").rglob("*") if f.is_file()}
+    for out in ("base", "link", "base/merged", "base/unet"):
+        with pytest.raises(LoraError, match="base would be lost"): merge_checkpoint(tmp_path / "base", lora, tmp_path / out, overwrite=True)
+    assert {f: f.read_bytes() for f in (tmp_path / "base").rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("format, name", [("folder", "out"), ("single_file", "out.safetensors"), ("single_file", "out.ckpt")])
+def test_a_full_disk_while_a_checkpoint_is_written(format, name, tmp_path):
+    import resource
+    p, was = random_pipe("sd"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint(p, tmp_path / name, format)
+    kept = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, was[1]))
+    try:
+        with pytest.raises(LoraError, match="cannot write .*unchanged"): save_checkpoint(p, tmp_path / name, format, overwrite=True)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == kept

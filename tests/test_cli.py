@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_nb.cli import main
 from lora_nb.cli.draw import lora_evaluate, lora_generate
-from lora_nb.cli.files import add_command, lora_convert, lora_distill, lora_info, lora_memory, lora_ppim
+from lora_nb.cli.files import add_command, lora_convert, lora_distill, lora_info, lora_memory, lora_ppim, lora_resize
 from lora_nb.cli.flags import COMMANDS, REQUIRED, asks_for_the_same, terminal
 from lora_nb.cli.train import lora_dreambooth, lora_pti, lora_ti
 from lora_nb.core import data_path
@@ -21,7 +21,7 @@ NEON, PUMPKIN = (data_path("loras", f"{n}.safetensors") for n in ("neon", "jack-
 SUBJECT = ("--instance_data_dir", BEAR, "--instance_prompt", "a sks toy", "--device", "cpu", "--train_batch_size", 1, "--max_train_steps", 1)
 WORDS = ("--instance_data_dir", BEAR, "--device", "cpu", "--train_batch_size", 1, "--max_train_steps_ti", 1, "--initializer_tokens", "toy")
 NAMES = ("lora_dreambooth", "lora_ti", "lora_pti", "lora_generate", "lora_evaluate", "lora_ppim", "lora_info", "lora_convert", "lora_add",
-         "lora_distill", "lora_memory", "demo")
+         "lora_resize", "lora_distill", "lora_memory", "demo")
 
 
 def works(command, *argv):
@@ -192,6 +192,11 @@ WRONG = {
     "text": (add_command, ("tiny-sd", NEON, "x.safetensors", "--mode", "upl-ckpt-v2", "--with_text_lora"), "--mode lpl"),
     "rank of a merge": (add_command, ("tiny-sd", NEON, "x", "--mode", "upl", "--rank", 4), "leave it out"),
     "ending": (add_command, ("tiny-sd", NEON, "x.bin", "--mode", "upl-ckpt-v2"), ".ckpt or .safetensors"),
+    "no rank": (lora_resize, (NEON, "x.safetensors"), "give one of them"),
+    "ranks of a LoRA twice": (lora_resize, (NEON, "x.safetensors", "--rank", 4, "--megabytes", 1), "give one of them"),
+    "half a weight": (add_command, (PUMPKIN, NEON, "x.safetensors", "--lora", NEON), "expected a file and its weight"),
+    "third of a merge": (add_command, ("tiny-sd", NEON, "x", "--mode", "upl", "--lora", f"{NEON}:1"), "one after the other"),
+    "format of a name": (lora_distill, ("--base_model", "a", "--target_model", "b", "--format", "kohya", "--save_path", "x.pt"), ".safetensors"),
     "ranks twice": (lora_distill, ("--base_model", "a", "--target_model", "b", "--rank", 4, "--energy", .9), "give one of them"),
     "no file": (lora_info, ("absent.safetensors",), "absent.safetensors"),
     "no base": (lora_memory, ("sd9",), "sd3.5-medium"),
@@ -300,6 +305,87 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     random_pipe().save_pretrained(tmp_path / "plain")
     assert "absent" in refused(lora_distill, "--base_model", tmp_path / "plain", "--target_model", tmp_path / "absent", "--device", "cpu",
                                "--save_path", tmp_path / "x.safetensors")
+
+
+def test_a_lora_is_resized_and_the_command_says_what_it_costs(tmp_path):
+    whole = Lora.load(PUMPKIN)
+    for flags, said in ((("--rank", 2), "rank 8 -> 2"), (("--energy", .5), "misses"), (("--megabytes", .3), "of 115 layers"),
+                        (("--rank", 4, "--format", "kohya", "--dtype", "float32"), "kohya form")):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        text = works(lora_resize, PUMPKIN, out, *flags)
+        small = Lora.load(out)
+        assert said in text and small.bytes < whole.bytes * 2
+        missed = sum((f.delta() - (small.layers[n].delta() if n in small.layers else 0)).square().sum() for n, f in whole.layers.items())
+        share = float(missed / sum(f.delta().square().sum() for f in whole.layers.values())) ** .5
+        assert f"misses {share:.1%}"[:9] in text, (share, text)
+    assert (tmp_path / "2.safetensors").stat().st_size <= 300_000
+
+
+def test_files_of_others_and_inputs_are_kept(tmp_path):
+    import shutil
+    from lora_nb.formats import is_lora_file
+    weights = tmp_path / "base.safetensors"; shutil.copy(data_path("tiny-sd", "vae", "diffusion_pytorch_model.safetensors"), weights)
+    mine = tmp_path / "mine.safetensors"; shutil.copy(NEON, mine)
+    kept = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for target, said in ((weights, "not a LoRA"), (mine, "that is read|that are read")):
+        import re
+        for words in ((lora_convert, mine, target), (lora_convert, mine, target, "--format", "kohya"), (lora_resize, mine, target, "--rank", 2),
+                      (add_command, mine, PUMPKIN, target), (add_command, mine, PUMPKIN, target, 1, 1, "--method", "svd"),
+                      (add_command, mine, PUMPKIN, target, 1, 1, "--mode", "ljl")):
+            text = refused(*words)
+            assert re.search(said, text) and "--overwrite" in text and "overwrite=" not in text, text
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == kept
+    works(lora_convert, PUMPKIN, weights, "--overwrite"); assert is_lora_file(weights)
+    works(lora_resize, mine, mine, "--rank", 2, "--overwrite"); assert Lora.load(mine).rank == 2
+    works(lora_convert, PUMPKIN, mine)                                            # a LoRA for a LoRA
+
+
+def test_a_merge_keeps_its_base(tmp_path, no_base):
+    import shutil
+    shutil.copytree(data_path("tiny-sd"), tmp_path / "base")
+    kept = {p: p.read_bytes() for p in (tmp_path / "base").rglob("*") if p.is_file()}
+    for words in (("base",), ("base", "--overwrite"), ("base/merged", "--overwrite")):
+        assert "would be lost" in refused(add_command, tmp_path / "base", NEON, tmp_path / words[0], 1, 1, "--mode", "upl", *words[1:])
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    assert "--overwrite" in refused(add_command, tmp_path / "base", NEON, tmp_path / "other", 1, 1, "--mode", "upl")
+    assert {p: p.read_bytes() for p in (tmp_path / "base").rglob("*") if p.is_file()} == kept
+
+
+def test_three_loras_with_weights(tmp_path):
+    works(add_command, PUMPKIN, NEON, tmp_path / "sum.safetensors", .5, .25, "--lora", f"{PUMPKIN}:0.5", "--lora", f"{NEON}:-.25")
+    one, total = Lora.load(PUMPKIN), Lora.load(tmp_path / "sum.safetensors")
+    assert all(torch.allclose(f.delta().float(), total.layers[n].delta().float(), atol=1e-3) for n, f in one.layers.items())
+    works(add_command, PUMPKIN, NEON, tmp_path / "svd.safetensors", .5, .25, "--lora", f"{PUMPKIN}:0.5", "--method", "svd", "--rank", 8)
+    assert Lora.load(tmp_path / "svd.safetensors").rank == 8
+
+
+def test_distilling_does_not_depend_on_the_device(tmp_path, monkeypatch):
+    "A large card computes in bf16; the models are read in the precision of their files all the same"
+    import copy
+    import lora_nb.loading
+    monkeypatch.setattr(lora_nb.loading, "default_dtype", lambda device=None: torch.bfloat16)
+    base = random_pipe()
+    tuned = copy.deepcopy(base)
+    m = tuned.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    change = torch.outer(torch.randn(len(m.weight)), torch.randn(m.weight.shape[1])) * m.weight.norm() * .001 / len(m.weight)
+    m.weight.data += change
+    base.save_pretrained(tmp_path / "base"); tuned.save_pretrained(tmp_path / "tuned")
+    models = "--base_model", tmp_path / "base", "--target_model", tmp_path / "tuned", "--device", "cpu"
+    distil = lambda *words: works(lora_distill, *models, *words)
+    distil("--rank", 1, "--save_path", tmp_path / "d.safetensors", "--format", "kohya")
+    (f,) = Lora.load(tmp_path / "d.safetensors").layers.values()
+    assert (f.delta().float() - change).norm() < .01 * change.norm()
+    from lora_nb.formats import format_of, read_file
+    assert format_of(*read_file(tmp_path / "d.safetensors")) == "kohya"
+    assert "targets" in refused(lora_distill, *models, "--save_path", tmp_path / "no.safetensors", "--targets", "attn2")
+    assert "equal" in refused(lora_distill, *models, "--save_path", tmp_path / "no.safetensors", "--min_difference", 1)
+
+
+def test_pictures_of_an_earlier_run_are_kept(tmp_path, no_base):
+    (tmp_path / "000001.png").write_text("mine"); (tmp_path / "evaluation.json").write_text("mine")
+    assert "--overwrite" in refused(lora_generate, "--prompt", "x", "--num_images", 2, "--output_dir", tmp_path)
+    assert "--overwrite" in refused(lora_evaluate, "--lora", NEON, "--instance_data_dir", BEAR, "--output_dir", tmp_path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"000001.png": "mine", "evaluation.json": "mine"}
 
 
 # ------------------------------------------------------------------------------------------ the door

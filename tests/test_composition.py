@@ -1,4 +1,4 @@
-import itertools, json, time
+import copy, errno, itertools, json, time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -227,15 +227,58 @@ def test_a_merged_folder_has_the_worn_weights(tiny, mine, folder, tmp_path, text
 
 
 def test_nothing_is_written_if_anything_is_wrong(paths, folder, tmp_path):
-    to_ckpt = lambda lora, name="model.ckpt": add_files(folder, lora, tmp_path / name, mode="upl-ckpt-v2")
+    to_ckpt = lambda lora, name="model.ckpt": add_files(folder, lora, tmp_path / name, mode="upl-ckpt-v2", overwrite=True)
     to_ckpt(paths[0])
     kept, real, calls = state_of(tmp_path), torch.save, itertools.count(1)
     def full_disk(held, path):
-        if next(calls) == 2: Path(path).write_bytes(b"half"); raise OSError("no space left")
+        if next(calls) == 2: Path(path).write_bytes(b"half"); raise OSError(errno.ENOSPC, "no space left")
         real(held, path)
-    with patch.object(torch, "save", full_disk), pytest.raises(OSError, match="no space"): to_ckpt(paths[0])
+    with patch.object(torch, "save", full_disk), pytest.raises(LoraError, match="no space"): to_ckpt(paths[0])
     assert next(calls) == 3 and state_of(tmp_path) == kept
     for mode, name in (("upl", "new"), ("upl-ckpt-v2", "new.ckpt")):
         for lora in (data_path("loras", "neon.safetensors"), tmp_path / "nowhere.safetensors"):
             with pytest.raises(LoraError): add_files(folder, lora, tmp_path / name, mode=mode)
     assert state_of(tmp_path) == kept and not (tmp_path / "new").exists() and not list(tmp_path.glob(".writing*"))
+
+
+def test_any_number_of_files_with_weights(tiny, mine, yours, paths, tmp_path):
+    more = [(paths[0], .25), (paths[1], -1.), (paths[0], 2)]
+    total = Lora.load(add_files(*paths, tmp_path / "five.safetensors", .7, .3, base=tiny, more=more), base=tiny)
+    for n in mine.layers:
+        want = 2.95 * mine.layers[n].delta() + (-.7 * yours.layers[n].delta() if n in yours.layers else 0)
+        assert close(total.layers[n].delta().float(), want, 1e-4)
+    joined = Lora.load(add_files(*paths, tmp_path / "j.safetensors", mode="ljl", base=tiny, more=[(paths[0], .5)]), base=tiny)
+    assert list(joined.embeddings) == ["<s0-0>", "<s1-0>", "<s2-0>"]
+    n = next(iter(mine.layers))
+    want = 1.5 * mine.layers[n].delta() + (yours.layers[n].delta() if n in yours.layers else 0)
+    assert close(joined.layers[n].delta().float(), want, 1e-4)
+    for mode in ("upl", "upl-ckpt-v2"):
+        with pytest.raises(LoraError, match="more="): add_files("tiny-sd", paths[0], tmp_path / "no.ckpt", mode=mode, more=more)
+
+
+def test_inputs_and_bases_are_kept(tiny, paths, folder, tmp_path):
+    before, whole = state_of(tmp_path), {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    for mode in ("lpl", "ljl"):
+        with pytest.raises(LoraError, match="files that are read"): add_files(*paths, paths[1], mode=mode, base=tiny)
+        with pytest.raises(LoraError, match="files that are read"):
+            add_files(*paths[:1] * 2, paths[1], mode=mode, base=tiny, more=[(paths[1], 1.)])
+    with pytest.raises(LoraError, match="would be lost"): add_files(folder, paths[0], folder, mode="upl", overwrite=True)
+    weights = next(Path(folder).glob("unet/*.safetensors"))
+    with pytest.raises(LoraError, match="not a LoRA"): add_files(*paths, weights, base=tiny)
+    assert state_of(tmp_path) == before and {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} == whole
+
+
+def test_a_folder_is_merged_in_its_own_precision(tiny, paths, tmp_path):
+    half = copy.deepcopy(tiny).to(torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    add_files(tmp_path / "half", paths[0], tmp_path / "up", 1., mode="upl")
+    sizes = lambda d: {p.name: p.stat().st_size for p in (tmp_path / d / "unet").glob("*.safetensors")}
+    assert sizes("up") == sizes("half")
+
+
+def test_words_of_several_encoders_are_beside_the_file(tmp_path):
+    p = random_pipe("sdxl"); p.save_pretrained(tmp_path / "xl")
+    words = {"<cat>": {c: torch.randn(2, 32) for c in ("text_encoder", "text_encoder_2")}}
+    Lora({}, words).save(tmp_path / "cat.safetensors")
+    add_files(tmp_path / "xl", tmp_path / "cat.safetensors", tmp_path / "m.safetensors", 1., mode="upl-ckpt-v2")
+    assert Lora({}, Lora.load(tmp_path / "m.cat.safetensors").embeddings) == Lora({}, words)

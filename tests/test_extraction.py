@@ -160,3 +160,86 @@ def test_from_folder_to_file(pipes, tmp_path):
     back = Lora.load(tmp_path / "filed.safetensors")
     assert set(back.layers) == set(true.layers)
     assert max((back.layers[n].delta() - f.delta()).norm() / f.norm() for n, f in true.layers.items()) < 1e-4
+
+
+# Precision, and models that do not fit
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+
+def saved(pipe, path, dtype):
+    copy.deepcopy(pipe).to(dtype).save_pretrained(path, safe_serialization=True)
+    return path
+
+
+@pytest.mark.parametrize("base_type, tuned_type", list(itertools.product((torch.float32, torch.float16, torch.bfloat16), repeat=2)), ids=str)
+def test_one_tuned_layer_is_one_layer_in_any_precision(tmp_path, base_type, tuned_type):
+    "By path: rounding to half precision is no change, whichever of the two models was rounded"
+    base = random_pipe()
+    tuned = copy.deepcopy(base)
+    tuned.unet.get_parameter(TO_Q).data += torch.randn(16, 2) @ torch.randn(2, 16) * .1
+    d = distillation(saved(base, tmp_path / "base", base_type), saved(tuned, tmp_path / "tuned", tuned_type), rank=2)
+    assert list(d.lora.layers) == [f"unet.{TO_Q.removesuffix('.weight')}"] and not d.lost, (list(d.lora.layers)[:3], list(d.lost)[:3])
+
+
+def test_a_small_change_in_files_of_half_precision_is_not_rounded_again(tmp_path):
+    "A thousandth of each weight, in fp16 files: bf16, the precision of large cards, would lose most of it"
+    base = random_pipe()
+    tuned = copy.deepcopy(base)
+    w = tuned.unet.get_parameter(TO_Q)
+    w.data += w.abs().mean() * .001 * torch.outer(torch.randn(16).sign(), torch.randn(16).sign())
+    w.data += base.unet.get_parameter(TO_Q).half().float() - base.unet.get_parameter(TO_Q)
+    for x in (base, tuned): x.unet.get_parameter(TO_Q).data = x.unet.get_parameter(TO_Q).data.half().float()
+    true = w.data - base.unet.get_parameter(TO_Q).data
+    got = distill(saved(base, tmp_path / "b", torch.float16), saved(tuned, tmp_path / "t", torch.float16), rank=16, dtype=torch.float32)
+    (f,) = got.layers.values()
+    assert (f.delta() - true).norm() < 1e-4 * true.norm()
+
+
+def test_networks_on_the_disk_are_not_read_whole(tmp_path):
+    "Mapped: the two UNets take no memory of their own"
+    from lora_nb.loading import load_as_stored
+    base = random_pipe()
+    saved(base, tmp_path / "b", torch.float16)
+    unet = load_as_stored(tmp_path / "b").pipe.unet
+    with open("/proc/self/maps") as f: maps = [line.split(None, 5) for line in f]
+    mine = [tuple(int(x, 16) for x in m[0].split("-")) for m in maps if len(m) > 5 and str(tmp_path / "b" / "unet") in m[5]]
+    inside = [any(a <= p.data_ptr() < b for a, b in mine) for p in unet.parameters()]
+    assert all(inside) and {p.dtype for p in unet.parameters()} == {torch.float16}
+
+
+def test_a_threshold_leaves_out_small_differences(pipes):
+    base, tuned, true = pipes
+    whole = distillation(base, tuned, rank=1)
+    sizes = {n: (f.delta()).abs().max().item() for n, f in true.layers.items()}
+    least = sorted(sizes.values())[len(sizes) // 2]
+    some_of_them = distillation(base, tuned, rank=1, min_difference=least * 1.0001)
+    assert set(some_of_them.lora.layers) == {n for n, x in sizes.items() if x > least * 1.0001} < set(whole.lora.layers)
+    with pytest.raises(LoraError, match="equal"): distill(base, tuned, rank=1, min_difference=1e9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["base", "tuned model"])
+def test_numbers_that_are_none_are_named(pipes, bad, which):
+    base, tuned, _ = pipes
+    broken = copy.deepcopy(base if which == "base" else tuned)
+    broken.unet.get_parameter(TO_Q).data[3, 2] = bad
+    pair = (broken, tuned) if which == "base" else (base, broken)
+    for kw in (dict(rank=1), dict(energy=.9), dict(bytes=50_000)):
+        with pytest.raises(LoraError, match=f"{which} holds NaN or infinity in unet: {TO_Q}"): distill(*pair, **kw)
+
+
+def test_an_inpainting_model_without_its_first_convolution():
+    base, tuned = random_pipe("sd"), random_pipe("sd_inpaint")
+    own = {n: p.data.clone() for n, p in base.unet.named_parameters() if "conv_in" not in n}
+    tuned.unet.load_state_dict(own, strict=False); tuned.text_encoder.load_state_dict(base.text_encoder.state_dict())
+    tuned.vae.load_state_dict(base.vae.state_dict())
+    tuned.unet.conv_in.bias.data.copy_(base.unet.conv_in.bias.data)
+    tuned.unet.get_parameter(TO_Q).data += 1
+    for targets in ("attention", {"unet": "attention"}):
+        d = distillation(base, tuned, rank=1, targets=targets)
+        assert list(d.lora.layers) == [f"unet.{TO_Q.removesuffix('.weight')}"] and list(d.lost) == ["unet.conv_in.weight"]
+        change, size = d.lost["unet.conv_in.weight"]
+        wide = torch.zeros_like(tuned.unet.conv_in.weight); wide[:, :4] = base.unet.conv_in.weight.data
+        assert change == pytest.approx((tuned.unet.conv_in.weight - wide).norm().item()) and size == pytest.approx(wide.norm().item())
+    with pytest.raises(ShapeError, match="conv_in.weight.*targets"): distill(base, tuned, rank=1)
+    with pytest.raises(ShapeError, match="conv_in.weight"): distill(base, tuned, rank=1, targets={"unet": ["conv_in"]})

@@ -274,3 +274,88 @@ def test_folders_of_bins(tmp_path):
     assert list(load_lora(tmp_path).layers) == ["unet.mid_block.attentions.0.proj_out"]
     (tmp_path/"empty").mkdir()
     refused("expected one", load_lora, tmp_path/"empty")
+
+
+FULL = {"folder/": None, "base.safetensors": {"model.diffusion_model.out.2.bias": torch.ones(4)},
+        "vae.safetensors": {"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)},
+        "text.safetensors": b"a letter", "link.safetensors": "link"}
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("format", ["peft", "kohya", "textual_inversion"])
+def test_whatever_is_no_lora_is_never_replaced(tmp_path, name, format):
+    path, held = tmp_path/name, FULL[name]
+    if held is None: path.mkdir(); (path/"x").touch(); path = path.with_suffix(".safetensors"); (tmp_path/"folder").rename(path)
+    elif held == "link": safetensors.torch.save_file(FULL["vae.safetensors"], tmp_path/"real"); path.symlink_to("real")
+    elif isinstance(held, bytes): path.write_bytes(held)
+    else: safetensors.torch.save_file(held, path)
+    state = lambda: {p: p.is_dir() or p.read_bytes() for p in tmp_path.rglob("*")}
+    kept, lora = state(), Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4)}}) if format == "textual_inversion" else small_lora()
+    refused("nothing was written", save_lora, lora, path, format)
+    assert state() == kept
+    if path.is_dir(): return
+    save_lora(lora, path, format, overwrite=True)
+    assert load_lora(path) == lora
+
+
+def test_a_lora_replaces_a_lora_of_any_format(tmp_path):
+    one = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4)}})
+    for format, lora in (("peft", small_lora()), ("kohya", small_lora(1)), ("textual_inversion", one), ("peft", small_lora(2))):
+        save_lora(lora, tmp_path/"a.safetensors", format)
+        assert load_lora(tmp_path/"a.safetensors") == lora
+    for name in ("a.pt", "a.bin"):
+        for _ in range(2): save_lora(one, tmp_path/name, "a1111")
+    (tmp_path/"empty.safetensors").touch(); save_lora(one, tmp_path/"empty.safetensors", "textual_inversion")
+
+
+def test_a_pt_family_replaces_its_own_files_only(tmp_path):
+    from lora_nb.positional import positional_slots, skeleton
+    walk = positional_slots(skeleton("text_encoder", "SD1"), {"CLIPAttention"})
+    family = lambda seed: Lora({f"text_encoder.{p}": Factors(torch.full((m.weight.shape[0], 1), float(seed)), torch.ones(1, m.weight.shape[1]))
+                                for p, m in walk.items()}, {"<w>": {"text_encoder": torch.ones(1, 4)}})
+    for seed in (1, 2): save_lora(family(seed), tmp_path/"a.pt", "pt")
+    assert load_lora(tmp_path/"a.pt") == family(2)
+    (tmp_path/"b.json").write_text('{"a": "setting of mine"}')
+    refused("b.json exists", save_lora, family(1), tmp_path/"b.pt", "pt")
+    torch.save({"state_dict": {"model.diffusion_model.out.2.bias": torch.ones(4)}}, tmp_path/"c.ckpt")
+    refused("c.ckpt exists", save_lora, Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4)}}), tmp_path/"c.ckpt", "a1111")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.pt", "a.text_encoder.pt", "a.ti.pt", "b.json", "c.ckpt"]
+
+
+def test_a_pt_family_survives_a_kill_between_its_files(tmp_path):
+    "Each time a process dies at another of its renames; the next reader finds one LoRA, whole"
+    from lora_nb.positional import positional_slots, skeleton
+    walk = positional_slots(skeleton("text_encoder", "SD1"), {"CLIPAttention"})
+    family = lambda seed: Lora({f"text_encoder.{p}": Factors(torch.full((m.weight.shape[0], 1), float(seed)), torch.ones(1, m.weight.shape[1]))
+                                for p, m in walk.items()}, {"<w>": {"text_encoder": torch.ones(1, 4)}})
+    seen = []
+    for step in range(1, 12):
+        save_lora(family(0), tmp_path/"a.pt", "pt")
+        if not (child := os.fork()):
+            real, left = os.replace, [step]
+            def replace(*args):
+                left[0] -= 1
+                if not left[0]: os._exit(9)
+                real(*args)
+            os.replace = replace
+            save_lora(family(step), tmp_path/"a.pt", "pt"); os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        back = load_lora(tmp_path/"a.pt")
+        seen.append("new" if back == family(step) else "old")
+        assert back in (family(0), family(step)) and not list(tmp_path.glob(".writing*"))
+        if status == 0: break
+    assert status == 0 and seen == sorted(seen, reverse=True) and {*seen} == {"old", "new"} and len(seen) > 4
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya", "pt", "a1111"])
+def test_every_writer_names_a_full_disk(tmp_path, format):
+    import resource
+    lora = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4000)}}) if format == "a1111" else small_lora()
+    if format == "pt": lora = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4000)}})
+    was, path = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path/f"a{FORMATS[format].ends[0]}"
+    save_lora(lora, path, format)
+    kept = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, was[1]))
+    try: refused("cannot write .*unchanged", save_lora, lora, path, format)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == kept
