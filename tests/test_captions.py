@@ -6,7 +6,8 @@ from helpers_pictures import bear, scene, tiny_blip
 
 from lora_nb import captions
 from lora_nb.captions import (PHOTO, blip_captions, caption_notes, captioner_for, captions_of, clip_captions, compose_caption,
-                              edited_captions, give_captions, metadata_rows, own_caption, own_captions, phrases_of, read_metadata, read_text, row_caption,
+                              edited_captions, give_captions, metadata_rows, own_caption, own_captions,
+                              phrases_of, read_metadata, read_text, row_caption,
                               sentence)
 from lora_nb.core import DataError, data_path
 from lora_nb.similarity import Clip
@@ -92,7 +93,8 @@ def test_a_missing_caption_leaves_no_comma(tmp_path):
     assert captions_of([tmp_path / "a.png"], "{trigger}, {caption}", "sks") == ["sks"]
 
 
-FILES = {"a.txt": "ein Café für {trigger}", "a.caption": "ein Café für {trigger}", "metadata.csv": 'file_name,text\na.jpg,"ein Café für {trigger}"\n',
+FILES = {"a.txt": "ein Café für {trigger}", "a.caption": "ein Café für {trigger}",
+         "metadata.csv": 'file_name,text\na.jpg,"ein Café für {trigger}"\n',
          "metadata.jsonl": '{"file_name": "a.jpg", "text": "ein Café für {trigger}"}\n', "caption.txt": "ein Café für {trigger}\n"}
 
 
@@ -112,9 +114,10 @@ def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path):
     with pytest.raises(DataError, match="cannot be read"): read_text(tmp_path/"none.txt")
 
 
-@pytest.mark.parametrize("row, text", [(dict(text="a"), "a"), (dict(caption=" a "), "a"), (dict(prompt="a"), "a"), (dict(text=5), "5"), (dict(text=["a", "b"]), "a"),
-                                       (dict(text=[], prompt="a"), "a"), (dict(text=None, caption="a"), "a"), (dict(text=float("nan")), ""), (dict(tags=["a", "b"]), "a, b"),
-                                       (dict(text="", tags="a, b"), "a, b"), (dict(other="a"), ""), (dict(captions=["a"]), "a")])
+@pytest.mark.parametrize("row, text", [
+    (dict(text="a"), "a"), (dict(caption=" a "), "a"), (dict(prompt="a"), "a"), (dict(text=5), "5"), (dict(text=["a", "b"]), "a"),
+    (dict(text=[], prompt="a"), "a"), (dict(text=None, caption="a"), "a"), (dict(text=float("nan")), ""), (dict(tags=["a", "b"]), "a, b"),
+    (dict(text="", tags="a, b"), "a, b"), (dict(other="a"), ""), (dict(captions=["a"]), "a")])
 def test_fields_of_captions(row, text): assert row_caption(row) == text
 
 

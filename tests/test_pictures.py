@@ -154,10 +154,12 @@ def test_every_format_that_pillow_reads_is_a_picture_and_the_rest_is_named(tmp_p
     formats = [s for s in (".bmp", ".tiff", ".tif", ".gif", ".jfif", ".avif", ".tga", ".ppm", ".JPEG", ".png") if can_read(s)]
     assert {".bmp", ".tiff", ".gif", ".jfif"} <= set(formats)
     for i, s in enumerate(formats): scene().save(tmp_path/f"{i}{s}")
-    for n in ("phone.heic", "essay.docx", "raw.CR2", ".DS_Store", "Thumbs.db", "1.txt", "metadata.jsonl", "plain"): (tmp_path/n).write_bytes(b"x")
+    for n in ("phone.heic", "essay.docx", "raw.CR2", ".DS_Store", "Thumbs.db", "1.txt", "metadata.jsonl", "plain"):
+        (tmp_path/n).write_bytes(b"x")
     (tmp_path/"older").mkdir(); scene().save(tmp_path/"older/a.png"); (tmp_path/".ipynb_checkpoints").mkdir()
     found = find_pictures(tmp_path)
-    assert [f.suffix for f in found] == formats and all(np.abs(np.asarray(open_picture(f), float) - np.asarray(scene(), float)).mean() < 8 for f in found)
+    assert [f.suffix for f in found] == formats
+    assert all(np.abs(np.asarray(open_picture(f), float) - np.asarray(scene(), float)).mean() < 8 for f in found)
     want = {"essay.docx": "not a picture format", "raw.CR2": "not a picture", "plain": "without a suffix", "older/": "a folder with 1 picture"}
     if not can_read(".heic"): want["phone.heic"] = "plugin"
     assert set(found.left_out) == set(want) and all(w in found.left_out[n] for n, w in want.items())
@@ -173,8 +175,9 @@ def test_a_folder_of_files_that_cannot_be_read_says_why(tmp_path):
     assert "a.docx" in str(e.value)
 
 
-@pytest.mark.parametrize("name, owner", [("a.mask", "a"), ("a-masklabel", "a"), ("a_mask", "a"), ("A-mask", None), ("0.mask", "0.src"), ("b.mask", ""),
-                                         ("b-masklabel", ""), ("b_mask", None), ("mask", None), ("a", None), ("venetian mask", None)])
+@pytest.mark.parametrize("name, owner", [
+    ("a.mask", "a"), ("a-masklabel", "a"), ("a_mask", "a"), ("A-mask", None), ("0.mask", "0.src"), ("b.mask", ""),
+    ("b-masklabel", ""), ("b_mask", None), ("mask", None), ("a", None), ("venetian mask", None)])
 def test_names_of_masks(name, owner): assert mask_owner(name, {"a", "0.src", "mask"}) == owner
 
 
@@ -189,8 +192,10 @@ def test_masks_are_no_pictures(tmp_path):
 
 
 def test_masks_of_every_kind():
-    for m, grey in ((Image.fromarray(np.full((2, 2), 65535, np.uint16)), 255), (Image.new("1", (2, 2), 1), 255), (Image.new("RGB", (2, 2), "white"), 255),
-                    (Image.new("RGBA", (2, 2), (255, 255, 255, 0)), 0), (Image.new("LA", (2, 2), (255, 255)), 255), (Image.new("L", (2, 2), 77), 77)):
+    for m, grey in ((Image.fromarray(np.full((2, 2), 65535, np.uint16)), 255), (Image.new("1", (2, 2), 1), 255),
+                    (Image.new("RGB", (2, 2), "white"), 255),
+                    (Image.new("RGBA", (2, 2), (255, 255, 255, 0)), 0),
+                    (Image.new("LA", (2, 2), (255, 255)), 255), (Image.new("L", (2, 2), 77), 77)):
         assert read_mask(m).getpixel((0, 0)) == grey and read_mask(m).mode == "L", m.mode
 
 
@@ -220,7 +225,8 @@ def test_duplicates_are_those_of_all_pairs(least):
         far = rng.getrandbits(63)
         for _ in range(rng.randint(0, 12)): far = rng.choice(hashes or [far]) if rng.random() < .1 else far ^ 1 << rng.randrange(63)
         hashes.append(rng.choice(hashes) ^ 1 << rng.randrange(63) if hashes and rng.random() < .4 else far)
-    make = lambda: [dict(source=f"{i}.png", original_size=(9, 9 + i % 3), quality=dict(hash=f"{h:016x}", sharpness=i % 5), why=[]) for i, h in enumerate(hashes)]
+    make = lambda: [dict(source=f"{i}.png", original_size=(9, 9 + i % 3), quality=dict(hash=f"{h:016x}", sharpness=i % 5), why=[])
+                    for i, h in enumerate(hashes)]
     fast, slow = make(), make()
     drop_duplicates(fast, least); slow_duplicates(slow, least)
     assert [r["why"] for r in fast] == [r["why"] for r in slow] and (least < 2 or any(r["why"] for r in fast))
