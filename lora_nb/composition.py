@@ -12,18 +12,18 @@ __all__ = ['Weight', 'METHODS', 'weight_of', 'as_weights', 'check_paths', 'renam
            'add_files', 'number_words']
 
 # %% ../nbs/24_composition.ipynb #467148e3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isfinite
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from .core import FormatError, LoraError, TargetError, atomic_path, closest, free_name, some
+from .core import FormatError, LoraError, TargetError, atomic_path, check_free, closest, free_name, some
 from .names import longest_key, on_path
 from .lora import Lora, add_factors, added, gather, join_metadata, join_words, same_word
 from .worn import Wearer
-from .formats import FORMATS, format_of, read_file
+from .formats import FORMATS, format_of, is_lora_file, read_file
 from .extraction import recompress_layers
 
 Weight = float | dict[str, float] | Callable[[str], float]   # of one LoRA: a number, path -> number, or f(layer's name)
@@ -156,19 +156,25 @@ def add_files(
     with_text_lora: bool = False,   # `lpl` of `.pt` families: also their text encoders' files
     rank: int | None = None,        # compress the sum to this rank
     base: "Wearer | None" = None,   # names the layers of numbered files; None: the model, or else SD1.x and SD2.x
+    more: Iterable[tuple[str | Path, float]] = (),  # `lpl` and `ljl`: further files and their weights
+    overwrite: bool = False,        # replace what is at `output_path`, even a base or an input
 ) -> Path:                          # the path written
-    "Add or join two LoRA files, or merge one into a model"
+    "Add or join LoRA files, or merge one into a model"
     modes = {"lpl": _sum_files, "ljl": _join_files, "upl": _merge_folder, "upl-ckpt-v2": _merge_ckpt}
     if mode not in modes:
         raise LoraError(f"mode={mode!r} is unknown: expected one of {', '.join(modes)}.{closest(mode, modes)}")
-    return modes[mode](str(path_1), str(path_2), Path(output_path), alpha_1, alpha_2, with_text_lora, rank, base)
+    files, out = [(str(path_1), alpha_1), (str(path_2), alpha_2), *((str(p), w) for p, w in more)], Path(output_path)
+    if mode.startswith("upl") and len(files) > 2: raise LoraError(f"more= is for sums of LoRAs, found mode={mode!r}")
+    if not overwrite and not mode.startswith("upl") and out.exists() and any(Path(p).exists() and out.samefile(p) for p, _ in files):
+        raise LoraError(f"{out} is one of the files that are read: nothing was written. Choose another name, or pass overwrite=True.")
+    return modes[mode](files, out, with_text_lora=with_text_lora, rank=rank, base=base, overwrite=overwrite)
 
-def _sum_files(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
-    "`lpl`: the weighted sum of two files, in the first one's format"
-    loras = [Lora.load(p, base=base) for p in (path_1, path_2)]
+def _sum_files(files, out, with_text_lora, rank, base, overwrite):
+    "`lpl`: the weighted sum, in the first one's format"
+    loras = [Lora.load(p, base=base) for p, _ in files]
     if out.suffix == ".pt" and not with_text_lora: loras = [l.only("unet") for l in loras]
-    total = compose(loras, [alpha_1, alpha_2], rank=rank, rename=True)
-    total.save(out, format=_format_of(path_1, out), base=base)
+    total = compose(loras, [w for _, w in files], rank=rank, rename=True)
+    total.save(out, format=_format_of(files[0][0], out), base=base, overwrite=overwrite)
     return out
 
 def _format_of(path, out):
@@ -186,33 +192,41 @@ def number_words(
     for j, token in enumerate(sorted(lora.embeddings)): lora = lora.rename_token(token, f"<s{i}-{j}>")
     return lora
 
-def _join_files(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
-    "`ljl`: the sum at full weight, words renamed `<s0-0>`, `<s1-0>`"
-    loras = [number_words(Lora.load(p, base=base), i) for i, p in enumerate((path_1, path_2))]
-    compose(loras, rank=rank).save(out, format=_format_of(path_1, out), base=base)
+def _join_files(files, out, with_text_lora, rank, base, overwrite):
+    "`ljl`: the sum at full weight (further files: at theirs), words renamed `<s0-0>`, `<s1-0>`"
+    loras = [number_words(Lora.load(p, base=base), i) for i, (p, _) in enumerate(files)]
+    total = compose(loras, [1., 1., *(w for _, w in files[2:])], rank=rank)
+    total.save(out, format=_format_of(files[0][0], out), base=base, overwrite=overwrite)
     return out
 
 # %% ../nbs/24_composition.ipynb #033a02b3
-def _model_and_lora(path_1, path_2, base):
+def _model_and_lora(model, lora, out, base, overwrite):
     "What the `upl` modes take: the model names the layers of a numbered file"
-    from lora_nb.loading import load_base
-    model = load_base(path_1, device="cpu", dtype=torch.float32)
-    return model, Lora.load(path_2, base=model if base is None else base)
+    from lora_nb.checkpoints import check_output
+    from lora_nb.loading import load_as_stored
+    check_output(model, out, overwrite)
+    model = load_as_stored(model)
+    return model, Lora.load(lora, base=model if base is None else base)
 
-def _merge_folder(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
+def _merge_folder(files, out, with_text_lora, rank, base, overwrite):
     "`upl`: a diffusers folder, words and text encoder included"
     from lora_nb.checkpoints import merge_checkpoint
-    return merge_checkpoint(*_model_and_lora(path_1, path_2, base), out, format="folder", scale=alpha_1)
+    (model, scale), (lora, _) = files
+    model, lora = _model_and_lora(model, lora, out, base, overwrite)
+    return merge_checkpoint(model, lora, out, format="folder", scale=scale, overwrite=overwrite)
 
-def _merge_ckpt(path_1, path_2, out, alpha_1, alpha_2, with_text_lora, rank, base):
+def _merge_ckpt(files, out, with_text_lora, rank, base, overwrite):
     "`upl-ckpt-v2`: one CompVis file in half precision, and the words as a file for A1111's embeddings folder"
     from lora_nb.checkpoints import merge_checkpoint
     if out.suffix not in (".ckpt", ".safetensors"):
         raise FormatError(f"{out}: expected a name that ends in .ckpt or .safetensors")
-    model, lora = _model_and_lora(path_1, path_2, base)
-    words = [e for t in sorted(lora.embeddings) for c, e in lora.embeddings[t].items() if c == "text_encoder"]
-    with atomic_path(out.with_suffix(".pt")) as tmp:            # it takes its name only if the model is written
+    (model, scale), (lora, _) = files
+    model, lora = _model_and_lora(model, lora, out, base, overwrite)
+    merge = lambda lora, **kw: merge_checkpoint(model, lora, out, "single_file", scale, torch.float16, overwrite=overwrite, **kw)
+    if any([*e] != ["text_encoder"] for e in lora.embeddings.values()): return merge(lora, words="separate")
+    words, beside = [lora.embeddings[t]["text_encoder"] for t in sorted(lora.embeddings)], out.with_suffix(".pt")
+    if words: check_free(beside, overwrite, is_lora_file, "a file of words")
+    with atomic_path(beside) as tmp:                            # it takes its name only if the model is written
         if words: torch.save({"string_to_token": {"*": torch.tensor(265)}, "name": out.stem,
                               "string_to_param": {"*": torch.cat(words).cpu()}}, tmp)
-        return merge_checkpoint(model, Lora(lora.layers, metadata=lora.metadata), out, "single_file", alpha_1,
-                                torch.float16)
+        return merge(Lora(lora.layers, metadata=lora.metadata))

@@ -14,6 +14,7 @@ import base64, json, pickle, zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -68,13 +69,23 @@ def write_safetensors(
     "Write a safetensors file, whole or not at all"
     with atomic_path(path) as tmp: safetensors.torch.save_file(tensors, tmp, metadata)
 
+# %% ../nbs/14_containers.ipynb #b1f0a7d3
+class _ParameterDict(dict):
+    "In place of torch's: the dictionary only, without the module around it"
+    def __setstate__(self, state): self.update(state.get("_parameters") or {})
+
+_PLAIN = [(_ParameterDict, "torch.nn.modules.container.ParameterDict"), (np.dtype, "numpy.dtype"),
+          *{type(np.dtype(t)) for t in "fdeqilhb?"}]
+_PLAIN += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+
 # %% ../nbs/14_containers.ipynb #12c6c233
 def unpickle(
     path: str | Path,
 ) -> Any:  # tensors in lists, tuples and dicts
     "What a pickle holds; an error if it needs more than tensors and plain containers"
     try:
-        with open(path, "rb") as f: return torch.load(f, map_location="cpu", weights_only=True)   # torch trusts a path's suffix
+        with open(path, "rb") as f, torch.serialization.safe_globals(_PLAIN):                        # torch trusts a path's suffix
+            return torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise FormatError("the pickle holds code or is damaged: expected tensors only. Loading it could run a "
                           "stranger's program, so it was not; ask its author for a safetensors file.") from e

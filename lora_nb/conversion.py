@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .containers import find_file
+from .architectures import family_of
 from .core import FormatError, human, patch_to, some, table
-from .formats import FORMATS, format_of, load_lora, read_file, save_lora
-from .kohya import family_of
+from .formats import FORMATS, format_of, load_lora, lora_files, read_file, save_lora
 from .lora import Lora
 from .peft_files import fold_alpha
 from .positional import filled_walk
@@ -90,9 +89,9 @@ def lora_file_info(
 ) -> FileInfo:
     "What is in a LoRA file"
     lora = load_lora(path, base)                               # first: its errors name the file
-    path, m, layers = find_file(path), lora.metadata, lora.layers
-    kind = format_of(*read_file(path))
-    return FileInfo(str(path), kind, Path(path).stat().st_size, family_of(lora),
+    files, m, layers = lora_files(path), lora.metadata, lora.layers
+    kind, path = format_of(*read_file(path)), files[0] if len(files) == 1 else path
+    return FileInfo(str(path), kind, sum(f.stat().st_size for f in files), family_of(lora),
                     _counts(n.split(".")[0] for n in layers), _counts(f.rank for f in layers.values()),
                     _counts(f.alpha for f in layers.values()), _counts(map(_kind, layers)), lora.norms(),
                     _counts(str(f.up.dtype).removeprefix("torch.") for f in layers.values()),
@@ -223,7 +222,7 @@ def fit_format(
     "The part of a LoRA that a format can hold"
     lost, notes = [], []
     mids = [n for n, f in lora.layers.items() if f.mid is not None]
-    if mids and format != "kohya":
+    if mids and format not in ("kohya", "comfy"):
         lora = lora.map(lambda f: f.plain())
         notes.append(f"{len(mids)} middle factors are multiplied into down; the differences are the same.")
     for what, names in FORMATS[format].faults(lora, base, **options).items():
@@ -233,9 +232,9 @@ def fit_format(
     for c, why in (_gaps(lora, base) if format in ("lora_diffusion", "pt") else {}).items():
         lost.append(f"all layers of {why}")
         lora = lora.only(*[x for x in lora.components if x != c])
-    odd = [n for n, f in lora.layers.items() if f.alpha is not None and format != "kohya" and fold_alpha(f)[1] is None]
+    odd = [n for n, f in lora.layers.items() if f.alpha is not None and format not in ("kohya", "comfy") and fold_alpha(f)[1] is None]
     if odd: notes.append(f"alpha of {len(odd)} layers is multiplied into up, rounded to its precision: {some(odd)}.")
-    if lora.embeddings and format in ("peft", "kohya") and not options.get("bundle"):
+    if lora.embeddings and format in ("peft", "kohya", "comfy") and not options.get("bundle"):
         notes.append(f"the words {some(lora.embeddings)} are in the file's note, which only lora_nb reads: write "
                      "them with format='textual_inversion' for other programs.")
     return lora, lost, notes
@@ -247,6 +246,7 @@ def convert_lora(
     format: str = "peft",          # one of `FORMATS` that can be written
     base: "Wearer | None" = None,  # pipeline, where names or positions need one
     drop: bool = False,            # leave out what the format cannot hold, instead of an error
+    overwrite: bool = False,       # replace what is at `dst`, even if it is not a LoRA
     **options: Any,                # of the writer, and `dtype`
 ) -> Conversion:
     "Write a LoRA in another format, and report what did not fit"
@@ -260,5 +260,5 @@ def convert_lora(
                                             "pass drop=True to leave these out, or choose another format.")
     if not kept.layers and not kept.embeddings:
         raise FormatError(f"{format!r} can hold nothing of it. {' '.join(lost)} Choose another format.")
-    save_lora(kept, dst, format, base=base, **options)
+    save_lora(kept, dst, format, base=base, overwrite=overwrite, **options)
     return Conversion(str(dst), format, kept, lost, notes)

@@ -6,12 +6,12 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest', 'default_device',
-           'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators', 'data_path', 'atomic_path',
-           'patch_to', 'progress', 'peak_rss_mb', 'some', 'human', 'table', 'free_name', 'finite', 'finite_number',
-           'row_norms', 'quick', 'quiet']
+           'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators', 'data_path',
+           'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'patch_to', 'progress', 'peak_rss_mb', 'some',
+           'human', 'table', 'free_name', 'finite', 'finite_number', 'row_norms', 'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
-import builtins, contextlib, difflib, gc, importlib.util, math, os, random, shutil, sys, tempfile, warnings
+import builtins, contextlib, difflib, errno, gc, importlib.util, json, math, os, random, re, shutil, sys, tempfile, time, warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,43 +107,177 @@ def data_path(
                     "Reinstall lora_nb, or clone the whole repository.")
 
 # %% ../nbs/00_core.ipynb #c7fb93dc
-def _replace(tmp, path):
-    "Rename `tmp` to `path`. A folder replaces only a folder, and the old one comes back on error"
-    if path.exists() and path.is_dir() != tmp.is_dir():
-        kinds = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+_ADVICE = {errno.ENAMETOOLONG: "Choose a shorter name.", errno.EACCES: "Choose a place that you may write to.",
+           errno.EPERM: "Choose a place that you may write to.", errno.EROFS: "Choose a place that you may write to."}
+
+def _unwritten(path, reason, number=None):
+    "The error to raise when a file could not be written"
+    advice = _ADVICE.get(number, "Free some space, or choose another place.")
+    return LoraError(f"cannot write {path}: {reason}. What was there before is unchanged. {advice}")
+
+@contextlib.contextmanager
+def _failed_writes(path, box=None):
+    "Turn the libraries' errors about a full or closed disk into ours; errors about other files pass"
+    try: yield
+    except OSError as e:
+        elsewhere = box is not None and e.filename is not None and str(box) not in str(e.filename)
+        if isinstance(e, ConnectionError) or e.errno is None or elsewhere: raise
+        raise _unwritten(path, e.strerror, e.errno) from e
+    except Exception as e:
+        text, kind = str(e), type(e).__name__
+        if kind == "SafetensorError" and "I/O error" in text: raise _unwritten(path, text.split("I/O error: ")[-1]) from e
+        if isinstance(e, RuntimeError) and re.search("PytorchStreamWriter|inline_container|iostream|cannot be opened", text):
+            raise _unwritten(path, "PyTorch's writer failed; the disk may be full") from e
+        raise
+
+# %% ../nbs/00_core.ipynb #601a5b52
+_PREFIX, _LOCK, _READY, _OLD = ".writing-", ".writer", ".ready", ".old-"   # of folders of unfinished files, and what is in them
+
+def _locked(file):
+    "Take the lock of an open file: True, or False if somebody holds it; None where there are no locks"
+    try: import fcntl
+    except ImportError: return None                                     # Windows
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: return None                                         # some network file systems
+    return True
+
+def _make_box(folder):
+    "A temporary folder in `folder`, and the open file whose lock says that its writer lives"
+    while True:
+        box = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+        try:
+            lock = open(box / _LOCK, "w")
+            if _locked(lock) is not False and os.fstat(lock.fileno()).st_nlink: return box, lock
+            lock.close()                                                # taken for a dead one's in between
+        except FileNotFoundError: continue
+
+def _old(box): return time.time() - box.stat().st_mtime > 24 * 3600
+
+def _remove(box):
+    "Delete a temporary folder, its lock last: who is killed here leaves a box that the next one knows to be dead"
+    for p in box.iterdir():
+        if p.name != _LOCK: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+    (box / _LOCK).unlink(missing_ok=True)
+    box.rmdir()
+
+# %% ../nbs/00_core.ipynb #db65c285
+def _check_kind(path, folder):
+    "Raise unless a folder (or a file) may take the place of what is at `path`"
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("a file", "a folder") if folder else ("a folder", "a file")
         raise LoraError(f"{path} is {kinds[0]} and should become {kinds[1]}: nothing was written. Choose another name, "
                         "or move it away.")
+    if path.is_file() and not path.stat().st_mode & 0o222:
+        raise LoraError(f"cannot write {path}: it is write-protected, and unchanged. Choose another name, or remove the protection.")
+
+def _replace(tmp, path):
+    "Rename `tmp` to `path`; the folder that was there moves beside `tmp`, and comes back on error"
+    _check_kind(path, tmp.is_dir())
     if not path.is_dir(): return os.replace(tmp, path)
-    old = Path(tempfile.mkdtemp(prefix=".old-", dir=path.parent)) / path.name
+    old = tmp.parent / (_OLD + path.name)
     os.replace(path, old)
     try: os.replace(tmp, path)
     except BaseException: os.replace(old, path); raise
-    finally: shutil.rmtree(old.parent, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #601a5b52
-def _open_to_readers(path):
-    "Give files the permissions that `open` would have given"
-    mask = os.umask(0); os.umask(mask)
-    for p in path.rglob("*") if path.is_dir() else [path]:
-        if p.is_file() and not p.is_symlink(): p.chmod(p.stat().st_mode | 0o666 & ~mask)
+# %% ../nbs/00_core.ipynb #9e98fb9e
+def finish_writing(
+    folder: str | Path,
+) -> None:
+    "Clear up after writers that were killed: what was complete gets its name, a folder that was moved aside comes back"
+    for box in Path(folder).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:       # not ours to clear up
+            lock = stack.enter_context(open(box / _LOCK, "r+")) if (box / _LOCK).exists() else None
+            dead = None if lock is None else _locked(lock)
+            if lock is None and not any(box.iterdir()): box.rmdir()
+            elif _old(box) if dead is None else dead: _commit(box); _remove(box)
 
-# %% ../nbs/00_core.ipynb #db65c285
+def _commit(box):
+    "Rename the files that `.ready` lists, and bring back folders"
+    try: names = json.loads((box / _READY).read_text("utf-8"))
+    except (OSError, ValueError): names = []                            # it was not complete: nothing has changed yet
+    for n in names:
+        if (box / n).exists(): _replace(box / n, box.parent / n)
+    for old in box.glob(f"{_OLD}*"):
+        place = box.parent / old.name.removeprefix(_OLD)
+        if not place.exists(): os.replace(old, place)
+
+# %% ../nbs/00_core.ipynb #5795df88
+def _to_disk(path):
+    "Wait until a file or folder is on the disk"
+    if os.name == "nt": return                                          # folders cannot be opened there
+    file = os.open(path, os.O_RDONLY)
+    try: os.fsync(file)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise          # a file system that has nothing to wait for
+    finally: os.close(file)
+
+def _settle(tmp, lock):
+    "Give new files the permissions that `open` would have given, and wait until they are on the disk"
+    usual = os.fstat(lock.fileno()).st_mode & 0o666
+    for p in [tmp, *tmp.rglob("*")] if tmp.is_dir() else [tmp]:
+        if p.is_file() and not p.is_symlink(): p.chmod(p.stat().st_mode | usual)
+        if not p.is_symlink(): _to_disk(p)
+
+# %% ../nbs/00_core.ipynb #7670be18
+@contextlib.contextmanager
+def atomic_paths(
+    paths: Iterable[str | Path],  # where finished files or folders belong: in one folder
+) -> Iterator[list[Path]]:        # temporary paths with the same names
+    "Write to the yielded paths; all get their final names together, and only if the block ends without an error"
+    paths = [Path(p) for p in paths]
+    folder, all_of_them = paths[0].parent, ", ".join(map(str, paths))
+    with _failed_writes(all_of_them): folder.mkdir(parents=True, exist_ok=True); box, lock = _make_box(folder)
+    try:
+        with _failed_writes(all_of_them, box): _clear_once(folder); yield [box / p.name for p in paths]
+        with _failed_writes(all_of_them): _rename(box, [p for p in paths if (box / p.name).exists()], lock)
+    finally:
+        if os.name == "nt": lock.close()                                # an open file cannot be deleted there
+        with contextlib.suppress(OSError):
+            if not (box / _READY).exists(): _remove(box)
+        lock.close()
+
+_CLEARED: set[Path] = set()        # folders that this process has looked through: large ones take time
+
+def _clear_once(folder):
+    if folder not in _CLEARED: finish_writing(folder)
+    _CLEARED.add(folder)
+
+def _rename(box, paths, lock):
+    "Give the files of `box` their names, all or none"
+    for p in paths: _check_kind(p, (box / p.name).is_dir()); _settle(box / p.name, lock)
+    if len(paths) == 1: _replace(box / paths[0].name, paths[0])
+    elif paths:
+        (box / ".list").write_text(json.dumps([p.name for p in paths]), "utf-8")
+        _to_disk(box / ".list")
+        try: os.replace(box / ".list", box / _READY); _to_disk(box); _commit(box)
+        except BaseException: _commit(box); raise                       # there is no way back: go on
+        (box / _READY).unlink()
+    if paths: _to_disk(paths[0].parent)
+
+# %% ../nbs/00_core.ipynb #f0460f2a
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,   # where the finished file or folder belongs
 ) -> Iterator[Path]:    # a temporary path with the same name
     "Write to the yielded path; it gets its final name only if the block ends without an error"
+    with atomic_paths([path]) as (tmp,): yield tmp
+
+# %% ../nbs/00_core.ipynb #46e7fb5b
+def check_free(
+    path: str | Path,         # where something will be written
+    overwrite: bool = False,  # replace whatever is there
+    same: Callable[[Path], bool] | None = None,  # says whether what is there is of the kind that is written
+    kind: str = "",           # of what is written, for the error: "a LoRA"
+) -> None:
+    "Raise if something exists at `path` that must not be replaced"
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        box = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
-    except OSError as e:
-        raise LoraError(f"cannot write {path}: {e.strerror}. Choose a folder that you may write to.") from e
-    try:
-        tmp = box / path.name
-        yield tmp
-        if tmp.exists(): _open_to_readers(tmp); _replace(tmp, path)
-    finally: shutil.rmtree(box, ignore_errors=True)
+    with _failed_writes(path):
+        there = path.is_symlink() or path.exists()
+        empty = there and (not any(path.iterdir()) if path.is_dir() else path.is_file() and not path.stat().st_size)
+    if overwrite or not there or empty or same and same(path): return
+    why = f" and is not {kind}" if same and kind else ""
+    raise LoraError(f"{path} exists{why}: nothing was written. Choose another name, move it away, or pass overwrite=True.")
 
 # %% ../nbs/00_core.ipynb #625ca249
 def patch_to(

@@ -19,7 +19,8 @@ from .core import DataError, LoraError, atomic_path, patch_to, progress
 from .bases import Base
 from .lora import Lora
 from .dataset import ConceptDataset, encode
-from .pictures import find_pictures
+from .pictures import find_pictures, is_junk
+from .captions import own_captions, read_text
 from .recipe import Recipe, recipe_for
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Stream
@@ -46,7 +47,8 @@ def class_pictures(
     "Pictures of the class, drawn by the base itself."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     have = _existing(folder)
-    free = (i for i in itertools.count() if folder is None or not _file(folder, i).exists())   # what was deleted is drawn again
+    taken = {f.stem for f in Path(folder).iterdir() if f.suffix != ".txt"} if folder and Path(folder).is_dir() else ()
+    free = (i for i in itertools.count() if not taken or _file(folder, i).stem not in taken)   # what was deleted is drawn again
     todo = [(i, prompts[i % len(prompts)]) for i in itertools.islice(free, max(0, n - len(have)))]
     made, drawn = [], range(0, len(todo), batch_size)
     for k in progress(drawn, desc="class pictures") if todo else ():
@@ -54,16 +56,17 @@ def class_pictures(
         images = base.generate([p for _, p in part], seeds=[seed + i for i, _ in part], batch_size=batch_size, **kw)
         made += [_keep(folder, i, im, p) for (i, p), im in zip(part, images)]
     files = [*have, *made][:n]
-    captions = [_caption(f, prompts[i % len(prompts)]) for i, f in enumerate(files)]
-    return files, captions
+    said = own_captions(files) if folder else [""] * len(files)
+    return files, [c or prompts[i % len(prompts)] for i, c in enumerate(said)]
 
 # %% ../nbs/39_dreambooth.ipynb #adc558ae
 def _existing(folder):
-    "Pictures already in the folder of the class; an empty or missing folder holds none"
+    "Pictures already in the folder of the class; none if it is missing, or holds only captions and what the system put there"
     if folder is None: return []
     path = Path(folder)
     if path.is_file(): raise DataError(f"{path} is a file: expected a folder for the class pictures.")
-    return find_pictures(path) if path.is_dir() and any(path.iterdir()) else []
+    empty = not path.is_dir() or all(is_junk(f) or f.suffix == ".txt" for f in path.iterdir())
+    return [] if empty else find_pictures(path)
 
 def _file(folder, i): return Path(folder, f"class-{i:04d}.png")
 
@@ -72,14 +75,9 @@ def _keep(folder, i, image, prompt):
     if folder is None: return image
     path = _file(folder, i)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".txt").write_text(prompt + "\n")
+    with atomic_path(path.with_suffix(".txt")) as tmp: tmp.write_text(prompt + "\n", "utf-8")
     with atomic_path(path) as tmp: image.save(tmp, format="PNG")
     return path
-
-def _caption(file, prompt):
-    "The caption beside a class picture; the class prompt where it has none"
-    text = Path(file).with_suffix(".txt") if isinstance(file, Path) else None
-    return text.read_text().strip() if text and text.is_file() else prompt
 
 # %% ../nbs/39_dreambooth.ipynb #a77aa05a
 PRIORS = ("images", "prediction", None)
@@ -140,8 +138,8 @@ def load_concepts(
     path: str | Path,  # JSON: a list of {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}
 ) -> list[Concept]:
     "Read the `concepts_list.json` of other trainers; folders are also looked for beside the file."
-    try: rows = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e: raise DataError(f"{path} cannot be read as JSON: {e}") from e
+    try: rows = json.loads(read_text(path))
+    except ValueError as e: raise DataError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(rows, list) or not rows: raise DataError(f"{path} holds no list of concepts: expected [{{...}}, ...].")
     keys = dict(instance_data_dir="data", instance_prompt="prompt", class_prompt="class_prompt",
                 class_data_dir="class_data")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .core import LoraError, ShapeError, TargetError, default_device, human, patch_to, some
+from .core import LoraError, ShapeError, TargetError, default_device, finite, human, patch_to, some
 from .names import canonical
 from .layers import LoraLayer
 from .lora import Factors, Lora
@@ -344,7 +344,7 @@ def _overhead(lora):
     "Bytes of a peft file beside its layers, at most"
     words = sum(2 * len(json.dumps(t)) + 100 + e.numel() * e.element_size() * 4 // 3 + 4
                 for t, d in lora.embeddings.items() for e in d.values())
-    return words + len(json.dumps(json.dumps(lora.metadata))) + 500
+    return words + len(json.dumps(json.dumps(lora.metadata))) + len(json.dumps(lora.metadata)) + 500
 
 # %% ../nbs/22_extraction.ipynb #fe7b07e9
 def _fit(spectra, costs, size, lora):
@@ -404,25 +404,27 @@ def changes(
     base: "Wearer | str | Path",   # pipeline, base, model, component -> model, folder, single file, or name
     tuned: "Wearer | str | Path",  # the same, tuned
     targets: Any = None,  # what may be carried: as `find_targets` takes it, or a dict; None: every linear and convolution
+    min_difference: float = 0.,  # a weight none of whose entries changed by more counts as unchanged
+    config: str | None = None,   # for models that are single files: a folder of their configs
 ) -> Changes:
     "Compare a tuned model with its base"
-    base, tuned = _opened(base), _opened(tuned)
+    base, tuned = _opened(base, config), _opened(tuned, config)
     ours, theirs = _networks(base), _networks(tuned)
     found = Changes()
     if not set(ours) & set(theirs) or set(theirs) - set(ours):
         raise TargetError(f"the tuned model has {', '.join(theirs)}, the base {', '.join(ours)}: expected the same "
                           "parts. Give the base that it was tuned from")
     wanted = lambda c: targets.get(c, ()) if isinstance(targets, dict) else targets
-    for c in theirs: _compare(found, c, ours[c], theirs[c], wanted(c))
+    for c in theirs: _compare(found, c, ours[c], theirs[c], wanted(c), min_difference)
     _new_words(found, base, tuned)
     return found
 
 # %% ../nbs/22_extraction.ipynb #da705030
-def _opened(source):
-    "A path or a name is loaded; anything else is a model already"
+def _opened(source, config=None):
+    "A path or a name is loaded in the precision of its files; anything else is a model already"
     if not isinstance(source, (str, os.PathLike)): return source
-    from lora_nb.loading import load_base
-    return load_base(source, device="cpu", dtype=torch.float32)
+    from lora_nb.loading import load_as_stored
+    return load_as_stored(source, config)
 
 # %% ../nbs/22_extraction.ipynb #17406c83
 def _networks(source):
@@ -437,22 +439,51 @@ def _networks(source):
     return parts
 
 # %% ../nbs/22_extraction.ipynb #30cc7342
-def _compare(found, c, base, tuned, targets):
+def _rounds_to(fine, coarse, low):
+    "Is `coarse` what rounding to `low` makes of `fine`, or of a number that is `fine` in fp16?"
+    if not torch.equal(coarse, coarse.to(low).float()): return False
+    step = (fine.abs() * 2**-11).clamp(min=2**-25) if low == torch.bfloat16 and torch.equal(fine, fine.half().float()) else 0
+    return bool((((fine - step).to(low) <= coarse.to(low)) & (coarse.to(low) <= (fine + step).to(low))).all())
+
+def _only_rounded(old, new):
+    "Are two weights equal, or equal up to rounding one of them to half precision?"
+    a, b = old.float(), new.float()
+    return torch.equal(a, b) or any(_rounds_to(*pair, low) for low in (torch.float16, torch.bfloat16) for pair in ((a, b), (b, a)))
+
+# %% ../nbs/22_extraction.ipynb #9526a1d4
+def _compare(found, c, base, tuned, targets, least=0.):
     "Sort one component's parameters into what factors can carry and what they cannot"
     a, b = ({canonical(n): p.detach() for n, p in m.named_parameters()} for m in (base, tuned))
-    _check_alike(c, a, b, _table_name(tuned))
     where = places(tuned)
     carried = {} if c == "vae" or targets == () else where if targets is None else find_targets(tuned, targets, c)
+    odd = _check_alike(c, a, b, _table_name(tuned), carried, targets)
+    _check_numbers(c, a, b)
     for n, new in b.items():
+        if n in odd: found.lost[f"{c}.{n}"] = _unlike(a.get(n), new); continue
         old, new = a[n], new[:len(a[n])]
         new = new.to(old.device)
-        low = min(old.dtype, new.dtype, key=lambda t: t.itemsize)     # rounding alone is no change
-        if torch.equal(old.to(low), new.to(low)): continue
+        if _only_rounded(old, new) or least and (new.float() - old.float()).abs().max() <= least: continue
         path = n.removesuffix(".weight")
         if n.endswith(".weight") and path in carried:
             found.weights[f"{c}.{path}"] = (old, new)
             found.groups[f"{c}.{path}"] = getattr(where[path].module, "groups", 1)
         else: found.lost[f"{c}.{n}"] = ((new.float() - old.float()).norm().item(), old.float().norm().item())
+
+# %% ../nbs/22_extraction.ipynb #96255f8a
+def _check_numbers(c, a, b):
+    "Raise if a model holds NaN or infinity"
+    for who, weights in (("base", a), ("tuned model", b)):
+        bad = [n for n, t in weights.items() if not finite(t if t.itemsize > 1 else t.float())]
+        if bad: raise LoraError(f"the {who} holds NaN or infinity in {c}: {some(bad)}. Expected finite numbers: its training "
+                                "diverged, or the file is damaged. Use an earlier checkpoint")
+
+def _unlike(old, new):
+    "Norms of the change (with zeros where one of the two has nothing) and of the base's weight, for different shapes"
+    if old is None: return new.float().norm().item(), 0.
+    if old.ndim != new.ndim: return new.float().norm().item(), old.float().norm().item()
+    total = torch.zeros([max(*s) for s in zip(old.shape, new.shape)])
+    for t, sign in ((new, 1), (old, -1)): total[tuple(map(slice, t.shape))] += sign * t.float().cpu()
+    return total.norm().item(), old.float().norm().item()
 
 # %% ../nbs/22_extraction.ipynb #14f1c71a
 def _table_name(model):
@@ -462,13 +493,16 @@ def _table_name(model):
     return next(canonical(n) for n, p in model.named_parameters() if p is table)
 
 # %% ../nbs/22_extraction.ipynb #db7072fc
-def _check_alike(c, a, b, table):
-    "Raise if two sets of parameters are not of one architecture"
+def _check_alike(c, a, b, table, carried, targets):
+    "Names whose shapes differ; an error if a LoRA would have to carry one of them"
     odd = [n for n in b if n not in a or a[n].shape[1:] != b[n].shape[1:] or len(b[n]) < len(a[n])
            or (len(b[n]) > len(a[n]) and n != table)]
-    if odd or set(a) - set(b):
-        raise ShapeError(f"{c} of the base and of the tuned model differ in {some([*odd, *(set(a) - set(b))])}: "
-                         "expected the same architecture. Give the base that it was tuned from")
+    wanted = [n for n in odd if targets is None or n.removesuffix(".weight").removesuffix(".bias") in carried]
+    if wanted or set(a) - set(b):
+        aside = "" if targets is not None or set(a) - set(b) else ", or leave these out with targets"
+        raise ShapeError(f"{c} of the base and of the tuned model differ in {some([*wanted, *(set(a) - set(b))])}: "
+                         f"expected the same architecture. Give the base that it was tuned from{aside}")
+    return {*odd}
 
 # %% ../nbs/22_extraction.ipynb #96e6026f
 def _new_words(found, base, tuned):
@@ -554,10 +588,12 @@ def distillation(
     device: str | torch.device | None = None,  # to compute on; None: the best there is
     dtype: torch.dtype = torch.float16,   # of the factors
     metadata: dict | None = None,         # for the LoRA: base, trigger ...
+    min_difference: float = 0.,           # weights none of whose entries changed by more are left out
+    config: str | None = None,            # for models that are single files: a folder of their configs
 ) -> Distillation:
     "A LoRA from the difference of two models, with its error and a list of what it cannot carry"
     _one_of(rank=rank, energy=energy, bytes=bytes)
-    device, found = default_device(device), changes(base, tuned, targets)
+    device, found = default_device(device), changes(base, tuned, targets, min_difference, config)
     _refuse_nothing(found, targets)
     about = {"method": "svd", "lost": json.dumps(list(found.lost)[:20]), **(metadata or {})}
     empty = Lora({}, found.embeddings, about)

@@ -7,19 +7,20 @@ Docs: https://lora-nb.github.io/lora_nb/kohya.html.md"""
 # %% auto #0
 __all__ = ['GRAMMAR', 'LIMIT', 'CLIPS', 'dotted', 'from_sgm', 'to_sgm', 'from_sd3', 'to_sd3', 'swap_halves', 'full_names',
            'refuse_foreign', 'khatri_rao', 'identity_factors', 'loha_factors', 'kron', 'lokr_factors', 'product_bytes',
-           'kernel_of', 'unflatten', 'row_magnitude', 'assemble', 'split_fused', 'fuse_projections', 'family_of',
-           'split_words', 'per_block', 'kohya_splitter', 'read_kohya', 'kohya_name', 'several_encoders', 'kohya_faults',
-           'write_kohya']
+           'kernel_of', 'unflatten', 'row_magnitude', 'assemble', 'split_fused', 'fuse_projections', 'split_words',
+           'per_block', 'kohya_splitter', 'refuse_family', 'read_kohya', 'kohya_name', 'several_encoders',
+           'kohya_faults', 'write_kohya']
 
 # %% ../nbs/16_kohya.ipynb #2ecbbfac
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .architectures import TEXT_WIDTH, family_of, family_of_keys, training_metadata
 from .containers import NOTE, note, others, read_note
 from .core import FormatError, ShapeError, some
 from .lora import Factors, Lora
@@ -47,8 +48,8 @@ _attn = r"attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 _block = rf"transformer_blocks\.\d+\.({_attn}|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
 _clip = r"(encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection)"
 GRAMMAR = {c: re.compile(g) for c, g in {
-    "unet": rf"conv_in|conv_out|(time|add)_embedding\.linear_[12]|((down|up)_blocks\.\d+|mid_block)\.(resnets\.\d+\."
-            rf"(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.\d+\.(proj_in|proj_out|{_block})|"
+    "unet": rf"conv_in|conv_out|(time|add)_embedding\.linear_[12]|((down|up)_blocks\.[0-3]|mid_block)\.(resnets\.\d\."
+            rf"(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.\d\.(proj_in|proj_out|{_block})|"
             r"(down|up)samplers\.0\.conv)",
     "transformer": rf"{_block}|context_embedder|pos_embed\.proj|proj_out|norm_out\.linear|"
                    r"time_text_embed\.(timestep|text)_embedder\.linear_[12]",
@@ -57,6 +58,7 @@ GRAMMAR = {c: re.compile(g) for c, g in {
 
 # %% ../nbs/16_kohya.ipynb #fc5f725e
 _RESNET = dict(conv1="in_layers_2", conv2="out_layers_3", time_emb_proj="emb_layers_1", conv_shortcut="skip_connection")
+_OF_RESNET = {v: k for k, v in _RESNET.items()}
 _SGM_TOP = dict(conv_in="input_blocks_0_0", conv_out="out_2", time_embedding_linear_1="time_embed_0",
                 time_embedding_linear_2="time_embed_2", add_embedding_linear_1="label_emb_0_0",
                 add_embedding_linear_2="label_emb_0_2")
@@ -71,12 +73,15 @@ def from_sgm(
     if flat in _DIFF_TOP: return _DIFF_TOP[flat]
     if not (m := _SGM.fullmatch(flat)): return flat
     side, i, j, rest = m[1], int(m[2]), m[3], m[4]
-    rest = {v: k for k, v in _RESNET.items()}.get(rest, rest)
-    if side == "middle": return f"mid_block_{'attentions_0' if i == 1 else f'resnets_{i // 2}'}_{rest}"
+    kind = "resnets" if rest in _OF_RESNET else "attentions"
+    if side == "middle":
+        return f"mid_block_{kind}_{i // 2}_{_OF_RESNET.get(rest, rest)}" if i < 3 and (kind == "attentions") == (i == 1) else flat
     b, l = divmod(i - (side == "input"), per_block + 1)
     way = "down" if side == "input" else "up"
-    if rest in ("op", "conv"): return f"{way}_blocks_{b}_{way}samplers_0_conv"
-    return f"{way}_blocks_{b}_{'attentions' if j == '1' else 'resnets'}_{l}_{rest}"
+    if (side, rest) in (("input", "op"), ("output", "conv")):
+        return f"{way}_blocks_{b}_{way}samplers_0_conv" if l == per_block and (j == "0") == (way == "down") else flat
+    if b < 0 or j != ("0" if kind == "resnets" else "1") or l == per_block and way == "down": return flat
+    return f"{way}_blocks_{b}_{kind}_{l}_{_OF_RESNET.get(rest, rest)}"
 
 # %% ../nbs/16_kohya.ipynb #0995774c
 _DIFF = re.compile(r"(?:(down|up)_blocks_(\d+)|mid_block)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_(.+)")
@@ -115,8 +120,9 @@ def from_sd3(
 ) -> tuple[str, ...]:
     "diffusers' paths for it: three for a fused matrix, one for others, none if it is unknown"
     if flat in _SD3_TOP: return (_SD3_TOP[flat],)
-    m = re.fullmatch(r"joint_blocks_(\d+)_(.+)", flat)
-    return tuple(f"transformer_blocks.{m[1]}.{p}" for p in _JOINT.get(m[2], ())) if m else ()
+    m = re.fullmatch(r"joint_blocks_(\d+)_(.+?)(?:(?<=_qkv)_([012]))?", flat)
+    paths = tuple(f"transformer_blocks.{m[1]}.{p}" for p in _JOINT.get(m[2], ())) if m else ()
+    return paths if m is None or m[3] is None else paths[int(m[3]):int(m[3]) + 1]
 
 # %% ../nbs/16_kohya.ipynb #e8a1c8e5
 _OF_JOINT = {p: (k, i) for k, ps in _JOINT.items() for i, p in enumerate(ps)}
@@ -136,6 +142,8 @@ def to_sd3(
 def _two_halves(name, f):
     "Is this a modulation by shift and scale only?"
     return name.endswith(("norm_out.linear", "norm1_context.linear")) and len(f.up) == 2 * f.down.shape[1]
+
+_STABILITY = re.compile(r"(lora_unet|lycoris)_(joint_blocks|final_layer)_")
 
 def swap_halves(
     f: Factors,
@@ -375,40 +383,6 @@ def fuse_projections(
     alpha = None if f.alpha is None else f.scaling * sum(ranks)
     return Factors(up, torch.cat([g.down for g in fs if g is not None]), alpha, magnitude), ranks
 
-# %% ../nbs/16_kohya.ipynb #3c24e8cb
-_TEXT_WIDTH = {768: "SD1", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}
-
-def _mmdit_family(layers):
-    "Which SD3"
-    wide = {f.shape[1] for n, f in layers.items() if n.endswith((".to_q", "add_q_proj", "norm1.linear", "net.0.proj"))}
-    wide |= {f.shape[0] for n, f in layers.items() if n.endswith((".to_out.0", "to_add_out"))}
-    nine = any(n.endswith("norm1.linear") and f.shape[0] == 9 * f.shape[1] for n, f in layers.items())
-    last = max((int(m[1]) for n in layers if (m := re.search(r"transformer_blocks\.(\d+)", n))), default=0)
-    if wide == {2432} or wide <= {2432} and last >= 24: return "SD3.5 Large"
-    if wide - {1536}: return "SD3"
-    return "SD3.5 Medium" if nine or any(".attn2." in n for n in layers) else "SD3 or SD3.5 Medium"
-
-def _unet_family(layers):
-    "Which UNet, or None"
-    text = {f.shape[1] for n, f in layers.items() if n.endswith(("attn2.to_k", "attn2.to_v"))}
-    if text: return _TEXT_WIDTH.get(max(text))
-    if any(re.search(r"transformer_blocks\.[1-9]|add_embedding", n) for n in layers): return "SDXL"
-    if any(n.endswith("proj_in") and len(f.shape) == 4 for n, f in layers.items()): return "SD1"
-
-# %% ../nbs/16_kohya.ipynb #c7cf1e21
-def family_of(
-    lora: Lora,  # layers, or words alone
-) -> str:  # "SD1", "SD2", "SDXL", "SD3 or SD3.5 Medium", "SD3.5 Medium", "SD3.5 Large", "SD3" or "unknown"
-    "The model family that a LoRA was made for, judged by names and widths"
-    part = lambda c: {n: f for n, f in lora.layers.items() if n.startswith(f"{c}.")}
-    words = {c: v.shape[-1] for e in lora.embeddings.values() for c, v in e.items()}
-    if part("transformer"): return _mmdit_family(part("transformer"))
-    if (family := _unet_family(part("unet"))): return family
-    if "text_encoder_3" in lora.components: return "SD3"
-    if "text_encoder_2" in lora.components: return "SDXL"
-    wide = {f.shape[1] for n, f in part("text_encoder").items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
-    return {768: "SD1", 1024: "SD2"}.get(max(wide or words.values(), default=0), "unknown")
-
 # %% ../nbs/16_kohya.ipynb #194c9dba
 CLIPS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}   # end of a key -> component
 
@@ -418,11 +392,15 @@ def split_words(
     "The bundled words of a file, and its other tensors"
     words, rest = {}, {}
     for key, t in tensors.items():
-        m = re.fullmatch(r"bundle_emb\.([^.]+)\.(string_to_param\.\*|\w+)", key)
-        if m is None or not (component := CLIPS.get(m[2], "text_encoder" if "*" in m[2] else None)): rest[key] = t
-        elif component in words.setdefault(m[1], {}) or not t.is_floating_point() or t.ndim not in (1, 2):
+        m = re.fullmatch(r"bundle_emb\.(.+?)\.(string_to_param\.\*|(?:clip_l|clip_g|t5xxl|t5)(_out)?)", key)
+        if m is not None and m[3]:
+            raise FormatError(f"{key}: vectors for the output of a text encoder, which no token table can hold. Train the word again without "
+                              "output embeddings, or leave it out of the file.")
+        if m is None: rest[key] = t; continue
+        component = "text_encoder" if "*" in m[2] else {**CLIPS, "t5": "text_encoder_3"}[m[2]]
+        if component in words.setdefault(m[1], {}) or not t.is_floating_point() or t.ndim not in (1, 2):
             raise FormatError(f"{key}: expected one (n, d) tensor of vectors for {component}. Get the file again.")
-        else: words[m[1]][component] = t.reshape(-1, t.shape[-1])
+        words[m[1]][component] = t.reshape(-1, t.shape[-1])
     return words, rest
 
 # %% ../nbs/16_kohya.ipynb #051d2c0d
@@ -448,18 +426,28 @@ def kohya_splitter(
     "The `split` of `group_parts` for kohya's keys"
     known, n = {}, per_block(base)
     if base is not None: known = {x: (full,) for full in base_layers(base) if (x := _underscored(full))}
+    in_unet = lambda flat: f"lora_unet_{from_sgm(flat.removeprefix('lora_unet_'), n)}"
     def split(key):
         flat, _, part = key.partition(".")
         if part not in _PARTS: return None
-        names = full_names(flat, n) or known.get(flat) or known.get(flat.replace("lora_te1_", "lora_te_"))
+        names = full_names(flat, n) or known.get(in_unet(flat)) or known.get(flat.replace("lora_te1_", "lora_te_")) or known.get(flat)
         return (names, _PARTS[part]) if names else None
     return split
 
 # %% ../nbs/16_kohya.ipynb #3ac18e28
-def _modules(names, f, ranks):
-    "name -> `Factors` of one kohya module"
+def refuse_family(
+    keys: Iterable[str],  # of a file
+) -> None:
+    "An error if these are the own names of a family that is read under diffusers' names only"
+    if (family := family_of_keys(keys)):
+        raise FormatError(f"a LoRA for {family} under its authors' names ({some(keys)}), which are not read: expected SD1, SD2, SDXL or "
+                          "SD3. Other families are read under diffusers' names (transformer....lora_A.weight).")
+
+# %% ../nbs/16_kohya.ipynb #77a69723
+def _modules(names, f, ranks, swap):
+    "name -> `Factors` of one kohya module; `swap`: its rows are in Stability's order"
     fs = split_fused(f, ranks) if len(names) == 3 else [f]
-    return {n: swap_halves(g) if _two_halves(n, g) else g for n, g in zip(names, fs) if g is not None}
+    return {n: swap_halves(g) if swap and _two_halves(n, g) else g for n, g in zip(names, fs) if g is not None}
 
 def _guessed_family(groups):
     "The family by the width of the text, from raw parts: needed to tell SD1's 1x1 convolutions"
@@ -467,10 +455,10 @@ def _guessed_family(groups):
         if names[0].endswith("attn2.to_k"):
             n = next((p[k].shape[-1] for k in ("down", "hada_w1_b") if k in p), 0)
             n = n or p["lokr_w1"].shape[-1] * p.get("lokr_w2", p.get("lokr_w2_b")).shape[-1] if "lokr_w1" in p else n
-            return _TEXT_WIDTH.get(n, "")
+            return TEXT_WIDTH.get(n, "")
     return ""
 
-# %% ../nbs/16_kohya.ipynb #ae7ab1ee
+# %% ../nbs/16_kohya.ipynb #531ed20c
 def read_kohya(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str],
@@ -479,7 +467,9 @@ def read_kohya(
     "A `Lora` from a kohya file of any dialect"
     refuse_foreign(tensors)
     words, tensors = split_words(tensors)
+    refuse_family(tensors)
     groups = group_parts(tensors, kohya_splitter(base))
+    swapped = {full_names(k.partition(".")[0]) for k in tensors if _STABILITY.match(k)}
     products = [p for p in groups.values() if any(k.startswith(("hada_", "lokr_")) for k in p)]
     if (size := sum(map(product_bytes, products))) > LIMIT:
         raise FormatError(f"its {len(products)} LoHa or LoKr modules are of high rank: as pairs of matrices they would "
@@ -488,7 +478,7 @@ def read_kohya(
     family, ranks, layers = _guessed_family(groups) if products else "", read_note(metadata).get("storeys", {}), {}
     for names, p in groups.items():
         f = assemble(names[0], p, kernel_of(names[0], family, shapes.get(names[0])))
-        new = _modules(names, f, ranks.get(names[0]))
+        new = _modules(names, f, ranks.get(names[0]), names in swapped)
         twice = [n for n in new if n in layers]
         if twice: raise FormatError(f"{some(twice)} is in the file twice, fused and alone. Get the file again.")
         layers |= new
@@ -525,7 +515,8 @@ def several_encoders(
 def _namer(lora, base, dialect):
     "Full name -> kohya's, for this LoRA"
     if dialect not in ("diffusers", "sgm"): raise FormatError(f"dialect {dialect!r}: expected 'diffusers' or 'sgm'.")
-    many, n, attentive = several_encoders(lora, base), per_block(base), (0, 1)
+    many, n = several_encoders(lora, base), per_block(base)
+    attentive = (1, 2, 3) if family_of(lora) in ("SD1", "SD2", "SD1 or SD2") else (0, 1)
     unet = resolve_components(base).get("unet") if base is not None else None
     if hasattr(unet, "up_blocks"):
         attentive = [i for i, b in enumerate(unet.up_blocks) if getattr(b, "attentions", None)]
@@ -610,4 +601,4 @@ def write_kohya(
     if bundle: tensors |= _bundled(lora.embeddings)
     metadata = note(lora, alphas, {} if bundle else lora.embeddings)
     if ranks: metadata[NOTE]["storeys"] = ranks          # the name of the entry in files of all versions
-    return tensors, metadata
+    return tensors, {**{k: v for k, v in training_metadata(lora).items() if k not in lora.metadata}, **metadata}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/15_peft_files.ipynb #e5c34a05
 _SPELLINGS = [(re.compile(a), b) for a, b in [
-    (r"^base_model\.model\.", ""),
+    (r"^((unet|transformer|text_encoder(_\d)?)\.)?(module\.)?(base_model\.model\.)+", r"\1"),
     (r"\.processor\.", "."),
     (r"\.(to_[qkv]|to_out|add_[qkv]_proj|to_add_out)_lora\.(down|up|alpha)(\.weight)?$", r".\1.\2"),
     (r"\.lora_A(\.[^.]+)?\.weight$", ".down"),
@@ -41,12 +41,14 @@ _SPELLINGS = [(re.compile(a), b) for a, b in [
     (r"\.to_out\.(down|up|magnitude|alpha)$", r".to_out.0.\1"),
     (r"^(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.", r"unet.\1."),
     (r"^(transformer_blocks|context_embedder|x_embedder|time_text_embed|pos_embed)\.", r"transformer.\1."),
+    (r"^(norm_out|proj_out|single_transformer_blocks)\.", r"transformer.\1."),
     (r"^(text_model\.|encoder\.layers\.)", r"text_encoder.\1"),
+    (r"^encoder\.block\.", "text_encoder_3.encoder.block."),
     (r"^(text_encoder(?:_\d)?)\.text_model\.", r"\1."),
 ]]
 
 # %% ../nbs/15_peft_files.ipynb #1262b0b6
-_CURRENT = re.compile(r"(?!.*\.processor\.)((?:unet|transformer)\.[\w.]+(?<!to_out))\.lora_([AB])\.weight")
+_CURRENT = re.compile(r"(?!.*\.(?:processor|base_model)\.)((?:unet|transformer)\.[\w.]+(?<!to_out))\.lora_([AB])\.weight")
 _KEY = re.compile(r"((?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\..+)\.(up|down|alpha|magnitude)")
 
 def split_key(

@@ -12,7 +12,6 @@ __all__ = ['WORD_FLAG', 'positional_slots', 'legacy_order', 'skeleton', 'walks',
 # %% ../nbs/17_positional.ipynb #9e240bd9
 import json, re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from .containers import BOOKKEEPING, NOTE, note, others, unpickle
-from .core import FormatError, ShapeError, atomic_path, some
+from .core import FormatError, ShapeError, atomic_paths, finish_writing, some
 from .lora import Factors, Lora
 from .names import canonical
 from .peft_files import base_layers, fold_alpha, group_parts, refuse, to_factors
@@ -228,13 +227,14 @@ def read_pt(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     "Tensors and metadata under numbers, from all files of a `.pt` LoRA"
     paths, tensors, metadata = pt_paths(path), {}, {}
+    finish_writing(paths["unet"].parent)                       # a writer that was killed between two of the files
     for part in _NAMELESS:
         held = unpickle(paths[part]) if paths[part].exists() else []
         tensors |= {index_key(part, i): t for i, t in enumerate(held)}
     held = unpickle(paths["tokens"]) if paths["tokens"].exists() else {}
     tensors |= held
     metadata |= {token: WORD_FLAG for token in held}
-    if paths["note"].exists(): metadata |= {NOTE: paths["note"].read_text()}
+    if paths["note"].exists(): metadata |= {NOTE: paths["note"].read_text("utf-8")}
     return tensors, metadata
 
 # %% ../nbs/17_positional.ipynb #82990285
@@ -253,10 +253,9 @@ def store_pt(
     stale = [p.name for part, p in paths.items() if p.exists() and part not in write]
     if stale: raise FormatError(f"{path}: {some(stale)} of an earlier LoRA would be read together with this one. "
                                 "Remove them or choose another name.")
-    with ExitStack() as stack:
-        for part, held in write.items():
-            tmp = stack.enter_context(atomic_path(paths[part]))
-            Path(tmp).write_text(held) if part == "note" else torch.save(held, tmp)
+    with atomic_paths([paths[part] for part in write]) as tmps:
+        for tmp, (part, held) in zip(tmps, write.items()):
+            tmp.write_text(held, "utf-8") if part == "note" else torch.save(held, tmp)
 
 # %% ../nbs/17_positional.ipynb #463bc30c
 def pt_faults(

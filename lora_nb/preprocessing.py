@@ -9,7 +9,7 @@ __all__ = ['PREPROCESS_PRESETS', 'PreprocessSettings', 'check_settings', 'settin
            'metadata_lines', 'PreprocessReport', 'report_table', 'contact_sheet', 'preprocess']
 
 # %% ../nbs/31_preprocessing.ipynb #81d6355b
-import contextlib, hashlib, json, os, tempfile
+import contextlib, hashlib, json, os, tempfile, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace as replaced
 from pathlib import Path
@@ -22,7 +22,7 @@ from .show import grid, save_jpeg
 from .pictures import (CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, list_sources,
                               measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary)
 from .masks import MASKS, Masker, mask_center, mask_extent, masker_for
-from .captions import METADATA, Captioner, captioner_for, edited_captions, give_captions, own_caption
+from .captions import METADATA, Captioner, captioner_for, edited_captions, give_captions, own_captions
 
 # %% ../nbs/31_preprocessing.ipynb #d0c1d2e6
 def _setting(default, doc): return field(default=default, metadata=dict(doc=doc))
@@ -252,10 +252,23 @@ def _identity(f):
     consts = [c for c in code.co_consts if not hasattr(c, "co_code")] if code else ()
     return [getattr(f, "__qualname__", str(f)), *([code.co_code.hex(), repr(consts), repr(code.co_names)] if code else [])]
 
-def _fingerprint(files, s, *functions):
+def _stamps(files, known):
+    "path -> [size, times of change, hash]; a file is hashed again only if its size or one of its times has changed"
+    def one(f):
+        if not f.is_file(): return None
+        now, st = time.time_ns(), f.stat()
+        stamp, old = [st.st_size, st.st_mtime_ns, st.st_ctime_ns], known.get(str(f.resolve()))
+        if old and old[:3] == stamp: return old
+        settled = max(stamp[1:]) < now - 2e9            # clocks of some file systems tick every two seconds
+        return [*(stamp if settled else (0, 0, 0)), _sha(f)]
+    return {str(f.resolve()): one(f) for f in files}
+
+def _fingerprint(files, stamps, s, *functions):
     "Of everything that decides the output: settings, originals, their captions"
     what = [asdict(s), [_identity(f) for f in functions]]
-    what += [(str(f.resolve()), _sha(f) if f.is_file() else None, own_caption(f)) for f in files]
+    for f, said in zip(files, own_captions(files)):
+        name = str(f.resolve())
+        what.append((name, stamps[name] and stamps[name][3], said))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 def _read_state(output):
@@ -325,8 +338,9 @@ class PreprocessReport:
         rows: list[dict[str, Any]],   # of `prepare_picture`
         folder: str | Path,           # the output
         changed: int = 0,             # files written or removed in this run
+        unread: dict[str, str] | None = None,   # name -> why, of what was not looked at
     ):
-        self.rows, self.folder, self.changed = rows, Path(folder), changed
+        self.rows, self.folder, self.changed, self.unread = rows, Path(folder), changed, unread or {}
     @property
     def kept(self) -> list[dict[str, Any]]:
         "Rows of the pictures that can be trained"
@@ -347,6 +361,7 @@ class PreprocessReport:
         extra = sum(len(r["files"]) - 1 for r in self.kept)
         return (f"{len(self.kept)} of {len(self.rows)} pictures kept" + f", {masks} masks" * bool(masks) +
                 f", {extra} variations" * bool(extra) + f", {len(self.left_out)} left out" * bool(self.left_out) +
+                f", {len(self.unread)} files or folders not read" * bool(self.unread) +
                 (f"; {self.changed} files changed" if self.changed else "; nothing had to be changed"))
     def _repr_markdown_(self): return report_table(self.rows)
 
@@ -369,7 +384,8 @@ def _report_text(report, s):
     changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
     said = ", ".join(f"{k} = {v!r}" for k, v in changed.items()) or "the defaults"
     return (f"# Preprocessing\n\n{len(report.kept)} of {len(report.rows)} pictures kept. Settings: {said}.\n\n"
-            f"![originals and results](report/contact_sheet.jpg)\n\n{report_table(report.rows)}\n")
+            f"![originals and results](report/contact_sheet.jpg)\n\n{report_table(report.rows)}\n" +
+            "".join(f"\nNot read: {n} ({why})\n" for n, why in report.unread.items()))
 
 # %% ../nbs/31_preprocessing.ipynb #567f172d
 def _strip(images, places=1):
@@ -394,7 +410,7 @@ def contact_sheet(
     most: int = 60,               # originals shown
 ) -> Image.Image:
     "Originals with their crops beside what became of them; below, what was left out (and could be read)"
-    kept = [r for r in rows if not r["why"]][:most]
+    kept = [r for r in rows if not r["why"] and small.get(r["path"])][:most]
     rows_of = [[_framed(small[r["path"]][0], r), *(im for im in small[r["path"]][1:] if im)] for r in kept]
     strips = [_strip(images, max(map(len, rows_of))) for images in rows_of]
     titles = [f"{r['source']}: {r.get('text') or r['files'][0]}" for r in kept]
@@ -421,6 +437,16 @@ def _write_words(kept, report, small, s, stage):
     return new
 
 # %% ../nbs/31_preprocessing.ipynb #06fccaeb
+def _prepare_all(files, s, masker, staged, small, most=240):
+    "A row for each file; of thousands, small pictures are kept for as many of each kind as the contact sheet may show"
+    rows, n = [], {True: 0, False: 0}
+    for f in progress(files, desc="pictures"):
+        rows.append(row := prepare_picture(f, s, masker, staged[f], small))
+        bad = bool(row["why"]); n[bad] += 1
+        if n[bad] > most: small.pop(f, None)
+    return rows
+
+# %% ../nbs/31_preprocessing.ipynb #de56c711
 def preprocess(
     source: str | Path | Iterable[str | Path],      # a folder, a file, or a list of files
     output: str | Path,                             # folder to write to
@@ -428,28 +454,31 @@ def preprocess(
     overwrite: bool = False,                        # replace outputs that were changed by hand
     captioner: Captioner | None = None,             # your own function (pictures, paths) -> texts
     masker: Masker | None = None,                   # your own function (picture, path) -> L mask of its size
+    recursive: bool = False,                        # also read subfolders
     **changes,                                      # settings to replace
 ) -> PreprocessReport:
     "Turn raw photographs into training pictures, captions, masks and a report"
-    s, output, files = (settings or PreprocessSettings()).replace(**changes), Path(output), list_sources(source)
+    s, output, files = (settings or PreprocessSettings()).replace(**changes), Path(output), list_sources(source, recursive)
     _check_folders(files, output)
-    key, state = _fingerprint(files, s, captioner, masker), _read_state(output)
+    state = _read_state(output)
+    stamps = _stamps(files, state.get("files", {}))
+    key = _fingerprint(files, stamps, s, captioner, masker)
     done = state["key"] == key and all((output / n).is_file() for n in state["outputs"])
-    if done: return PreprocessReport(state["rows"], output)
+    if done: return PreprocessReport(state["rows"], output, unread=files.left_out)
     with _stage(output) as stage:
         masker, small = masker or masker_for(s), {}
         staged = {f: (stage / f"{i}.png", stage / f"{i}.mask.png") for i, f in enumerate(files)}
-        rows = [prepare_picture(f, s, masker, staged[f], small) for f in progress(files, desc="pictures")]
+        rows = _prepare_all(files, s, masker, staged, small)
         drop_duplicates(rows, s.min_distance)
         _refuse_none(rows)
         kept = [(r, staged[f]) for r, f in zip(rows, files) if not r["why"]]
         give_captions(kept, s, captioner or captioner_for(s), edited_captions(output, state))
         new = _name_files(kept, s, stage)
-        report = PreprocessReport(rows, output)
+        report = PreprocessReport(rows, output, unread=files.left_out)
         small = {r["path"]: small.get(f, []) for r, f in zip(rows, files)}
         new |= _write_words(kept, report, small, s, stage)
         _check_ours(output, state["outputs"], new, overwrite)
         hashes = {n: [_sha(f)] for n, f in new.items()}
         report.changed = _publish(output, new, state)
-    _write(output / _STATE, json.dumps(dict(key=key, settings=asdict(s), rows=rows, outputs=hashes), indent=1))
+    _write(output / _STATE, json.dumps(dict(key=key, settings=asdict(s), rows=rows, outputs=hashes, files=stamps), indent=1))
     return report

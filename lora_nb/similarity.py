@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from .core import DataError, data_path, quiet
-from .pictures import find_pictures
+from .pictures import find_pictures, open_picture, read_mask, to_rgb
 
 # %% ../nbs/27_similarity.ipynb #9c0e564d
 Pictures = str | Path | torch.Tensor | Sequence[Image.Image | str | Path | torch.Tensor]   # a folder, a batch, or a list
@@ -31,8 +31,7 @@ def to_tensor(
 ) -> torch.Tensor:            # `(3, H, W)` in -1..1, fp32 on the CPU
     "Turn a picture of any kind into a tensor."
     if not isinstance(image, torch.Tensor):
-        im = image if isinstance(image, Image.Image) else Image.open(image)
-        im = ImageOps.exif_transpose(im).convert("RGB")
+        im = to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)       # as training reads them
         if size: im = ImageOps.fit(im, (size, size), Image.LANCZOS)
         return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 127.5 - 1
     x = image.detach().float().cpu()
@@ -60,8 +59,7 @@ def to_masks(
 ) -> torch.Tensor:                   # `(B, 1, size, size)` in 0..1
     "Turn masks of any kind into one batch."
     def one(m):
-        if isinstance(m, (str, Path)): m = Image.open(m)
-        if isinstance(m, Image.Image): m = np.array(ImageOps.fit(m.convert("L"), (size, size), Image.BILINEAR))
+        if isinstance(m, (str, Path, Image.Image)): m = np.array(ImageOps.fit(read_mask(m), (size, size), Image.BILINEAR))
         m = torch.as_tensor(m).detach().cpu()
         x = m.float().view(1, 1, *m.shape[-2:]) / (255 if m.dtype == torch.uint8 else 1)
         if x.min() < 0 or x.max() > 1: raise DataError("A mask has values outside 0..1: expected 1 on the subject.")

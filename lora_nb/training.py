@@ -38,8 +38,9 @@ class Stream:
     run: int | None = None # where sizes differ: samples in a row that share one; None: the batch
     def say(self, captions: list[str], places: Iterable[int], seed: int) -> list[str]:
         "The captions as they are worded at these places"
-        if self.wording is None: return captions
-        return [self.wording(c, random.Random(derive(seed, "wording", i))) for c, i in zip(captions, places)]
+        for kind, reword in (("tags", self.examples.wording), ("wording", self.wording)):
+            if reword: captions = [reword(c, random.Random(derive(seed, kind, i))) for c, i in zip(captions, places)]
+        return captions
 
 def draw_samples(
     examples: Examples,

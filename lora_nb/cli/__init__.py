@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .flags import COMMANDS, Command, stop
 from .train import lora_dreambooth, lora_pti, lora_ti
 from .draw import lora_evaluate, lora_generate
-from .files import add_command as lora_add, lora_convert, lora_distill, lora_info, lora_memory, lora_ppim
+from .files import add_command as lora_add, lora_convert, lora_distill, lora_info, lora_memory, lora_ppim, lora_resize
 from .demo import demo
 
 # %% ../../nbs/57_cli.ipynb #603fcf20
