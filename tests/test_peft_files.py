@@ -160,9 +160,17 @@ def test_groups_come_from_the_base():
     assert fit_base(lora, {"unet": model}).layers["unet.0"].groups == 2
 
 
-def test_an_adapter_config_beside_another_file_is_not_read(tmp_path):
+def test_an_adapter_config_counts_whatever_the_file_is_called(tmp_path):
     tensors = {f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}
-    (tmp_path/"adapter_config.json").write_text('{"lora_alpha": 8}')
-    for name, alpha in (("adapter_model", 8.), ("other", None)):
+    (tmp_path/"adapter_config.json").write_text('{"lora_alpha": 8, "r": 2}')
+    for name in ("adapter_model", "renamed"):
         save_file(tensors, tmp_path/f"{name}.safetensors")
-        assert Lora.load(tmp_path/f"{name}.safetensors").layers[TO_Q].alpha == alpha
+        torch.save(tensors, tmp_path/f"{name}.bin")
+        for end in ("safetensors", "bin"):
+            f = Lora.load(tmp_path/f"{name}.{end}").layers[TO_Q]
+            assert f.scaling == 4 and f.delta().equal(torch.full((4, 4), 8.))
+    (tmp_path/"adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
+    refused("configuration of another file", Lora.load, tmp_path/"renamed.safetensors")
+    small = Lora({TO_Q: Factors(torch.ones(16, 2), torch.ones(2, 16))})
+    small.save(tmp_path/"ours.safetensors")                                 # our own note counts
+    assert Lora.load(tmp_path/"ours.safetensors") == small
