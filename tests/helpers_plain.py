@@ -27,7 +27,8 @@ def plain_pipe(kind, models):
     names = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
     given = {n: parts.get(n) for n in names if n not in ("requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker",
                                                          "image_encoder")}
-    given["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler() if "3" in kind else diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    flow = "3" in kind
+    given["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler() if flow else diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     return cls(**given, **({"requires_safety_checker": False} if "requires_safety_checker" in names else {})), parts
 
 

@@ -199,7 +199,7 @@ def test_foreign_metadata_of_any_name_comes_through(tmp_path, format):
     save_file({f"{TO_Q}.lora_A.weight": torch.ones(2, 16), f"{TO_Q}.lora_B.weight": torch.ones(16, 2)}, tmp_path/"a.safetensors", FOREIGN)
     lora = Lora.load(tmp_path/"a.safetensors")
     assert lora.metadata == FOREIGN
-    if format == "lora_diffusion": lora = Lora(random_lora(random_pipe("sd"), lambda n: ".attn" in n and n.startswith("unet")).layers, metadata=FOREIGN)
+    if format == "lora_diffusion": lora = random_lora(random_pipe("sd"), lambda n: ".attn" in n and n.startswith("unet"), metadata=FOREIGN)
     if format == "textual_inversion": lora = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4), "text_encoder_2": torch.ones(1, 6)}}, FOREIGN)
     base = random_pipe("sd") if format == "lora_diffusion" else None
     for _ in range(2):
@@ -234,8 +234,9 @@ def test_what_a_file_is_is_said_in_words(tmp_path):
         torch.save(held, tmp_path/"d.pt")
         refused("is empty|no tensors", Lora.load, tmp_path/"d.pt")
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    for tensors in ({f"{key}.lora_down.weight": torch.ones(2, 4)}, {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key}.lora_up.weight": torch.ones(4, 3)},
-                    {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key.replace('unet', 'unet')}.lora_A.weight": torch.ones(2, 4)},
+    for tensors in ({f"{key}.lora_down.weight": torch.ones(2, 4)},
+                    {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key}.lora_up.weight": torch.ones(4, 3)},
+                    {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key}.lora_A.weight": torch.ones(2, 4)},
                     {"unet:0:up": torch.ones(2, 2)}, {"unet:0:up": torch.ones(4, 2), "unet:0:down": torch.ones(3, 4)},
                     {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.ones(2, 4)}):
         save_file(tensors, tmp_path/"e.safetensors")
@@ -244,8 +245,8 @@ def test_what_a_file_is_is_said_in_words(tmp_path):
 
 
 def test_a_folder_of_pickles(tmp_path):
-    torch.save({f"base_model.model.{TO_Q.removeprefix('unet.')}.lora_{x}.weight": t for x, t in (("A", torch.ones(2, 4)), ("B", torch.ones(4, 2)))},
-               tmp_path/"adapter_model.bin")
+    key = f"base_model.model.{TO_Q.removeprefix('unet.')}"
+    torch.save({f"{key}.lora_A.weight": torch.ones(2, 4), f"{key}.lora_B.weight": torch.ones(4, 2)}, tmp_path/"adapter_model.bin")
     (tmp_path/"adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
     assert find_file(tmp_path).name == "adapter_model.bin" and Lora.load(tmp_path).layers[TO_Q].scaling == 4
     save_file(TENSORS, tmp_path/"adapter_model.safetensors")

@@ -13,7 +13,8 @@ from lora_nb.core import FormatError, ShapeError, TargetError
 from lora_nb.formats import read_file
 from lora_nb.injection import apply_lora, inject_lora, remove_lora
 from lora_nb.lora import Factors, Lora
-from lora_nb.peft_files import config_alpha, fit_base, fits_pattern, fold_alpha, group_parts, peft_faults, read_peft, refuse, split_key, to_factors
+from lora_nb.peft_files import (config_alpha, fit_base, fits_pattern, fold_alpha, group_parts, peft_faults, read_peft, refuse, split_key,
+                                to_factors)
 from lora_nb.random_pipes import random_pipe
 
 
@@ -198,7 +199,8 @@ def test_what_a_header_says_that_is_no_configuration():
     for header in ({"r": "16"}, {"note": "lora_alpha"}, {"ss_network_alpha": "1"}, {"config": '{"rank": 4}'}, {"use_rslora": "True"}):
         assert read_peft(tensors, header).layers[TO_Q].scaling == 1
     assert read_peft(tensors, {"lora_alpha": "8", "use_rslora": "True"}).layers[TO_Q].scaling == pytest.approx(8 / 2**.5)
-    for header in ({"lora_alpha": "nan"}, {"lora_alpha": "much"}, {"lora_adapter_metadata": "[]"}, {"c": '{"lora_alpha": 1e999}'}, {"c": '{"lora_alpha"'},
+    for header in ({"lora_alpha": "nan"}, {"lora_alpha": "much"}, {"lora_adapter_metadata": "[]"}, {"c": '{"lora_alpha": 1e999}'},
+                   {"c": '{"lora_alpha"'},
                    {"adapter_config": "3"}, {"adapter_config": "[" * 100_000}, {"lora_alpha": "8", "alpha_pattern": "3"}):
         with pytest.raises(FormatError): read_peft(tensors, header)
 
@@ -277,8 +279,8 @@ def test_pissa_by_path(tmp_path):
 
 
 PATTERNS = ["to_q", "attn1.to_q", "^down", "^down_blocks.0.attn1.to_q", ".*to_q", r"down_blocks\.\d+\.attn1.*", "to_(q|k)", "a|to_q", "(?:to_)?q",
-            "[a-z]+_[qk]", "to_q$", "attn[12].to_.", "x*", "", ".", "to_[^q]", r"\w+", "blocks.0", "(attn1|attn2)\\.to_q", "to_q{1}", "t{0,1}o_q", "_q",
-            r"[\]a]o_q", "attn1,to_q", "(.*)", "down.*?q", "t?o?_?q?", "(a|(b|to_q))", "a{2,3}b", "(aa?){3}b"]
+            "[a-z]+_[qk]", "to_q$", "attn[12].to_.", "x*", "", ".", "to_[^q]", r"\w+", "blocks.0", "(attn1|attn2)\\.to_q", "to_q{1}", "t{0,1}o_q",
+            "_q", r"[\]a]o_q", "attn1,to_q", "(.*)", "down.*?q", "t?o?_?q?", "(a|(b|to_q))", "a{2,3}b", "(aa?){3}b"]
 PATHS = ["down_blocks.0.attn1.to_q", "to_q", "attn1xto_q", "down_blocks.12.attn2.to_k", "proj_in", "x.ato_q", "aab", "x.aaab", "aaaaaab", "ab"]
 
 
@@ -289,7 +291,8 @@ def test_patterns_mean_what_peft_means():
             assert fits_pattern(pattern, path) == want, (pattern, path)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(.*)*x", "(a*)*b", "((a+)+)+b", ".*.*.*.*.*.*.*.*x", "(a|aa)+b", "a{0,900}a{0,900}b", "(" * 30 + "a" + ")*" * 30])
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(.*)*x", "(a*)*b", "((a+)+)+b", ".*.*.*.*.*.*.*.*x", "(a|aa)+b", "a{0,900}a{0,900}b",
+                                     "(" * 30 + "a" + ")*" * 30])
 def test_patterns_cannot_hang(pattern):
     start = time.process_time()
     fits_pattern(pattern, "blocks." + "a" * 80)
