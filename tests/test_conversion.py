@@ -98,3 +98,12 @@ def test_charts_stay_small():
 def test_a_lora_of_a_family_without_faults_loses_nothing():
     lora = load_lora(data_path("loras", "jack-o-lantern.safetensors"))
     assert fit_format(lora, "peft") == (lora, [], []) and fit_format(lora, "kohya") == (lora, [], [])
+
+
+def test_what_diffusers_makes_of_ranks_and_alphas_is_said(tmp_path):
+    said = lambda *a, **kw: " ".join(convert_lora(Lora(layers), tmp_path/"a.safetensors", *a, **kw).notes)
+    layers = {Q: pair(16, 2, 16, 1.), Q.replace("to_q", "to_k"): pair(16, 1, 16)}
+    assert "filled up to 2" in said("peft") and "filled" not in said("peft", pad=False)
+    assert "values of alpha" not in said("kohya")
+    layers[Q.replace("to_q", "to_v")] = pair(16, 1, 16, 3.)
+    assert "2 values of alpha" in said("kohya")

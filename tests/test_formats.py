@@ -71,8 +71,8 @@ def test_damaged_files_say_so(tmp_path):
     bad("loha/lokr", safetensors.torch.save({"unet.conv_in.hada_w1_a": torch.ones(1, 2)}))
     bad("whole model", safetensors.torch.save({"model.diffusion_model.x.weight": torch.ones(1, 2)}))
     bad("no known format", safetensors.torch.save({"a.weight": torch.ones(1, 2)}))
-    bad("no known format", safetensors.torch.save({}))
-    bad("notes are damaged", safetensors.torch.save({"unet.conv_in.lora_A.weight": torch.ones(1, 2), "unet.conv_in.lora_B.weight":
+    bad("holds no tensors", safetensors.torch.save({}))
+    bad("should be a JSON object", safetensors.torch.save({"unet.conv_in.lora_A.weight": torch.ones(1, 2), "unet.conv_in.lora_B.weight":
                                                      torch.ones(2, 1)}, {"lora_adapter_metadata": "[1]"}))
 
 

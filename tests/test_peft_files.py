@@ -1,4 +1,4 @@
-import json
+import json, re, time
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_nb.core import FormatError, ShapeError, TargetError
-from lora_nb.injection import apply_lora, remove_lora
+from lora_nb.formats import read_file
+from lora_nb.injection import apply_lora, inject_lora, remove_lora
 from lora_nb.lora import Factors, Lora
-from lora_nb.peft_files import config_alpha, fit_base, fold_alpha, group_parts, peft_faults, read_peft, refuse, split_key, to_factors
+from lora_nb.peft_files import (config_alpha, fit_base, fits_pattern, fold_alpha, group_parts, peft_faults, read_peft, refuse, split_key,
+                                to_factors)
 from lora_nb.random_pipes import random_pipe
 
 
@@ -160,9 +162,183 @@ def test_groups_come_from_the_base():
     assert fit_base(lora, {"unet": model}).layers["unet.0"].groups == 2
 
 
-def test_an_adapter_config_beside_another_file_is_not_read(tmp_path):
+def test_an_adapter_config_counts_whatever_the_file_is_called(tmp_path):
     tensors = {f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}
-    (tmp_path/"adapter_config.json").write_text('{"lora_alpha": 8}')
-    for name, alpha in (("adapter_model", 8.), ("other", None)):
+    (tmp_path/"adapter_config.json").write_text('{"lora_alpha": 8, "r": 2}')
+    for name in ("adapter_model", "renamed"):
         save_file(tensors, tmp_path/f"{name}.safetensors")
-        assert Lora.load(tmp_path/f"{name}.safetensors").layers[TO_Q].alpha == alpha
+        torch.save(tensors, tmp_path/f"{name}.bin")
+        for end in ("safetensors", "bin"):
+            f = Lora.load(tmp_path/f"{name}.{end}").layers[TO_Q]
+            assert f.scaling == 4 and f.delta().equal(torch.full((4, 4), 8.))
+    (tmp_path/"adapter_config.json").write_text('{"lora_alpha": 8, "r": 4}')
+    refused("configuration of another file", Lora.load, tmp_path/"renamed.safetensors")
+    small = Lora({TO_Q: Factors(torch.ones(16, 2), torch.ones(2, 16))})
+    small.save(tmp_path/"ours.safetensors")                                 # our own note counts
+    assert Lora.load(tmp_path/"ours.safetensors") == small
+
+
+ALPHA_8 = [{"lora_alpha": "8"}, {"lora_alpha": "8", "r": "2"}, {"unet.lora_alpha": "8", "unet.r": "2"}, {"lora_alpha": "8.0"},
+           {"lora_adapter_metadata": '{"unet.lora_alpha": 8}'}, {"lora_adapter_metadata": '{"unet": {"r": 2, "lora_alpha": 8}}'},
+           {"lora_adapter_metadata": '{"r": 2, "lora_alpha": 8}'}, {"lora_config": '{"r": 2, "lora_alpha": 8}'},
+           {"config": '{"default": {"r": 2, "lora_alpha": 8, "target_modules": ["to_q"]}}'},
+           {"peft": '{"unet": {"lora_alpha": 8}, "text_encoder": {"lora_alpha": 1}}'}]
+
+
+@pytest.mark.parametrize("header", ALPHA_8, ids=str)
+def test_alpha_is_found_wherever_the_header_has_it(tmp_path, header):
+    save_file({f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}, tmp_path/"a.safetensors", header)
+    assert Lora.load(tmp_path/"a.safetensors").layers[TO_Q].scaling == 4
+    save_file({f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2), f"{TO_Q}.alpha": torch.tensor(1.)},
+              tmp_path/"b.safetensors", header)
+    assert Lora.load(tmp_path/"b.safetensors").layers[TO_Q].scaling == .5     # a tensor of the file counts most
+
+
+def test_what_a_header_says_that_is_no_configuration():
+    tensors = {f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}
+    for header in ({"r": "16"}, {"note": "lora_alpha"}, {"ss_network_alpha": "1"}, {"config": '{"rank": 4}'}, {"use_rslora": "True"}):
+        assert read_peft(tensors, header).layers[TO_Q].scaling == 1
+    assert read_peft(tensors, {"lora_alpha": "8", "use_rslora": "True"}).layers[TO_Q].scaling == pytest.approx(8 / 2**.5)
+    for header in ({"lora_alpha": "nan"}, {"lora_alpha": "much"}, {"lora_adapter_metadata": "[]"}, {"c": '{"lora_alpha": 1e999}'},
+                   {"c": '{"lora_alpha"'},
+                   {"adapter_config": "3"}, {"adapter_config": "[" * 100_000}, {"lora_alpha": "8", "alpha_pattern": "3"}):
+        with pytest.raises(FormatError): read_peft(tensors, header)
+
+
+def folder_of_peft(tmp_path, model, steps=0, **kw):
+    "Train a wrapped model a little, save its folder, and return what its layers are then"
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(target_modules=["0", "2"], **kw))
+    for p in model.parameters():
+        if p.requires_grad and steps: p.data += .1 * torch.randn_like(p)
+    model.save_pretrained(tmp_path)
+    return [m.weight.detach().clone() for m in model.merge_and_unload() if isinstance(m, nn.Linear)]
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10)).to(dtype)
+
+
+def of_unet(tensors): return {k.replace("base_model.model.", "unet."): t for k, t in tensors.items()}
+
+
+def merged(tmp_path, dtype=torch.float32):
+    "Our layers after a merge of the folder into the plain base"
+    model = small_model(dtype)
+    tensors, metadata = read_file(tmp_path)
+    lora = fit_base(read_peft(of_unet(tensors), metadata, {"unet": model}), {"unet": model})
+    return [m.weight.detach().float() + lora.layers[f"unet.{i}"].delta(m.weight) for i, m in enumerate(model) if i != 1]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA"])
+@pytest.mark.parametrize("kw", [dict(lora_alpha=4), dict(lora_alpha=6), dict(lora_alpha=6, use_rslora=True), dict(lora_alpha=4, use_dora=True),
+                                dict(lora_alpha=8, rank_pattern={"2": 2}, alpha_pattern={"2": 3})], ids=str)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_method_that_changed_the_base_is_corrected(tmp_path, init, kw, steps):
+    want = folder_of_peft(tmp_path, small_model(), steps, r=4, init_lora_weights=init, **kw)
+    for a, b, plain in zip(merged(tmp_path), want, small_model()[::2]):
+        close(a, b)
+        assert steps or (kw.get("use_dora") and init != "pissa") or torch.allclose(a, plain.weight, atol=1e-4)   # untrained: nothing changes
+
+
+@pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga", "pissa_niter_4", "something new"])
+def test_a_method_whose_start_is_lost_is_refused(tmp_path, init):
+    folder_of_peft(tmp_path, small_model(), 1, r=4)
+    config = json.loads((tmp_path/"adapter_config.json").read_text())
+    (tmp_path/"adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))
+    refused(f"{init}.*changes the base", merged, tmp_path)
+    tensors = of_unet(read_file(tmp_path)[0])
+    refused(f"{init}.*changes the base", read_peft, tensors, {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": init})})
+    for start in ("pissa", "olora"):
+        refused("give the base", read_peft, tensors, {"init_lora_weights": start})
+    (tmp_path/"adapter_config.json").write_text(json.dumps({**config, "kasa_config": {"beta": 1}}))
+    refused("kasa.*changes the base", merged, tmp_path)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_method_that_left_the_base_alone(tmp_path, init):
+    want = folder_of_peft(tmp_path, small_model(), 1, r=4, lora_alpha=6, init_lora_weights=init if init != "eva" else True)
+    config = json.loads((tmp_path/"adapter_config.json").read_text())
+    (tmp_path/"adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))
+    for a, b in zip(merged(tmp_path), want): close(a, b)
+
+
+def test_pissa_by_path(tmp_path):
+    pipe = random_pipe("sd")
+    wrapped = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="pissa"))
+    wrapped.save_pretrained(tmp_path)
+    pipe = random_pipe("sd")
+    lora = Lora.load(tmp_path, base=pipe)
+    bare = draw(pipe)
+    apply_lora(pipe, lora)
+    close(draw(pipe), bare)                                                   # untrained
+    refused("give the base", Lora.load, tmp_path)
+    lora.save(tmp_path/"plain.safetensors")                                   # now an ordinary LoRA
+    assert Lora.load(tmp_path/"plain.safetensors").rank == 4
+
+
+PATTERNS = ["to_q", "attn1.to_q", "^down", "^down_blocks.0.attn1.to_q", ".*to_q", r"down_blocks\.\d+\.attn1.*", "to_(q|k)", "a|to_q", "(?:to_)?q",
+            "[a-z]+_[qk]", "to_q$", "attn[12].to_.", "x*", "", ".", "to_[^q]", r"\w+", "blocks.0", "(attn1|attn2)\\.to_q", "to_q{1}", "t{0,1}o_q",
+            "_q", r"[\]a]o_q", "attn1,to_q", "(.*)", "down.*?q", "t?o?_?q?", "(a|(b|to_q))", "a{2,3}b", "(aa?){3}b"]
+PATHS = ["down_blocks.0.attn1.to_q", "to_q", "attn1xto_q", "down_blocks.12.attn2.to_k", "proj_in", "x.ato_q", "aab", "x.aaab", "aaaaaab", "ab"]
+
+
+def test_patterns_mean_what_peft_means():
+    for pattern in PATTERNS:
+        for path in PATHS:
+            want = bool(re.match(rf"(.*\.)?({pattern})$", path))
+            assert fits_pattern(pattern, path) == want, (pattern, path)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(.*)*x", "(a*)*b", "((a+)+)+b", ".*.*.*.*.*.*.*.*x", "(a|aa)+b", "a{0,900}a{0,900}b",
+                                     "(" * 30 + "a" + ")*" * 30])
+def test_patterns_cannot_hang(pattern):
+    start = time.process_time()
+    fits_pattern(pattern, "blocks." + "a" * 80)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("pattern", ["(", "a)", "*a", "[a", "a**", "(?=a)", r"(a)\1", "(?i)a", "(" * 5000, "\\", "+", "{2}", r"a\b", "[z-a]+"])
+def test_patterns_that_are_refused_by_name(pattern):
+    tensors = {f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}
+    refused("cannot be read", read_peft, tensors, {"adapter_config": json.dumps({"lora_alpha": 8, "alpha_pattern": {pattern: 2}})})
+
+
+def test_many_patterns_are_quick_and_the_first_counts():
+    paths = [f"down_blocks.{i}.attentions.{j}.attn1.to_q" for i in range(20) for j in range(20)]
+    patterns = {p: i for i, p in enumerate(paths)}
+    start = time.process_time()
+    assert [config_alpha({"alpha_pattern": patterns}, p, 4) for p in paths] == list(range(400))
+    assert time.process_time() - start < 5
+    assert config_alpha({"alpha_pattern": {"to_q": 2, paths[0]: 4}}, paths[0], 4) == 2      # as in peft
+    both = {"text_model.encoder.layers.0.q": 3, "^encoder.layers.1.q": 5}                   # transformers 4 and 5
+    assert [config_alpha({"alpha_pattern": both}, f"encoder.layers.{i}.q", 4) for i in (0, 1)] == [3, 5]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_ranks_come_back(tmp_path, mixed):
+    lora = Lora({f"unet.a.{i}": Factors(torch.randn(6, r).half(), torch.randn(r, 5).half(), a) for i, (r, a) in enumerate(
+        [(4, None), (1, 1.), (2, .5), (3, 7.)] if mixed else [(4, 2.), (4, 2.)])}, {"<w>": {"text_encoder": torch.ones(1, 3)}}, {"ranks": "x"})
+    for pad in (True, False):
+        lora.save(tmp_path/"a.safetensors", pad=pad)
+        back = Lora.load(tmp_path/"a.safetensors")
+        assert back.ranks == lora.ranks and back.metadata == lora.metadata
+        for n, f in lora.layers.items(): close(back.layers[n].delta(), f.delta(), 1e-2)
+        Lora.load(tmp_path/"a.safetensors").save(tmp_path/"b.safetensors", pad=pad)
+        assert Lora.load(tmp_path/"b.safetensors") == back                    # a second trip changes nothing
+
+
+def test_a_pipeline_that_wears_adapters_of_diffusers(tmp_path):
+    pipe = random_pipe("sd")
+    lora = random_lora(pipe, lambda n: "attn1.to_q" in n)
+    lora.save(tmp_path/"a.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="mascot")
+    for wear in (lambda: Lora.load(tmp_path/"a.safetensors", base=pipe), lambda: apply_lora(pipe, lora), lambda: apply_lora(pipe.unet, lora),
+                 lambda: inject_lora(pipe)):
+        refused(r"wear an adapter.*mascot.*unload_lora_weights", wear, exc=TargetError)
+    pipe.unload_lora_weights()
+    apply_lora(pipe, Lora.load(tmp_path/"a.safetensors", base=pipe))
+    remove_lora(pipe)
+    wrapped = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]))
+    refused("wear an adapter.*default", apply_lora, {"unet": wrapped.base_model.model}, lora, exc=TargetError)
