@@ -12,7 +12,7 @@ from lora_nb.conversion import convert_lora, lora_file_info
 from lora_nb.core import FormatError, LoraError, ShapeError
 from lora_nb.extraction import resize
 from lora_nb.formats import load_lora, save_lora
-from lora_nb.injection import apply_lora, extract_lora, remove_lora, set_scale
+from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, set_scale
 from lora_nb.kinds import OFT, Difference, InputRotation, Scale
 from lora_nb.lora import Factors, Lora
 from lora_nb.products import LoKr, ThinPair
@@ -129,8 +129,8 @@ def test_kinds_are_scheduled(kind, sd, written):
     tensors, wanted = kohya_files(sd.unet)[kind]
     lora, whole = written(tensors), fingerprint(sd.unet)
     seen = []
-    hook = sd.unet.register_forward_pre_hook(lambda m, a, k: seen.append(sd.unet.get_submodule(Q).weight.detach().clone()), with_kwargs=True)
-    with scheduled(sd, lora): sd("a", num_inference_steps=2, output_type="latent", height=16, width=16)
+    hook = sd.unet.get_submodule(Q).register_forward_pre_hook(lambda m, a: seen.append(m.weight.detach().clone()))
+    with scheduled(sd, {lora: 1.}): sd("a", num_inference_steps=2, output_type="latent", height=16, width=16)
     hook.remove()
     for w in seen[:1]: close(w, wanted[f"{Q}.weight"], 1e-4)
     assert seen and fingerprint(sd.unet) == whole
@@ -241,7 +241,7 @@ def test_diffusers_names(written):
     ({"a1.weight": (4, 2)}, "do not fit together"), (dict(lokr_w1=(700, 700), lokr_w2=(700, 700)), "GB"), (dict(alpha=()), "expected the parts"),
     (dict(diff=(4, 4), hada_w1_a=(4, 2)), "parts of one"), (dict(diff=(4, 4), alpha=(2,)), "one number")])
 def test_parts_that_are_no_module(parts, match, written):
-    refused(match, written, {f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in parts.items()}, exc=(FormatError, ShapeError))
+    refused(match, written, {f"{FLAT[Q]}.{k}": torch.ones(s) for k, s in parts.items()}, exc=(FormatError, ShapeError))
 
 
 def test_a_change_for_another_base(sd, written):
@@ -305,3 +305,65 @@ def test_a_config_beside_the_file(tmp_path):
     save_file({f"{full}.hada_{k}": rand(*s) for k, s in dict(w1_a=(16, 2), w1_b=(2, 16), w2_a=(16, 2), w2_b=(2, 16)).items()},
               tmp_path/"adapter_model.safetensors")
     assert load_lora(tmp_path/"adapter_model.safetensors").layers[f"unet.{Q}"].strength == .5
+
+
+# ---- precisions that cannot compute
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_factors_in_float8(dtype, sd, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    small = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+    lora = Lora({f"unet.{Q}": Factors(small(16, 3), small(3, 16), 1.5), "unet.conv_in": Factors(small(16, 2, 1, 1), small(2, 4, 3, 3)),
+                 f"unet.{Q.replace('to_q', 'to_k')}": LoKr(dict(lokr_w1=small(4, 4), lokr_w2=small(4, 4)), (16, 16))})
+    wide, whole, before = lora.to(dtype=torch.float32), fingerprint(sd.unet), {n: p.detach().clone() for n, p in sd.unet.named_parameters()}
+    assert lora == lora.to("cpu") and lora.check() is lora and lora.norms() == wide.norms() and lora.content_hash() != wide.content_hash()
+    for mode in ("merge", "inject"):
+        apply_lora(sd, lora, mode=mode)
+        for n, f in extract_lora(sd).layers.items(): close(f.delta(), wide.layers[n].delta(), 1e-4)
+        remove_lora(sd)
+    assert fingerprint(sd.unet) == whole
+    for format in ("peft", "kohya"):
+        save_lora(lora, tmp_path/"f.safetensors", format)
+        assert repr(lora_file_info(tmp_path/"f.safetensors"))
+        back = load_lora(tmp_path/"f.safetensors", base=sd)
+        for n, f in back.layers.items():
+            close(f.delta(), wide.layers[n].delta(), 1e-4)
+            assert f.dtype == dtype or format == "peft"
+    small_one = resize(lora, rank=1)
+    assert small_one.layers["unet.conv_in"].dtype == torch.float16           # new numbers, not rounded to eight bits
+    close(small_one.layers["unet.conv_in"].delta(), resize(wide, rank=1).layers["unet.conv_in"].delta(), 1e-2)
+    close((lora + lora).layers[f"unet.{Q}"].delta(), 2 * wide.layers[f"unet.{Q}"].delta(), 1e-4)
+    assert lora.report(sd).ok
+
+
+def test_a_base_in_float8(sd):
+    base = random_pipe("sd")
+    base.unet.get_submodule(Q).to(torch.float8_e4m3fn)
+    whole, w = fingerprint(base.unet), base.unet.get_submodule(Q).weight.detach().clone()
+    lora = Lora({f"unet.{Q}": Factors(torch.randn(16, 2), torch.randn(2, 16))})
+    apply_lora(base, lora)
+    merged = base.unet.get_submodule(Q).weight
+    assert merged.dtype == torch.float8_e4m3fn and torch.equal(merged.float(), (w.float() + lora.layers[f"unet.{Q}"].delta()).to(merged.dtype).float())
+    assert lora.report(base).ok
+    remove_lora(base)
+    apply_lora(base, lora, mode="inject")
+    assert base.unet.get_submodule(Q).lora_up.weight.dtype == torch.float32
+    remove_lora(base)
+    assert fingerprint(base.unet) == whole
+
+
+def test_a_base_in_whole_numbers_is_not_rounded(sd):
+    base = random_pipe("sd")
+    layer = base.unet.get_submodule(Q)
+    layer.weight.requires_grad_(False)
+    layer.weight.data = (layer.weight.data * 100).to(torch.int8)
+    lora, whole = Lora({f"unet.{Q}": Factors(.1 * torch.randn(16, 2), torch.randn(2, 16))}), fingerprint(base.unet)
+    refused("int8", apply_lora, base, lora)
+    refused("int8", apply_lora, base, Lora({f"unet.{Q}": LoKr(dict(lokr_w1=rand(4, 4), lokr_w2=rand(4, 4)), (16, 16))}))
+    assert fingerprint(base.unet) == whole
+    apply_lora(base, lora, mode="inject")
+    close(base.unet.get_submodule(Q).lora_up.weight, lora.layers[f"unet.{Q}"].up, 0)             # not rounded to zeros
+    remove_lora(base)
+    assert fingerprint(base.unet) == whole
+    refused("whole numbers", inject_lora, base, {"unet": [Q]}, init="pissa", rank=2)
+    assert fingerprint(base.unet) == whole
