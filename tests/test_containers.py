@@ -59,15 +59,15 @@ def test_the_name_of_a_pickle_does_not_matter(tmp_path):
 
 
 def test_which_file(tmp_path):
-    refused("holds 0 LoRA files", find_file, tmp_path)
+    refused("holds 0 safetensors", find_file, tmp_path)
     save_file(TENSORS, tmp_path/"one.safetensors")
     assert find_file(tmp_path).name == "one.safetensors"
     save_file(TENSORS, tmp_path/"two.safetensors")
-    refused("holds 2 LoRA files", find_file, tmp_path)
+    refused("holds 2 safetensors", find_file, tmp_path)
     save_file(TENSORS, tmp_path/"pytorch_lora_weights.safetensors")
     assert find_file(tmp_path).name == "pytorch_lora_weights.safetensors"
     save_file(TENSORS, tmp_path/"adapter_model.safetensors")
-    refused("holds 2 LoRA files", find_file, tmp_path)
+    refused("holds 2 safetensors", find_file, tmp_path)
     refused("Check the path", find_file, tmp_path/"nowhere"/"x.safetensors")
 
 

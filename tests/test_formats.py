@@ -145,3 +145,132 @@ def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
     safetensors.torch.save_file({"u.weight": torch.ones(8, 1), "d.weight": torch.ones(1, 4)}, tmp_path/"m.safetensors", {"made_by": "me"})
     assert format_of({}, {"made_by": "me"}) == "mine" and len(load_lora(tmp_path/"m.safetensors")) == 1
     refused("cannot write 'mine'", save_lora, small_lora(), tmp_path/"x.safetensors", "mine", exc=FormatError)
+
+
+def test_what_others_noted_keeps_its_place(tmp_path):
+    "ss_*, modelspec.* and the like stand at the top level, whatever the trip"
+    about = {"ss_tag_frequency": '{"10_cat": {"cat": 9}}', "modelspec.title": "Néon \U0001f431", "ss_network_dim": "32", "sshs_model_hash": "ab",
+             "software": "x", "trigger": "<neon>", "base": "random"}
+    theirs = {k: v for k, v in about.items() if k not in ("trigger", "base")}
+    names = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layers = {n: Factors(torch.randn(4, 2), torch.randn(2, 4)) for n in names}
+    for first in ("peft", "kohya", "comfy"):
+        save_lora(Lora(layers, metadata=about), tmp_path/"a.safetensors", first)
+        for second in ("peft", "kohya", "comfy"):
+            save_lora(load_lora(tmp_path/"a.safetensors"), tmp_path/"b.safetensors", second)
+            metadata = read_file(tmp_path/"b.safetensors")[1]
+            assert {k: metadata.get(k) for k in theirs} == theirs
+            assert not {"trigger", "base"} & set(metadata)                     # ours are in our note
+            assert load_lora(tmp_path/"b.safetensors").metadata == about
+
+
+def test_a_foreign_files_metadata_survives_conversion(tmp_path):
+    te = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{te}.lora_up.weight": torch.randn(8, 2), f"{te}.lora_down.weight": torch.randn(2, 8)}
+    about = {"ss_output_name": "cat", "ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    safetensors.torch.save_file(tensors, tmp_path/"a.safetensors", about)
+    lora = load_lora(tmp_path/"a.safetensors")
+    for format in ("peft", "kohya", "comfy", "kohya"):
+        save_lora(lora, tmp_path/"b.safetensors", format)
+        assert about.items() <= read_file(tmp_path/"b.safetensors")[1].items()      # what the file says wins over what we would guess
+        lora = load_lora(tmp_path/"b.safetensors")
+        assert lora.metadata == about
+
+
+@pytest.mark.parametrize("key, value", [("format", "x"), ("lora_nb", "y"), ("adapter_config", "{}"), ("unet:0:rank", "3"), ("", "empty"),
+                                        ("lone", "\ud800"), ("\ud800", "lone"), ("nested", '{"content_hash": "0", "a": 1}'), ("line", "a\nb\0")])
+def test_metadata_that_has_no_place_at_the_top_stays_in_the_note(tmp_path, key, value):
+    lora = Lora(small_lora().layers, metadata={key: value, "ss_x": "1"})
+    for format in ("peft", "kohya", "comfy"):
+        save_lora(lora, tmp_path/"m.safetensors", format)
+        assert load_lora(tmp_path/"m.safetensors").metadata == lora.metadata
+
+
+def peft_folder(model, folder, targets=("to_q", "q_proj"), **kw):
+    "What peft leaves when it saves an adapter of a model; the adapter has random factors"
+    import peft
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=list(targets), **kw))
+    for n, p in wrapped.named_parameters():
+        if "lora_" in n: torch.nn.init.normal_(p)
+    wrapped.save_pretrained(folder)
+    return {n.split(".default")[0].removeprefix("base_model.model."): p.detach().clone() for n, p in wrapped.named_parameters() if "lora_" in n}
+
+
+def spelled(parts, component): # our names of peft's modules
+    return {f"{component}.{n.rsplit('.lora_', 1)[0].removeprefix('text_model.')}" for n in parts}
+
+
+@pytest.fixture
+def peft_pipes(): return {f: random_pipe(f) for f in ("sdxl", "sd3")}
+
+
+def test_a_folder_for_each_component(tmp_path, peft_pipes):
+    "unet/, text_encoder/ and text_encoder_2/ are one LoRA, each with its own alpha"
+    pipe, names = peft_pipes["sdxl"], set()
+    for c in ("unet", "text_encoder", "text_encoder_2"): names |= spelled(peft_folder(getattr(pipe, c), tmp_path/c), c)
+    lora = load_lora(tmp_path)
+    assert set(lora.layers) == names and {f.scaling for f in lora.layers.values()} == {4.}
+    alone = load_lora(tmp_path/"text_encoder_2")
+    assert {n.split(".")[0] for n in alone.layers} == {"text_encoder_2"} and {f.scaling for f in alone.layers.values()} == {4.}
+    from lora_nb.conversion import lora_file_info
+    info = lora_file_info(tmp_path)
+    assert sum(info.components.values()) == len(names) and info.size == sum(p.stat().st_size for p in tmp_path.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_a_peft_folder_of_an_sd3_transformer(end, tmp_path, peft_pipes):
+    "proj_out and norm_out have no block before them"
+    parts = peft_folder(peft_pipes["sd3"].transformer, tmp_path, ("to_q", "proj_out", "norm_out.linear", "context_embedder"))
+    if end == "bin":
+        torch.save(safetensors.torch.load_file(tmp_path/"adapter_model.safetensors"), tmp_path/"adapter_model.bin")
+        (tmp_path/"adapter_model.safetensors").unlink()
+    lora = load_lora(tmp_path)
+    assert set(lora.layers) == spelled(parts, "transformer") and {"transformer.proj_out", "transformer.norm_out.linear"} <= set(lora.layers)
+    assert {f.scaling for f in lora.layers.values()} == {4.}
+    for n, f in lora.layers.items(): assert f.up.equal(parts[f"{n.removeprefix('transformer.')}.lora_B"])
+
+
+def layer(key, n=8): return {f"{key}.lora_A.weight": torch.ones(2, n), f"{key}.lora_B.weight": torch.ones(n, 2)}
+
+
+@pytest.mark.parametrize("key, name", [
+    ("transformer.base_model.model.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+    ("unet.base_model.model.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0.proj_in"),
+    ("base_model.model.unet.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0.proj_in"),
+    ("text_encoder_2.base_model.model.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2.encoder.layers.0.mlp.fc1"),
+    ("module.base_model.model.norm_out.linear", "transformer.norm_out.linear"), ("base_model.model.proj_out", "transformer.proj_out"),
+    ("base_model.model.encoder.block.0.layer.0.SelfAttention.q", "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"),
+    ("base_model.model.single_transformer_blocks.0.proj_mlp", "transformer.single_transformer_blocks.0.proj_mlp")])
+def test_prefixes(key, name, tmp_path):
+    safetensors.torch.save_file(layer(key), tmp_path/"p.safetensors")
+    assert list(load_lora(tmp_path/"p.safetensors").layers) == [name]
+
+
+@pytest.mark.parametrize("folder, key, width, config, component", [
+    ("text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj", 32, "", "text_encoder_2"),
+    ("text_encoder_2/final", "text_model.encoder.layers.0.self_attn.q_proj", 32, "", "text_encoder_2"),
+    ("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q", 8, "", "text_encoder_2"),                     # FLUX's T5
+    ("lora", "text_model.encoder.layers.0.self_attn.q_proj", 1280, "", "text_encoder_2"),
+    ("lora", "text_model.encoder.layers.0.self_attn.q_proj", 768, "CLIPTextModelWithProjection", "text_encoder"),
+    ("text_encoder", "down_blocks.0.attentions.0.proj_in", 8, "", "unet"),                                      # the path knows better
+    ("lora", "blocks.0.attn1.to_q", 8, "WanTransformer3DModel", "transformer"),
+    ("transformer", "blocks.0.attn1.to_q", 8, "", "transformer")])
+def test_which_component_an_adapter_is_for(folder, key, width, config, component, tmp_path):
+    (tmp_path/folder).mkdir(parents=True)
+    safetensors.torch.save_file(layer(f"base_model.model.{key}", width), tmp_path/folder/"adapter_model.safetensors")
+    (tmp_path/folder/"adapter_config.json").write_text('{"auto_mapping": {"base_model_class": "%s"}, "r": 2, "lora_alpha": 2}' % config)
+    assert list(load_lora(tmp_path/folder).layers) == [f"{component}.{key.removeprefix('text_model.')}"]
+
+
+def test_a_component_that_nobody_names_is_an_error(tmp_path):
+    safetensors.torch.save_file(layer("base_model.model.blocks.0.attn1.to_q"), tmp_path/"adapter_model.safetensors")
+    refused("no known", load_lora, tmp_path)
+
+
+def test_folders_of_bins(tmp_path):
+    torch.save(layer("unet.mid_block.attentions.0.proj_in"), tmp_path/"any.bin")
+    assert len(load_lora(tmp_path)) == 1
+    torch.save(layer("unet.mid_block.attentions.0.proj_out"), tmp_path/"pytorch_lora_weights.bin")
+    assert list(load_lora(tmp_path).layers) == ["unet.mid_block.attentions.0.proj_out"]
+    (tmp_path/"empty").mkdir()
+    refused("expected one", load_lora, tmp_path/"empty")
