@@ -152,7 +152,8 @@ def test_two_changes_of_one_norm_add_up(sd, written):
 # ---- the size of a LoKr
 
 def test_a_full_lokr_stays_as_small_as_its_file(tmp_path):
-    w = {f"lycoris_transformer_blocks_{i}_ff_net_0_proj.lokr_w{k}": torch.randn(*s) for i in range(24) for k, s in ((1, (16, 16)), (2, (384, 96)))}
+    sides = {1: (16, 16), 2: (384, 96)}
+    w = {f"lycoris_transformer_blocks_{i}_ff_net_0_proj.lokr_w{k}": torch.randn(*s) for i in range(24) for k, s in sides.items()}
     save_file(w, tmp_path/"k.safetensors")
     lora = load_lora(tmp_path/"k.safetensors")
     assert len(lora) == 24 and lora.bytes == sum(t.numel() * 4 for t in w.values())
@@ -198,9 +199,11 @@ def peft_file(config, sd, tmp_path, name="adapter_model.safetensors"):
     peft.LoHaConfig(target_modules=["to_q", "conv1"], r=3, alpha=2), peft.LoHaConfig(target_modules=["conv1"], r=2, use_effective_conv2d=True),
     peft.LoKrConfig(target_modules=["to_q", "conv1"], r=3, alpha=5), peft.LoKrConfig(target_modules=["to_q"], r=64, alpha=16),
     peft.LoKrConfig(target_modules=["to_q", "to_k"], r=2, alpha=4, rank_pattern={"to_k": 3}, alpha_pattern={"to_k": 1}),
-    peft.OFTConfig(target_modules=["to_q", "conv_shortcut"], oft_block_size=4, r=0), peft.OFTConfig(target_modules=["to_q"], oft_block_size=4, r=0, use_cayley_neumann=False),
+    peft.OFTConfig(target_modules=["to_q", "conv_shortcut"], oft_block_size=4, r=0),
+    peft.OFTConfig(target_modules=["to_q"], oft_block_size=4, r=0, use_cayley_neumann=False),
     peft.BOFTConfig(target_modules=["to_q"], boft_block_size=4, boft_n_butterfly_factor=2), peft.VeraConfig(target_modules=["to_q", "to_k"], r=4),
-    peft.IA3Config(target_modules=["to_q", "to_out.0"], feedforward_modules=["to_q"]), peft.LoraConfig(target_modules=["to_out.0"], r=2, lora_alpha=6, lora_bias=True)],
+    peft.IA3Config(target_modules=["to_q", "to_out.0"], feedforward_modules=["to_q"]),
+    peft.LoraConfig(target_modules=["to_out.0"], r=2, lora_alpha=6, lora_bias=True)],
     ids=lambda c: f"{c.peft_type.value}")
 def test_what_peft_saves_is_what_peft_merges(config, sd, tmp_path):
     wanted, whole = peft_file(config, sd, tmp_path), fingerprint(sd.unet)
@@ -236,8 +239,10 @@ def test_diffusers_names(written):
 # ---- damage
 
 @pytest.mark.parametrize("parts, match", [
-    (dict(hada_w1_a=(4, 2), hada_w1_b=(3, 4), hada_w2_a=(4, 2), hada_w2_b=(2, 4)), "do not fit together"), (dict(lokr_w1=(2, 2)), "do not fit together"),
-    (dict(oft_blocks=(2, 4, 3)), "do not fit together"), (dict(oft_blocks=(4, 4)), "do not fit together"), (dict(weight=(4,)), "expected the parts"),
+    (dict(hada_w1_a=(4, 2), hada_w1_b=(3, 4), hada_w2_a=(4, 2), hada_w2_b=(2, 4)), "do not fit together"),
+    (dict(lokr_w1=(2, 2)), "do not fit together"),
+    (dict(oft_blocks=(2, 4, 3)), "do not fit together"), (dict(oft_blocks=(4, 4)), "do not fit together"),
+    (dict(weight=(4,)), "expected the parts"),
     ({"a1.weight": (4, 2)}, "do not fit together"), (dict(lokr_w1=(700, 700), lokr_w2=(700, 700)), "GB"), (dict(alpha=()), "expected the parts"),
     (dict(diff=(4, 4), hada_w1_a=(4, 2)), "parts of one"), (dict(diff=(4, 4), alpha=(2,)), "one number")])
 def test_parts_that_are_no_module(parts, match, written):
@@ -274,7 +279,8 @@ def test_equal_and_moved():
     a = LoKr(dict(lokr_w1=rand(2, 2), lokr_w2=rand(3, 3)), (6, 6))
     assert a == LoKr(dict(a.parts), (6, 6)) and a != a.scaled(2.) and a != Factors(rand(6, 1), rand(1, 6)) and a.scaled(1) is a
     assert a.to(dtype=torch.float16).dtype == torch.float16 and a.to("cpu") == a
-    for f in (Scale(dict(weight=rand(4)), (4, 0)), ThinPair({"lora_up.weight": rand(4, 1), "lora_down.weight": rand(1, 4)}, (4, 4), magnitude=torch.ones(1, 4)),
+    pair = {"lora_up.weight": rand(4, 1), "lora_down.weight": rand(1, 4)}
+    for f in (Scale(dict(weight=rand(4)), (4, 0)), ThinPair(pair, (4, 4), magnitude=torch.ones(1, 4)),
               InputRotation(dict(rotation=rand(4, 4)), (0, 4))):
         refused("cannot be scaled", f.scaled, 2.)
         refused("depends on the base", f.delta)
@@ -315,7 +321,7 @@ def test_factors_in_float8(dtype, sd, tmp_path):
     small = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
     lora = Lora({f"unet.{Q}": Factors(small(16, 3), small(3, 16), 1.5), "unet.conv_in": Factors(small(16, 2, 1, 1), small(2, 4, 3, 3)),
                  f"unet.{Q.replace('to_q', 'to_k')}": LoKr(dict(lokr_w1=small(4, 4), lokr_w2=small(4, 4)), (16, 16))})
-    wide, whole, before = lora.to(dtype=torch.float32), fingerprint(sd.unet), {n: p.detach().clone() for n, p in sd.unet.named_parameters()}
+    wide, whole = lora.to(dtype=torch.float32), fingerprint(sd.unet)
     assert lora == lora.to("cpu") and lora.check() is lora and lora.norms() == wide.norms() and lora.content_hash() != wide.content_hash()
     for mode in ("merge", "inject"):
         apply_lora(sd, lora, mode=mode)
@@ -343,7 +349,8 @@ def test_a_base_in_float8(sd):
     lora = Lora({f"unet.{Q}": Factors(torch.randn(16, 2), torch.randn(2, 16))})
     apply_lora(base, lora)
     merged = base.unet.get_submodule(Q).weight
-    assert merged.dtype == torch.float8_e4m3fn and torch.equal(merged.float(), (w.float() + lora.layers[f"unet.{Q}"].delta()).to(merged.dtype).float())
+    want = (w.float() + lora.layers[f"unet.{Q}"].delta()).to(torch.float8_e4m3fn)
+    assert merged.dtype == want.dtype and torch.equal(merged.float(), want.float())
     assert lora.report(base).ok
     remove_lora(base)
     apply_lora(base, lora, mode="inject")
