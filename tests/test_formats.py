@@ -68,7 +68,7 @@ def test_damaged_files_say_so(tmp_path):
     bad("twice", good[:8] + good[8:].replace(b'"unet.conv_in.lora_B.weight"', b'"unet.conv_in.lora_A.weight"', 1))
     bad("cut short", (1 << 60).to_bytes(8, "little") + good[8:])
     bad("no known place", safetensors.torch.save({"lora_unet_x.lora_down.weight": torch.ones(1, 2)}))
-    bad("loha/lokr", safetensors.torch.save({"unet.conv_in.hada_w1_a": torch.ones(1, 2)}))
+    bad("do not fit together", safetensors.torch.save({"unet.conv_in.hada_w1_a": torch.ones(1, 2)}))
     bad("whole model", safetensors.torch.save({"model.diffusion_model.x.weight": torch.ones(1, 2)}))
     bad("no known format", safetensors.torch.save({"a.weight": torch.ones(1, 2)}))
     bad("holds no tensors", safetensors.torch.save({}))

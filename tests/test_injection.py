@@ -135,7 +135,7 @@ def test_words_of_several_loras():
     wordy = Lora(random_lora(pipe.unet).layers, {"<octopus>": {"text_encoder": vectors}})
     one = Lora(embeddings={"<one>": {"text_encoder": torch.randn(24)}})
     apply_lora(pipe, one, name="one"); apply_lora(pipe, wordy, name="two")
-    with pytest.raises(ValueError, match="rename_token"): apply_lora(pipe, wordy)
+    with pytest.raises(ValueError, match="rename_token"): apply_lora(pipe, wordy, name="three")
     remove_lora(pipe, "one")
     assert "<one>" not in tokenizer.get_vocab() and "<octopus>_1" in tokenizer.get_vocab()
     ids = tokenizer.convert_tokens_to_ids(["<octopus>", "<octopus>_1"])

@@ -96,8 +96,8 @@ def test_broken_modules(written):
     half = lambda n, out: {f"{n}.lora_up.weight": torch.ones(out, 1), f"{n}.lora_down.weight": torch.ones(1, 4)}
     refused("expected the parts", written, {"lora_unet_conv_in.alpha": torch.ones(1)})
     refused("no known place", written, {"lora_unet_x.lora_up.weight": torch.ones(1, 1)})
-    big = torch.ones(700, 700)
-    refused("GB", written, {"lora_unet_conv_in.lokr_w1": big, "lora_unet_conv_in.lokr_w2": big.clone()})
+    big, q = torch.ones(700, 700), "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    refused("GB", written, {f"{q}.lokr_w1": big, f"{q}.lokr_w2": big.clone()})
     fused, alone = "lora_unet_joint_blocks_0_x_block_attn_qkv", "lora_transformer_transformer_blocks_0_attn_to_q"
     refused("twice", written, half(fused, 12) | half(alone, 4))
     te = "text_model_encoder_layers_0_mlp_fc1"
@@ -108,9 +108,8 @@ def test_broken_modules(written):
     refused("no whole number of 3x3 kernels", assemble, "m", dict(lokr_w1=torch.ones(2, 2), lokr_w2=torch.ones(2, 4)), (3, 3), exc=ShapeError)
 
 
-@pytest.mark.parametrize("part, what", [("oft_blocks", "OFT"), ("diff", "whole differences"), ("diff_b", "whole differences"),
-                                        ("w_norm", "norms"), ("on_input", "IA3"), ("a1.weight", "GLoRA"), ("lora_up.bias", "biases")])
-def test_adapters_that_are_no_products_are_named(part, what, written):
+@pytest.mark.parametrize("part, what", [("oft_R.weight", "OFT"), ("boft_R", "OFT"), ("scalar", "training state")])
+def test_adapters_that_cannot_be_read_are_named(part, what, written):
     refused(what, written, {f"lora_unet_conv_in.{part}": torch.ones(2, 2)}, exc=FormatError)
 
 

@@ -1,0 +1,338 @@
+"What people's own models and calls do to a worn LoRA: offloaded, tied, channels_last, loaded anew, twice, from threads."
+import copy, os, threading, time, warnings
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from helpers_faults import injections
+from helpers_ground import close, fingerprint, random_lora, tiny_pipe, tiny_unet
+from torch import nn
+
+from lora_nb.checkpoints import borrowed
+from lora_nb.core import LoraError, atomic_path
+from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, set_scale
+from lora_nb.lora import Factors, Lora
+from lora_nb.schedule import LoraSchedule
+from lora_nb.scheduling import scheduled
+from lora_nb.worn import adapters, places
+
+
+def answer(unet):
+    "What a UNet makes of a fixed input, wherever its weights are"
+    g, dtype = torch.Generator().manual_seed(0), next(iter(worn_dtype(unet)))
+    x, words = torch.randn(1, 4, 8, 8, generator=g).to(dtype), torch.randn(1, 7, 24, generator=g).to(dtype)
+    with torch.no_grad(): return unet(x, 5, words).sample
+
+def worn_dtype(unet): return {p.dtype for p in unet.parameters()}
+
+@pytest.fixture(scope="module")
+def lora(): return random_lora(tiny_unet(), "extended")
+
+@pytest.fixture(scope="module")
+def want(lora):
+    unet = tiny_unet(); apply_lora(unet, lora)
+    return answer(unet)
+
+def dora_of(lora, unet):
+    from dataclasses import replace
+    return Lora({n: replace(f, magnitude=places(unet)[n[5:]].module.weight.detach().flatten(1).norm(dim=1) * 1.1) for n, f in lora.layers.items()})
+
+
+# Sequential offload
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_an_offloaded_model_wears_it(lora, want, mode):
+    unet = tiny_unet(); fresh, bits = answer(unet), fingerprint(unet)
+    cpu_offload(unet, "cpu")
+    for _ in range(2):
+        apply_lora(unet, lora, mode=mode); assert close(answer(unet), want) and close(answer(unet), want)
+        set_scale(unet, .0); assert close(answer(unet), fresh)
+        set_scale(unet, 1.); assert close(answer(unet), want)
+        remove_lora(unet); assert torch.equal(answer(unet), fresh)
+    remove_hook_from_submodules(unet)
+    assert fingerprint(unet) == bits
+
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_worn_first_and_offloaded_then(lora, want, mode):
+    unet = tiny_unet(); fresh, bits = answer(unet), fingerprint(unet)
+    apply_lora(unet, lora, mode=mode); cpu_offload(unet, "cpu")
+    assert close(answer(unet), want)
+    told = extract_lora(unet); assert all(close(told.layers[n].delta(), f.delta()) for n, f in lora.layers.items())
+    remove_lora(unet)
+    assert torch.equal(answer(unet), fresh)
+    remove_hook_from_submodules(unet)
+    assert fingerprint(unet) == bits
+
+
+def test_hooks_that_go_while_it_is_worn(lora, want):
+    for order in ("offload, wear", "wear, offload"):
+        unet = tiny_unet(); bits = fingerprint(unet)
+        for step in order.split(", "): cpu_offload(unet, "cpu") if step == "offload" else apply_lora(unet, lora)
+        answer(unet); remove_hook_from_submodules(unet)
+        assert close(answer(unet), want)
+        with warnings.catch_warnings(action="error"): remove_lora(unet)
+        assert fingerprint(unet) == bits
+
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_schedules_of_an_offloaded_model(lora, mode):
+    unet, other = tiny_unet(), tiny_unet(); fresh = answer(unet)
+    cpu_offload(unet, "cpu")
+    with scheduled(other, {lora: .5}): half = answer(other)
+    with scheduled(unet, {lora: .5}, mode=mode) as handle:
+        assert close(answer(unet), half)
+        handle.set(lora, 0); assert close(answer(unet), fresh)
+    assert torch.equal(answer(unet), fresh)
+
+
+def test_what_an_offloaded_model_cannot_do_is_refused(lora):
+    pipe = tiny_pipe(); unet = pipe.unet; dora = dora_of(lora, unet); cpu_offload(unet, "cpu")
+    with pytest.raises(LoraError, match="nothing can be trained"): inject_lora(unet)
+    with pytest.raises(LoraError, match="wear it with mode='merge'"): apply_lora(unet, dora, mode="inject")
+    cpu_offload(pipe.text_encoder, "cpu")
+    with pytest.raises(LoraError, match="no word can be added"): apply_lora(pipe, Lora(embeddings={"<x>": {"text_encoder": torch.randn(24)}}))
+    blocks = nn.Sequential(nn.Sequential(nn.Linear(6, 6)))
+    cpu_offload(blocks, "cpu", preload_module_classes=["Sequential"])
+    for mode in ("merge", "inject"):
+        with pytest.raises(LoraError, match="in blocks of modules"):
+            apply_lora({"unet": blocks}, Lora({"unet.0.0": Factors(torch.ones(6, 1), torch.ones(1, 6))}), mode=mode)
+    assert not adapters(pipe) and not adapters(blocks)
+
+
+# Strengths
+
+BAD = [float("nan"), float("inf"), -float("inf"), "loud", None]
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_a_strength_is_a_number(lora, bad):
+    unet = tiny_unet(); bits = fingerprint(unet)
+    for mode in ("merge", "inject"):
+        for s in (bad, {"unet": bad}):
+            with pytest.raises(LoraError, match="finite number"): apply_lora(unet, lora, s, mode)
+        apply_lora(unet, lora, mode=mode); on = answer(unet)
+        for s in (bad, {"unet": bad}, {"down_blocks": bad}):
+            with pytest.raises(LoraError, match="finite number"): set_scale(unet, s)
+        assert torch.equal(answer(unet), on)
+        remove_lora(unet)
+    handle = inject_lora(unet)
+    with pytest.raises(LoraError, match="finite number"): handle.set_scale(bad)
+    handle.remove()
+    if bad is not None:
+        with pytest.raises(LoraError, match="finite number"): inject_lora(unet, alpha=bad)
+    assert fingerprint(unet) == bits
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("1e999")])
+def test_an_alpha_is_a_number(lora, alpha):
+    from dataclasses import replace
+    unet = tiny_unet(); bits = fingerprint(unet); n = list(lora.layers)[3]
+    bad = Lora({**lora.layers, n: replace(lora.layers[n], alpha=alpha)})
+    for mode in ("merge", "inject"):
+        with pytest.raises(LoraError, match=f"alpha of {n}"): apply_lora(unet, bad, mode=mode)
+    with pytest.raises(LoraError, match="alpha of"), scheduled(unet, {bad: 1}): pass
+    assert fingerprint(unet) == bits
+
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_half_precision_never_gets_infinities(lora, mode):
+    unet = tiny_unet().half(); bits = fingerprint(unet)
+    with pytest.raises(LoraError, match="choose a lower strength"): apply_lora(unet, lora, 1e6, mode)
+    apply_lora(unet, lora, mode=mode); on = answer(unet.float()); unet.half()
+    with pytest.raises(LoraError, match="choose a lower strength"): set_scale(unet, 1e6)
+    assert torch.equal(answer(unet.float()), on)
+    remove_lora(unet.half())
+    assert fingerprint(unet) == bits
+
+
+def test_nor_does_a_schedule(lora):
+    unet = tiny_unet().half(); bits = fingerprint(unet)
+    with pytest.raises(LoraError, match="would hold NaN or infinity"), scheduled(unet, {lora: 1e6}): answer(unet)
+    assert fingerprint(unet) == bits and bool(torch.isfinite(answer(unet.float())).all())
+
+
+# Layouts, ties, other code
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_channels_last(lora, dtype):
+    plain, unet = tiny_unet().to(dtype), tiny_unet().to(dtype).to(memory_format=torch.channels_last)
+    bits, strides = fingerprint(unet), [p.stride() for p in unet.parameters()]
+    for lora_ in (lora, dora_of(lora, tiny_unet())):
+        apply_lora(unet, lora_); apply_lora(plain, lora_)
+        assert fingerprint(unet) == fingerprint(plain) and [p.stride() for p in unet.parameters()] == strides
+        remove_lora(unet); remove_lora(plain)
+    with scheduled(unet, {lora: 1.}): answer(unet)
+    assert fingerprint(unet) == bits and [p.stride() for p in unet.parameters()] == strides
+
+
+class Tied(nn.Module):
+    "A token table that is also the last layer, and two layers that share a weight"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+        self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.head.weight, self.b.weight = self.table.weight, self.a.weight
+    def forward(self, ids): return self.head(self.b(self.a(self.table(ids)))).detach()
+
+@pytest.mark.parametrize("names", [["a"], ["b"], ["a", "b"], ["head"], ["a", "b", "head"]], ids=str)
+def test_tied_weights_are_merged_as_branches_are_worn(names):
+    net, ids = Tied(), torch.arange(9); fresh, params = net(ids), [id(p) for p in net.parameters()]
+    lora = Lora({f"unet.{n}": Factors(torch.randn(9 if n == "head" else 6, 2), torch.randn(2, 6)) for n in names})
+    apply_lora(net, lora, mode="inject"); branch = net(ids); remove_lora(net)
+    apply_lora(net, lora); merged = net(ids)
+    apply_lora(net, lora, .5, name="second"); set_scale(net, .25, "second"); remove_lora(net, "second"); assert close(net(ids), merged)
+    twin = copy.deepcopy(net); remove_lora(twin); assert torch.equal(twin(ids), fresh) and twin.head.weight is twin.table.weight
+    remove_lora(net)
+    assert close(merged, branch, 1e-4) and torch.equal(net(ids), fresh)
+    assert [id(p) for p in net.parameters()] == params and net.head.weight is net.table.weight and net.a.weight is net.b.weight
+
+
+def test_one_module_in_two_places():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)); net[1] = net[0]
+    one = Factors(torch.randn(6, 1), torch.randn(1, 6))
+    with pytest.raises(LoraError, match="one and the same module"): apply_lora(net, Lora({"unet.0": one, "unet.1": one}))
+    assert not adapters(net)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_loaded_while_it_was_merged_stay(lora, assign):
+    unet, new = tiny_unet(), tiny_unet(3)
+    apply_lora(unet, lora); unet.load_state_dict(copy.deepcopy(new.state_dict()), assign=assign)
+    with pytest.raises(LoraError, match="loaded or trained while lora was merged"): set_scale(unet, .5)
+    with pytest.raises(LoraError, match="loaded or trained"): apply_lora(unet, lora, name="again")
+    with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(unet)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), new.parameters())) and not adapters(unet)
+    apply_lora(unet, lora); remove_lora(unet)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), new.parameters()))
+
+
+def test_what_changed_no_number_is_undone(lora):
+    unet = tiny_unet(); bits = fingerprint(unet)
+    apply_lora(unet, lora)
+    unet.load_state_dict(copy.deepcopy(unet.state_dict()))               # the same numbers
+    twin = copy.deepcopy(unet)
+    with warnings.catch_warnings(action="error"): remove_lora(unet); remove_lora(twin)
+    assert fingerprint(unet) == fingerprint(twin) == bits
+    unet.half(); bits = fingerprint(unet); apply_lora(unet, lora); unet.float().half()
+    with warnings.catch_warnings(action="error"): remove_lora(unet)
+    assert fingerprint(unet) == bits
+
+
+# Twice, lists
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_a_cell_that_runs_twice_puts_it_on_once(lora, want, mode, tmp_path):
+    pipe = tiny_pipe(); unet = pipe.unet; words = {"<toy>": {"text_encoder": torch.randn(2, 24)}}
+    full = Lora(lora.layers, words); file = tmp_path / "toy.safetensors"; full.save(file)
+    names = [apply_lora(pipe, full, mode=mode)]
+    for again in (full, Lora(dict(full.layers), words), file):
+        with pytest.warns(UserWarning, match="worn once"): names.append(apply_lora(pipe, again, mode=mode))
+    assert {*names} == {"lora"} == {*adapters(pipe)} and close(answer(unet), want)
+    with warnings.catch_warnings(action="error"):
+        assert apply_lora(pipe, full, .5, mode, "lora") == "lora"                                # asked for by name
+    half = answer(unet)
+    with pytest.warns(UserWarning): apply_lora(pipe, full, .5, mode={"merge": "inject", "inject": "merge"}[mode])
+    assert close(answer(unet), half) and set(adapters(pipe).values()) == {"inject" if mode == "merge" else "merge"}
+    with pytest.raises(LoraError, match="another LoRA named 'lora'"): apply_lora(unet, random_lora(tiny_unet(), seed=9), name="lora")
+    remove_lora(pipe)
+    apply_lora(unet, lora, .5, mode); apply_lora(unet, lora, .5, mode, name="twice"); assert close(answer(unet), want)   # by intent
+    remove_lora(unet)
+
+
+def test_others_of_the_same_shape_add_up(lora):
+    unet, other = tiny_unet(), random_lora(tiny_unet(), "extended", seed=5)
+    with warnings.catch_warnings(action="error"):
+        assert [apply_lora(unet, l) for l in (lora, other, lora.scaled(.5))] == ["lora", "lora_2", "lora_3"]
+
+
+def test_a_schedule_takes_a_list(lora, want):
+    unet, other = tiny_unet(), random_lora(tiny_unet(), seed=2); fresh = answer(unet)
+    with scheduled(unet, [lora]): assert close(answer(unet), want)
+    with scheduled(unet, lora): assert close(answer(unet), want)
+    with scheduled(unet, {lora: 1, other: 1}): both = answer(unet)
+    with scheduled(unet, [lora, other]) as handle: assert torch.equal(answer(unet), both)
+    assert torch.equal(answer(unet), fresh) and len(handle.loras) == 2
+    for wrong, says in (([(lora, .5)], "expected {lora: schedule}"), ([], "no LoRAs"), ([lora, lora], "listed twice")):
+        with pytest.raises(LoraError, match=says), scheduled(unet, wrong): pass
+
+
+# Borrowing, threads, memory
+
+@pytest.mark.parametrize("kind", ["lines", "calls"])
+def test_a_borrowed_base_comes_back(lora, kind):
+    pipe, n = tiny_pipe(), [0]; pipe.unet = nn.Sequential(nn.Linear(6, 6)); bits = fingerprint(pipe.unet)
+    one = Lora({"unet.0": Factors(torch.randn(6, 2), torch.randn(2, 6))})
+    def merge():
+        with borrowed(pipe, [one, one], [1., .5]): n[0] += fingerprint(pipe.unet) != bits
+    late = 0
+    for k in injections(kind, merge, lambda: None, 7 if kind == "lines" else 2):
+        late += fingerprint(pipe.unet) != bits
+        remove_lora(pipe)
+        assert fingerprint(pipe.unet) == bits, k
+    assert late <= 4 and n[0] > 2 and not adapters(pipe)
+
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_threads(mode):
+    pipe, errors = tiny_pipe(), []; bits, vocabulary = fingerprint(pipe.unet), pipe.tokenizer.get_vocab()
+    loras = [random_lora(pipe.unet, seed=i) for i in range(4)]
+    loras = [Lora(l.layers, {f"<w{i}>": {"text_encoder": torch.randn(1, 24)}}) for i, l in enumerate(loras)]
+    def work(i):
+        try:
+            for n in range(5):
+                apply_lora(pipe, loras[i], mode=mode, name=f"l{i}")
+                set_scale(pipe, .5, f"l{i}")
+                remove_lora(pipe, f"l{i}")
+        except BaseException as e: errors.append(e)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join(60)
+    assert not errors and fingerprint(pipe.unet) == bits and pipe.tokenizer.get_vocab() == vocabulary and not adapters(pipe)
+
+
+def test_a_thread_that_waits_is_let_in_after_an_error(lora):
+    unet, seen = tiny_unet(), []
+    with pytest.raises(LoraError): apply_lora(unet, lora, float("nan"))
+    t = threading.Thread(target=lambda: seen.append(apply_lora(unet, lora))); t.start(); t.join(10)
+    assert seen == ["lora"]
+
+
+def test_writing_a_file_leaves_the_umask_alone(tmp_path):
+    masks, done = set(), []
+    def look():
+        n = 0
+        while not done: n += 1; f = tmp_path / f"other-{n}"; f.touch(); masks.add(f.stat().st_mode & 0o777); f.unlink()
+    was = os.umask(0o077)
+    try:
+        t = threading.Thread(target=look); t.start()
+        for i in range(50):
+            with atomic_path(tmp_path / "file.txt") as tmp: tmp.write_text("x")
+        done.append(1); t.join()
+        assert masks == {0o600} and (tmp_path / "file.txt").stat().st_mode & 0o777 == 0o600
+    finally: done.append(1); os.umask(was)
+    with atomic_path(tmp_path / "open.txt") as tmp: tmp.write_text("x")
+    assert (tmp_path / "open.txt").stat().st_mode & 0o777 == 0o666 & ~was and not list(tmp_path.glob("*.mode"))
+
+
+def test_the_cache_fits_the_model_and_is_given_back(lora):
+    unet = tiny_unet(); adapted = sum(places(unet)[n[5:]].module.weight.nbytes for n in lora.layers)
+    with scheduled(unet, {lora: LoraSchedule({0: 0., 1: 1.})}) as handle:
+        answer(unet)
+        assert 0 < handle.cache.budget <= 64 * adapted and handle.cache.bytes > 0
+        site = next(iter(handle.sites.values()))
+    assert handle.cache.bytes == handle.stats.bytes == 0 and not handle.sites and handle.room is None and not handle.cache.free
+    with scheduled(unet, {lora: 1}, budget=7) as handle: assert handle.cache.budget == 7
+
+
+def test_the_time_to_put_on_many_grows_with_their_number():
+    unet = tiny_unet(); loras = [random_lora(unet, seed=i) for i in range(40)]
+    took = []
+    for l in loras:
+        start = time.perf_counter(); apply_lora(unet, l, .01); took.append(time.perf_counter() - start)
+    exact = {n: p.module.weight.detach().double() for n, p in places(tiny_unet()).items()}
+    for l in loras:
+        for n, f in l.layers.items(): exact[n[5:]] = exact[n[5:]] + .01 * f.delta().double()
+    assert all(torch.allclose(p.module.weight.double(), exact[n], atol=1e-5) for n, p in places(unet).items())
+    assert sorted(took[-9:])[4] < 12 * sorted(took[:9])[4]                # a ninth part of what one by one takes
