@@ -213,6 +213,21 @@ def _gaps(lora, base):
     return gaps
 
 # %% ../nbs/21_conversion.ipynb #e11f2332
+def _for_diffusers(lora, format, pad=True, **options):
+    "Sentences on what diffusers makes of layers with several ranks or alphas"
+    notes = []
+    for c in lora.components:
+        part = [f for n, f in lora.layers.items() if n.startswith(f"{c}.")]
+        ranks, alphas = {f.rank for f in part}, {f.rank if f.alpha is None else f.alpha for f in part}
+        if format == "peft" and pad and len(ranks) > 1:
+            notes.append(f"{c}: ranks {min(ranks)} to {max(ranks)} are filled up to {max(ranks)} with zeros, because diffusers before 0.40 "
+                         "misreads several; pad=False writes a smaller file.")
+        if format == "kohya" and len(alphas) > 1 and c != "transformer":
+            notes.append(f"{c} has {len(alphas)} values of alpha: kohya's programs read them, diffusers (0.42 too) takes one for many layers. "
+                         "Write format='peft' for diffusers.")
+    return notes
+
+# %% ../nbs/21_conversion.ipynb #a4d6780f
 def fit_format(
     lora: Lora,                    # what should be written
     format: str,                   # one of `FORMATS` that can be written
@@ -234,6 +249,7 @@ def fit_format(
         lora = lora.only(*[x for x in lora.components if x != c])
     odd = [n for n, f in lora.layers.items() if f.alpha is not None and format not in ("kohya", "comfy") and fold_alpha(f)[1] is None]
     if odd: notes.append(f"alpha of {len(odd)} layers is multiplied into up, rounded to its precision: {some(odd)}.")
+    notes += _for_diffusers(lora, format, **options)
     if lora.embeddings and format in ("peft", "kohya", "comfy") and not options.get("bundle"):
         notes.append(f"the words {some(lora.embeddings)} are in the file's note, which only lora_nb reads: write "
                      "them with format='textual_inversion' for other programs.")

@@ -101,6 +101,7 @@ def read_file(
 def _read_one(path):
     "Tensors and metadata of one file"
     with open(path, "rb") as f: start = f.read(16)
+    if not start: raise FormatError("the file is empty (0 bytes): expected a safetensors file or a PyTorch pickle. Get it again.")
     if start[8:9] == b"{":
         tensors, metadata = read_safetensors(path)
         return named_by_file(tensors, path), {**metadata, **adapter_config(path), **word_of_file(tensors, path)}
@@ -137,6 +138,7 @@ def format_of(
     "The name of a file's format, judged by its content"
     for name, format in FORMATS.items():
         if format.knows(tensors, metadata or {}): return name
+    if not tensors: raise FormatError("the file holds no tensors: expected those of a LoRA. Get it again.")
     raise FormatError(f"no known format has keys like {some(tensors)}. Known: {', '.join(FORMATS)}.")
 
 # %% ../nbs/19_formats.ipynb #7c9e1365

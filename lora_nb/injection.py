@@ -31,7 +31,7 @@ from .layers import LoraLayer, check_rank, set_scales
 from .lora import Factors, Lora, add_factors
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
 from .worn import (Place, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, component_of,
-                          detach_branches, layer_factors, original_weight, places, remerge, resolve_components,
+                          detach_branches, foreign_adapters, layer_factors, original_weight, places, remerge, resolve_components,
                           root_module, stack_of, summed_weight, wears, worn_names, worn_state)
 
 # %% ../nbs/06_injection.ipynb #b537ebf4
@@ -186,6 +186,7 @@ def inject_lora(
 ) -> Injected:
     "Freeze a model and put trainable branches into it"
     parts = _chosen(pipe_or_model, targets, component)
+    if theirs := foreign_adapters(parts): raise TargetError(theirs)
     if name in adapters(parts):
         raise TargetError(f"the model wears a LoRA named {name!r} already: remove it first, or choose another name")
     layers = {}
@@ -447,6 +448,7 @@ def place_lora(
     "Find the place of every layer of a LoRA. Raises an error that lists what does not fit"
     parts, lora = resolve_components(pipe_or_model), lora.check()
     if isinstance(pipe_or_model, (nn.Module, dict)): lora = lora.only(*parts)
+    if theirs := foreign_adapters({c: parts[c] for c in lora.components if c in parts}): raise TargetError(theirs)
     found, lost, misshaped = {}, [], []
     for full, f in lora.layers.items():
         component, _, path = full.partition(".")
