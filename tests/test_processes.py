@@ -26,7 +26,7 @@ with patch("torch.cuda.is_available", lambda: True), patch("torch.cuda.device_co
 def launch(*command):
     "Two processes on this machine"
     env = dict(os.environ, OMP_NUM_THREADS="1", LORA_NB_QUIET="1", PYTHONPATH=str(Path(__import__("lora_nb").__file__).parent.parent))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", *map(str, command)], env=env,
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)], env=env,
                        capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr[-3000:]
     return p.stdout
