@@ -167,7 +167,8 @@ def test_a_start_may_be_a_file_and_new_directions_learn(base, tmp_path):
 
 def test_a_dora_of_another_rank_is_refused(base):
     worn = inject_lora(base.denoiser, "attention", rank=2, dora=True); taught = worn.lora(); worn.remove()
-    with pytest.raises(LoraError, match="is a DoRA"): DreamBooth(base, WALL, "a sks wall", start=taught, targets="attention", **dict(QUICK, rank=3))
+    with pytest.raises(LoraError, match="is a DoRA"):
+        DreamBooth(base, WALL, "a sks wall", start=taught, targets="attention", **dict(QUICK, rank=3))
     assert bare(base)
 
 
@@ -225,7 +226,8 @@ def test_recipes_of_other_kinds_train_stop_and_go_on(base, kw, tmp_path):
     train_dreambooth(base, WALL, "a sks wall", output_dir=tmp_path, callback=lambda t: t.done == 2, **kw)
     again = train_dreambooth(base, WALL, "a sks wall", output_dir=tmp_path, resume=True, **kw)
     assert again.content_hash() == through.content_hash() and bare(base)
-    plain = train_dreambooth(base, WALL, "a sks wall", **dict(kw, dora=False, rslora=False, lora_plus=1., layer_rates=None, ema=0., optimizer="adamw"))
+    usual = dict(dora=False, rslora=False, lora_plus=1., layer_rates=None, ema=0., optimizer="adamw")
+    plain = train_dreambooth(base, WALL, "a sks wall", **{**kw, **usual})
     assert plain.content_hash() != through.content_hash()
     held = [f.up.abs().max() for n, f in through.layers.items() if "mid_block" in n]
     assert "layer_rates" not in kw or (held and max(held) == 0)

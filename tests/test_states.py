@@ -69,7 +69,8 @@ def test_nothing_to_resume_is_said(base, tmp_path):
 
 @pytest.mark.parametrize("change, named", (
     (dict(instance_data=BLUE), "pictures of the subject"), (dict(instance_prompt="a zwx wall"), "captions of the subject"),
-    (dict(instance_prompt="a zwx wall"), "trigger: sks wall there, zwx wall here"), (dict(class_prompt="a wall", prior="prediction"), "prior: None"),
+    (dict(instance_prompt="a zwx wall"), "trigger: sks wall there, zwx wall here"),
+    (dict(class_prompt="a wall", prior="prediction"), "prior: None"),
     (dict(instance_data=RED * 2), "pictures of the subject"), (dict(learning_rate=1e-4), "learning_rate: 0.001 there")))
 def test_another_run_is_not_resumed(base, change, named, tmp_path):
     made = dict(instance_data=RED, instance_prompt="a sks wall", prior=None, output_dir=tmp_path, **QUICK)

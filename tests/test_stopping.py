@@ -3,7 +3,6 @@ import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from lora_nb.core import TrainingError, data_path
@@ -13,7 +12,7 @@ from lora_nb.lora import Lora
 from lora_nb.log import TrainingLog
 from lora_nb.pti import PivotalTuning
 from lora_nb.random_pipes import random_pipe
-from lora_nb.stopping import Stopped, rise, stop_signals, worse
+from lora_nb.stopping import RunStopped, rise, stop_signals, worse
 from lora_nb.training import Trainer
 
 WALL = [Image.new("RGB", (64, 64), "red")]
@@ -33,7 +32,7 @@ def send(number, step): return lambda trainer: trainer.done == step and signal.r
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_ends_a_run_after_its_step_with_everything_saved(base, number, tmp_path):
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=r"after step 3 of 6. Saved .*step-000003.pt, .*loras.step-000003.safetensors. resume") as e:
+    with pytest.raises(RunStopped, match=r"after step 3 of 6. Saved .*step-000003.pt, .*loras.step-000003.safetensors. resume") as e:
         train_dreambooth(base, WALL, "a sks wall", output_dir=tmp_path, callback=send(number, 3), **QUICK)
     assert e.value.signal == number and signal.getsignal(number) is before and bare(base)
     saved = Lora.load(tmp_path / "loras/step-000003.safetensors")
@@ -51,14 +50,14 @@ def test_without_a_folder_the_error_holds_what_was_learned(base):
 
 def test_a_signal_at_the_end_of_a_phase_is_not_lost(base, tmp_path):
     run = PivotalTuning(base, WALL, "<x>", output_dir=tmp_path, ti_steps=2, callback=send(signal.SIGINT, 2), **QUICK)
-    with pytest.raises(Stopped, match="after step 2 of 2"): run.fit()
+    with pytest.raises(RunStopped, match="after step 2 of 2"): run.fit()
     assert list((tmp_path / "inversion/loras").iterdir()) and bare(base)
 
 
 def test_the_second_signal_interrupts_at_once(base):
     def impatient(trainer): signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as e: train_dreambooth(base, WALL, "a sks wall", callback=impatient, **QUICK)
-    assert not isinstance(e.value, Stopped) and bare(base)
+    assert not isinstance(e.value, RunStopped) and bare(base)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

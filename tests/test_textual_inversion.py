@@ -163,7 +163,8 @@ def test_initialisers_that_are_none(base, init):
     assert "<x>" not in base.pipe.tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("wrong, match", ((dict(vectors=100), "77 tokens"), (dict(template="objct"), "expected caption"), (dict(norm_prior=-1.), "zero or more")))
+@pytest.mark.parametrize("wrong, match", ((dict(vectors=100), "77 tokens"), (dict(template="objct"), "expected caption"),
+                                          (dict(norm_prior=-1.), "zero or more")))
 def test_settings_of_words_that_are_impossible(wrong, match):
     from lora_nb.textual_inversion import InversionRecipe
     with pytest.raises(LoraError, match=match): InversionRecipe(**wrong)
