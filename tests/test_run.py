@@ -213,6 +213,7 @@ def test_a_tracker_hears_every_step(base, monkeypatch, tmp_path):
         def finish(self): heard.append("end")
     import lora_nb.run
     monkeypatch.setattr(lora_nb.run, "open_trackers", lambda names, folder, recipe: [Ear()])
+    monkeypatch.setattr(lora_nb.run, "tracker_names", lambda names: [names])
     run = PivotalTuning(base, WALL, "<x>", output_dir=tmp_path, report_to="wandb", ti_steps=2, **QUICK); run.fit()
     assert heard == [(i + 1, x) for i, x in enumerate(run.log.losses)] + ["end"]
     with pytest.raises(LoraError, match="needs an output_dir"): train_dreambooth(base, WALL, "a sks wall", report_to="wandb", **QUICK)
@@ -237,3 +238,32 @@ def test_recipes_of_other_kinds_train_stop_and_go_on(base, kw, tmp_path):
 def test_layers_that_no_rate_finds(base):
     with pytest.raises(LoraError, match="'middle'"): DreamBooth(base, WALL, "a sks wall", layer_rates={"middle": 2.}, **QUICK)
     assert bare(base)
+
+
+def test_trackers_and_optimisers_that_are_not_there(base, monkeypatch, tmp_path):
+    import sys
+    from accelerate import tracking
+    monkeypatch.setattr(tracking, "is_wandb_available", lambda: False)
+    there = dict(output_dir=tmp_path, **QUICK)
+    with pytest.raises(LoraError, match="expected tensorboard, wandb"): DreamBooth(base, WALL, "a sks wall", report_to="mlflow", **there)
+    with pytest.raises(LoraError, match="pip install wandb"): DreamBooth(base, WALL, "a sks wall", report_to="wandb", **there)
+    for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
+        monkeypatch.setitem(sys.modules, {"bitsandbytes": "bitsandbytes.optim"}.get(package, package), None)
+        with pytest.raises(LoraError, match=f"pip install {package}"):
+            DreamBooth(base, WALL, "a sks wall", output_dir=tmp_path, optimizer=name, learning_rate=1., **QUICK)
+    assert bare(base) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, module, kind", (("adamw8bit", "bitsandbytes.optim", "AdamW8bit"), ("prodigy", "prodigyopt", "Prodigy")))
+def test_optimisers_of_other_packages(base, name, module, kind, monkeypatch):
+    "Fakes that note what they are given"
+    import sys, types
+    class Fake(torch.optim.SGD):
+        def __init__(self, groups, lr=1e-3, **kw): made.append((groups, kw)); super().__init__(groups, lr=lr)
+    made, fake = [], types.ModuleType(module)
+    setattr(fake, kind, Fake); monkeypatch.setitem(sys.modules, module, fake); monkeypatch.setitem(sys.modules, module.split(".")[0], fake)
+    lora = train_dreambooth(base, WALL, "a sks wall", optimizer=name, learning_rate=1., train_text_encoder=True, guard=False, **QUICK)
+    (groups, kw), = made
+    assert max(f.up.abs().max() for f in lora.layers.values()) > 0 and [g["name"] for g in groups] == ["unet", "text_encoder"]
+    assert name != "prodigy" or ({g["lr"] for g in groups} == {1.} and kw["safeguard_warmup"])
+    assert name != "adamw8bit" or [g["lr"] for g in groups] == [1., 1e-4]
