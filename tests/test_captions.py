@@ -4,8 +4,10 @@ from types import SimpleNamespace
 import pytest
 from helpers_pictures import bear, scene, tiny_blip
 
-from lora_nb.captions import (PHOTO, blip_captions, captioner_for, captions_of, clip_captions, compose_caption,
-                              edited_captions, give_captions, metadata_rows, own_caption, phrases_of, read_metadata,
+from lora_nb import captions
+from lora_nb.captions import (PHOTO, blip_captions, caption_notes, captioner_for, captions_of, clip_captions, compose_caption,
+                              edited_captions, give_captions, metadata_rows, own_caption, own_captions,
+                              phrases_of, read_metadata, read_text, row_caption,
                               sentence)
 from lora_nb.core import DataError, data_path
 from lora_nb.similarity import Clip
@@ -89,3 +91,84 @@ def test_a_missing_caption_leaves_no_comma(tmp_path):
     from PIL import Image
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert captions_of([tmp_path / "a.png"], "{trigger}, {caption}", "sks") == ["sks"]
+
+
+FILES = {"a.txt": "ein Café für {trigger}", "a.caption": "ein Café für {trigger}",
+         "metadata.csv": 'file_name,text\na.jpg,"ein Café für {trigger}"\n',
+         "metadata.jsonl": '{"file_name": "a.jpg", "text": "ein Café für {trigger}"}\n', "caption.txt": "ein Café für {trigger}\n"}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252", "utf-16-le"])
+def test_encodings(tmp_path, name, kind):
+    (tmp_path/name).write_bytes(FILES[name].encode(kind))
+    file = tmp_path/("0.src.jpg" if name == "caption.txt" else "a.jpg")
+    if kind in ("cp1252", "utf-16-le"):
+        with pytest.raises(DataError, match=f"{name}.*UTF-8"): own_caption(file)
+    else: assert captions_of([file], "x", "sks") == ["ein Café für sks"]
+
+
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path):
+    (tmp_path/"a.txt").write_bytes("one\ncafé".encode("cp1252"))
+    with pytest.raises(DataError, match="a.txt, line 2.*'é'"): read_text(tmp_path/"a.txt")
+    with pytest.raises(DataError, match="cannot be read"): read_text(tmp_path/"none.txt")
+
+
+@pytest.mark.parametrize("row, text", [
+    (dict(text="a"), "a"), (dict(caption=" a "), "a"), (dict(prompt="a"), "a"), (dict(text=5), "5"), (dict(text=["a", "b"]), "a"),
+    (dict(text=[], prompt="a"), "a"), (dict(text=None, caption="a"), "a"), (dict(text=float("nan")), ""), (dict(tags=["a", "b"]), "a, b"),
+    (dict(text="", tags="a, b"), "a, b"), (dict(other="a"), ""), (dict(captions=["a"]), "a")])
+def test_fields_of_captions(row, text): assert row_caption(row) == text
+
+
+@pytest.mark.parametrize("bad", [dict(a=1), True, [["a"]], [None]])
+def test_a_caption_that_is_no_text_is_named(tmp_path, bad):
+    (tmp_path/"metadata.jsonl").write_text(json.dumps(dict(file_name="a.jpg", text=bad)))
+    with pytest.raises(DataError, match="a.jpg: text is"): own_caption(tmp_path/"a.jpg")
+
+
+def test_tables_of_captions(tmp_path):
+    csv = tmp_path/"metadata.csv"
+    csv.write_text('file_name,text,original_size\na.jpg,"a bear,\nbig","[40, 30]"\nb.jpg,,\n')
+    assert read_metadata(tmp_path) == {"a.jpg": "a bear,\nbig"} and metadata_rows(tmp_path)["a.jpg"]["original_size"] == [40, 30]
+    csv.write_text("file_name;prompt\na.jpg;ein Bär\n", "utf-8"); assert own_caption(tmp_path/"a.jpg") == "ein Bär"
+    csv.write_text("image,text\na.jpg,x\n")
+    with pytest.raises(DataError, match="columns image, text"): own_caption(tmp_path/"a.jpg")
+    (tmp_path/"metadata.jsonl").write_text("")
+    with pytest.raises(DataError, match="both"): own_caption(tmp_path/"a.jpg")
+
+
+def test_a_line_of_metadata_ends_at_its_end(tmp_path):
+    (tmp_path/"metadata.jsonl").write_text(json.dumps(dict(file_name="a.jpg", text="one\u2028two"), ensure_ascii=False), "utf-8")
+    assert captions_of([tmp_path/"a.jpg"], "") == ["one two"]
+
+
+def test_lines_of_lora_diffusion(tmp_path):
+    (tmp_path/"caption.txt").write_text("first\nsecond\n")
+    files = [tmp_path/f"{i}.src.jpg" for i in (1, 0)]
+    assert own_captions(files) == ["second", "first"] and own_caption(tmp_path/"7.jpg") == ""
+    with pytest.raises(DataError, match="2 lines.*2.src.jpg"): own_caption(tmp_path/"2.src.jpg")
+
+
+def test_metadata_is_read_once_for_many_files(tmp_path, monkeypatch):
+    (tmp_path/"metadata.jsonl").write_text("".join(json.dumps(dict(file_name=f"{i}.jpg", text=str(i))) + "\n" for i in range(50)))
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(captions.json, "loads", lambda *a: parsed.append(1) or loads(*a))
+    assert own_captions([tmp_path/f"{i}.jpg" for i in range(50)]) == [str(i) for i in range(50)] and len(parsed) <= 100
+
+
+def test_metadata_above_the_pictures(tmp_path):
+    (tmp_path/"train").mkdir()
+    (tmp_path/"metadata.jsonl").write_text('{"file_name": "train/a.jpg", "text": "up there"}\n{"file_name": "a.jpg", "text": "another"}\n')
+    assert own_captions([tmp_path/"train/a.jpg", tmp_path/"a.jpg", tmp_path/"train/b.jpg"]) == ["up there", "another", ""]
+    (tmp_path/"metadata.jsonl").write_text("no rows of ours")
+    assert own_captions([tmp_path/"train/a.jpg"]) == [""]
+
+
+def test_captions_that_are_not_used_are_said(tmp_path):
+    files = [tmp_path/f"{n}.jpg" for n in "ab"]
+    (tmp_path/"metadata.jsonl").write_text('{"file_name": "a.jpg", "label": 3}\n{"file_name": "c.jpg"}\n')
+    for n in ("b.txt", "z.txt", "caption.txt"): (tmp_path/n).write_text("x")
+    assert caption_notes(files) == ["metadata.jsonl gives no caption: it has file_name, label; captions are read from text, caption, prompt",
+                                    "metadata.jsonl names c.jpg, not among the pictures", "no picture for caption.txt, z.txt"]
+    assert own_captions(files) == ["", "x"]

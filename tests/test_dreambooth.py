@@ -181,3 +181,26 @@ def test_a_class_folder_with_no_pictures_but_traces_of_a_system(sd, left, tmp_pa
     (tmp_path / left).mkdir() if left.endswith("/") else (tmp_path / left).write_text("a wall")
     made, captions = class_pictures(sd, "a wall", 1, tmp_path, steps=1)
     assert [f.name for f in made] == ["class-0000.png"] and captions == ["a wall"]
+
+
+def test_class_pictures_take_free_names_until_there_are_enough(sd, tmp_path):
+    how = dict(folder=tmp_path, steps=1)
+    (tmp_path / ".DS_Store").write_bytes(b"x"); (tmp_path / ".ipynb_checkpoints").mkdir()          # no class pictures, no reason to refuse
+    files, _ = class_pictures(sd, "a toy", n=6, **how)
+    assert len(files) == 6
+    for f in (files[0], files[3]): f.unlink()
+    mine = tmp_path / "class-0003.jpg"; Image.new("RGB", (64, 64), "red").save(mine); mine.with_suffix(".txt").write_text("mine")
+    kept = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file() and f.stem not in ("class-0000",)}
+    again, captions = class_pictures(sd, "a toy", n=6, **how)
+    assert len(set(again)) == 6 and all((tmp_path / n).read_bytes() == b for n, b in kept.items()), "a good picture was overwritten"
+    assert [c for f, c in zip(again, captions) if f == mine] == ["mine"] and set(captions) == {"mine", "a toy"}
+    for f in again: f.unlink()                                          # only captions are left: the folder is empty
+    assert len(class_pictures(sd, "a toy", n=2, **how)[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["utf-8-sig", "utf-16", "cp1252"])
+def test_lists_of_concepts_in_other_encodings(tmp_path, kind):
+    (tmp_path / "c.json").write_bytes(json.dumps([dict(instance_prompt="ein Bär", instance_data_dir="x")], ensure_ascii=False).encode(kind))
+    if kind != "cp1252": assert load_concepts(tmp_path / "c.json")[0].prompt == "ein Bär"
+    else:
+        with pytest.raises(DataError, match="c.json.*UTF-8"): load_concepts(tmp_path / "c.json")

@@ -1,4 +1,6 @@
 import io
+import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,9 @@ from helpers_pictures import album, bear, broken_files, scene, tiny_swin
 from PIL import Image, ImageCms
 
 from lora_nb.core import DataError, data_path
-from lora_nb.pictures import (IMAGENET_NORM, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, find_pictures,
-                              hash_distance, list_sources, load_pair, measure, nearest_bucket, open_picture, phash,
-                              pixels_for, profile_name, read_picture, rotate, seeded, square, to_rgb, vary)
+from lora_nb.pictures import (IMAGENET_NORM, bucket_sizes, can_read, crop_box, cut, drop_duplicates, enlarge, find_pictures, folder_words,
+                              hash_distance, list_sources, load_pair, mask_owner, masks_beside, measure, nearest_bucket, open_picture, phash,
+                              pixels_for, profile_name, read_mask, read_picture, rotate, seeded, square, to_rgb, vary)
 
 
 def same(a, b): return a.size == b.size and (np.asarray(a) == np.asarray(b)).all()
@@ -146,3 +148,85 @@ def test_pictures_for_a_network():
     again = load_pair("CLIPModel", (model.train(), tokenizer), "cpu")
     assert again[0] is model and not model.training and again[1] is tokenizer
     assert Path(data_path("clip")).is_dir()
+
+
+def test_every_format_that_pillow_reads_is_a_picture_and_the_rest_is_named(tmp_path):
+    formats = [s for s in (".bmp", ".tiff", ".tif", ".gif", ".jfif", ".avif", ".tga", ".ppm", ".JPEG", ".png") if can_read(s)]
+    assert {".bmp", ".tiff", ".gif", ".jfif"} <= set(formats)
+    for i, s in enumerate(formats): scene().save(tmp_path/f"{i}{s}")
+    for n in ("phone.heic", "essay.docx", "raw.CR2", ".DS_Store", "Thumbs.db", "1.txt", "metadata.jsonl", "plain"):
+        (tmp_path/n).write_bytes(b"x")
+    (tmp_path/"older").mkdir(); scene().save(tmp_path/"older/a.png"); (tmp_path/".ipynb_checkpoints").mkdir()
+    found = find_pictures(tmp_path)
+    assert [f.suffix for f in found] == formats
+    assert all(np.abs(np.asarray(open_picture(f), float) - np.asarray(scene(), float)).mean() < 8 for f in found)
+    want = {"essay.docx": "not a picture format", "raw.CR2": "not a picture", "plain": "without a suffix", "older/": "a folder with 1 picture"}
+    if not can_read(".heic"): want["phone.heic"] = "plugin"
+    assert set(found.left_out) == set(want) and all(w in found.left_out[n] for n, w in want.items())
+    assert len(find_pictures(tmp_path, recursive=True)) == len(formats) + 1
+    assert (tmp_path/"phone.heic" in list_sources(tmp_path)) and "phone.heic" not in list_sources(tmp_path).left_out
+
+
+def test_a_folder_of_files_that_cannot_be_read_says_why(tmp_path):
+    (tmp_path/".DS_Store").write_bytes(b""); (tmp_path/".ipynb_checkpoints").mkdir()
+    with pytest.raises(DataError, match="found nothing"): find_pictures(tmp_path)
+    (tmp_path/"a.docx").write_bytes(b""); (tmp_path/"below").mkdir(); scene().save(tmp_path/"below/a.png")
+    with pytest.raises(DataError, match="recursive=True") as e: find_pictures(tmp_path)
+    assert "a.docx" in str(e.value)
+
+
+@pytest.mark.parametrize("name, owner", [
+    ("a.mask", "a"), ("a-masklabel", "a"), ("a_mask", "a"), ("A-mask", None), ("0.mask", "0.src"), ("b.mask", ""),
+    ("b-masklabel", ""), ("b_mask", None), ("mask", None), ("a", None), ("venetian mask", None)])
+def test_names_of_masks(name, owner): assert mask_owner(name, {"a", "0.src", "mask"}) == owner
+
+
+def test_masks_are_no_pictures(tmp_path):
+    for n in ("a.jpg", "0.src.jpg", "b.png", "c.png", "mask.png"): scene().save(tmp_path/n)
+    for n in ("a-masklabel.png", "0.mask.png", "b_mask.jpg", "gone.mask.png", "a-condlabel.png"): Image.new("L", (96, 64)).save(tmp_path/n)
+    (tmp_path/"masks").mkdir(); Image.new("L", (96, 64)).save(tmp_path/"masks/c.png")
+    found = find_pictures(tmp_path, recursive=True)
+    assert [f.name for f in found] == ["0.src.jpg", "a.jpg", "b.png", "c.png", "mask.png"]
+    assert [m and m.name for m in masks_beside(found)] == ["0.mask.png", "a-masklabel.png", "b_mask.jpg", "c.png", None]
+    assert "without its picture" in found.left_out["gone.mask.png"] and "OneTrainer" in found.left_out["a-condlabel.png"]
+
+
+def test_masks_of_every_kind():
+    for m, grey in ((Image.fromarray(np.full((2, 2), 65535, np.uint16)), 255), (Image.new("1", (2, 2), 1), 255),
+                    (Image.new("RGB", (2, 2), "white"), 255),
+                    (Image.new("RGBA", (2, 2), (255, 255, 255, 0)), 0),
+                    (Image.new("LA", (2, 2), (255, 255)), 255), (Image.new("L", (2, 2), 77), 77)):
+        assert read_mask(m).getpixel((0, 0)) == grey and read_mask(m).mode == "L", m.mode
+
+
+def test_folders_with_repeats(tmp_path):
+    assert [folder_words(n) for n in ("10_sks dog", "0_x", "dog", "10", "_x", "2024_01_trip")] == [
+        (10, "sks dog"), (1, "x"), (1, ""), (1, ""), (1, ""), (2024, "01_trip")]
+    for n in ("10_sks dog", "5_zwx cat", "other"): (tmp_path/n).mkdir(); scene().save(tmp_path/n/"a.png")
+    found = find_pictures(tmp_path)
+    assert [f.parent.name for f in found] == ["10_sks dog", "5_zwx cat"] and list(found.left_out) == ["other/"]
+    scene().save(tmp_path/"top.png")                                 # beside pictures they are subfolders like any other
+    assert [f.name for f in find_pictures(tmp_path)] == ["top.png"] and len(find_pictures(tmp_path).left_out) == 3
+
+
+def slow_duplicates(rows, least):
+    "The definition: each picture is compared with all that were kept"
+    kept = []
+    for r in sorted(rows, key=lambda r: (-math.prod(r["original_size"]), -r["quality"]["sharpness"])):
+        d, twin = min([(hash_distance(r["quality"]["hash"], k["quality"]["hash"]), k["source"]) for k in kept], default=(64, ""))
+        if d < least: r["why"].append(f"near-duplicate of {twin} ({d} of 63 bits differ)")
+        else: kept.append(r)
+
+
+@pytest.mark.parametrize("least", [0, 1, 2, 5, 8, 9, 20])
+def test_duplicates_are_those_of_all_pairs(least):
+    rng, hashes = random.Random(least), []
+    for i in range(300):
+        far = rng.getrandbits(63)
+        for _ in range(rng.randint(0, 12)): far = rng.choice(hashes or [far]) if rng.random() < .1 else far ^ 1 << rng.randrange(63)
+        hashes.append(rng.choice(hashes) ^ 1 << rng.randrange(63) if hashes and rng.random() < .4 else far)
+    make = lambda: [dict(source=f"{i}.png", original_size=(9, 9 + i % 3), quality=dict(hash=f"{h:016x}", sharpness=i % 5), why=[])
+                    for i, h in enumerate(hashes)]
+    fast, slow = make(), make()
+    drop_duplicates(fast, least); slow_duplicates(slow, least)
+    assert [r["why"] for r in fast] == [r["why"] for r in slow] and (least < 2 or any(r["why"] for r in fast))

@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 from helpers_pictures import bear, messy, scene, tiny_swin
@@ -17,7 +19,9 @@ PLAIN = SETTINGS.replace(captions="keep", masks="none", crop="center")
 def raw(tmp_path_factory): return messy(tmp_path_factory.mktemp("messy")/"raw")
 
 
-def files_of(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def files_of(folder):
+    "All but the state, which knows when the originals were last changed"
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "preprocess.json"}
 
 
 @pytest.mark.parametrize("bad, words", [
@@ -134,3 +138,42 @@ def test_small_pictures_are_enlarged_by_a_network(tmp_path, monkeypatch):
     masked = prepare_picture(tmp_path/"small.png", PLAIN.replace(min_sharpness=0.), lambda im, path: Image.new("L", im.size),
                              (tmp_path/"p.png", tmp_path/"m.png"), {})
     assert "no subject found" in masked["notes"] and not masked["mask"]
+
+
+def test_originals_are_hashed_again_only_if_they_changed(tmp_path, monkeypatch):
+    raw, out, hashed = tmp_path/"raw", tmp_path/"out", []
+    raw.mkdir()
+    for i in range(3): bear(i).save(raw/f"{i}.png")
+    for f in raw.iterdir(): os.utime(f, (1e9, 1e9))
+    now, sha = time.time_ns, preprocessing._sha
+    monkeypatch.setattr(preprocessing.time, "time_ns", lambda: now() + 10**10)      # the files are ten seconds old
+    assert preprocess(raw, out, PLAIN).changed
+    monkeypatch.setattr(preprocessing, "_sha", lambda p: hashed.append(p.name if p.parent == raw else "") or sha(p))
+    assert preprocess(raw, out, PLAIN).changed == 0 and hashed == []
+    hashed.clear()
+    a, b = (raw/"0.png").read_bytes(), (raw/"1.png").read_bytes()
+    (raw/"1.png").write_bytes(a + b"\0" * max(0, len(b) - len(a))); os.utime(raw/"1.png", (1e9, 1e9))       # an older date does not hide a change
+    again = preprocess(raw, out, PLAIN)
+    assert again.changed and "1.png" in hashed and "2.png" not in hashed
+    (raw/"0.txt").write_text("a caption"); assert preprocess(raw, out, PLAIN).changed
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    raw = tmp_path/"raw"; (raw/"more").mkdir(parents=True)
+    bear(0).save(raw/"a.png"); bear(1).save(raw/"more/b.png"); (raw/"c.docx").write_bytes(b"x")
+    Image.new("L", (9, 9)).save(raw/"a.mask.png")
+    report = preprocess(raw, tmp_path/"out", PLAIN)
+    assert set(report.unread) == {"more/", "c.docx", "a.mask.png"}
+    assert "3 files or folders not read" in repr(report) and "c.docx" in report.path.read_text()
+    assert preprocess(raw, tmp_path/"out", PLAIN).unread == report.unread
+    assert len(preprocess(raw, tmp_path/"deep", PLAIN, recursive=True).kept) == 2
+
+
+def test_a_contact_sheet_of_many(tmp_path):
+    raw = tmp_path/"raw"; raw.mkdir(); small = {}
+    for i in range(6): bear(i % 5).save(raw/f"{i}.png")
+    files = list_sources(raw); staged = {f: (tmp_path/f"{f.stem}.png", tmp_path/f"{f.stem}m.png") for f in files}
+    rows = preprocessing._prepare_all(files, PLAIN, None, staged, small, most=2)
+    assert len(rows) == 6 and len(small) == 2
+    rows = [dict(r, files=[r["source"]], text="") for r in rows]
+    assert preprocessing.contact_sheet(rows, {r["path"]: small.get(f, []) for r, f in zip(rows, files)}).width > 100

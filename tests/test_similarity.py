@@ -115,3 +115,18 @@ def test_overfitting_and_drift_need_pairs():
 def test_tensors_are_cropped_as_pictures_are():
     x = torch.rand(3, 32, 48)
     assert to_tensor(x, 32).equal(x[:, :, 8:40]) and to_tensor(x, 16).shape == to_tensor(torch.rand(3, 32, 64), 16).shape == (3, 16, 16)
+
+
+def test_evaluation_reads_files_as_training_does(tmp_path):
+    from lora_nb.dataset import ConceptDataset, to_pixels
+    a = np.random.default_rng(0).integers(0, 255, (70, 64, 4), np.uint8)
+    Image.fromarray(a).save(tmp_path/"alpha.png"); Image.fromarray(a[..., 0].astype(np.uint16) * 257).save(tmp_path/"deep.png")
+    Image.fromarray(a[..., :3]).quantize(8).save(tmp_path/"palette.png"); Image.fromarray(a).convert("CMYK").save(tmp_path/"ink.tiff")
+    exif = Image.Exif(); exif[0x0112] = 6; Image.fromarray(a[..., :3]).save(tmp_path/"turned.jpg", exif=exif)
+    data, seen = ConceptDataset(tmp_path, size=48), to_batch(tmp_path, 48)
+    assert len(data) == 5 and all(to_pixels(im).equal(x) for im, x in zip(data.images, seen))
+    assert to_tensor(Image.fromarray(a), 48).equal(seen[0])                                        # a picture in memory, too
+    Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(tmp_path/"m.png")
+    assert to_masks([tmp_path/"m.png"], 4).min() == 1
+    (tmp_path/"broken.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="broken.png"): to_batch([tmp_path/"broken.png"], 8)

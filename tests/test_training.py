@@ -349,3 +349,12 @@ def test_training_computes_in_what_the_weights_are_kept_in(monkeypatch, kind, ca
     from lora_nb.training import _precision
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert _precision(Recipe(), torch.device(kind)) == expected
+
+
+def test_tags_are_reworded_at_each_draw(sd):
+    from lora_nb.dataset import TagWording
+    data = ConceptDataset([Image.new("RGB", (64, 64))], "sks, a, b, c, d, e", tags=TagWording(keep=1, dropout=.2))
+    stream = Stream("subject", encode(sd, data), 1, wording=lambda text, rng: text + " !")
+    said = stream.say(["sks, a, b, c, d, e"] * 40, range(40), 0)
+    assert len(set(said)) > 20 and all(s.startswith("sks") and s.endswith(" !") for s in said)
+    assert stream.say(["sks, a, b, c, d, e"], [17], 0) == said[17:18]                              # a function of the place: resuming is exact
