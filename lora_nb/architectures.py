@@ -94,7 +94,7 @@ def family_of(
     lora: Lora,  # layers, or words alone
 ) -> str:  # "SD1", "SDXL", "SD3.5 Large", "FLUX" ...; "SD1 or SDXL" where both fit; "unknown"
     "The model family that a LoRA was made for, judged by names and widths"
-    part = lambda c: {n[len(c) + 1:]: f for n, f in lora.layers.items() if n.startswith(f"{c}.")}
+    part = lambda c: {n[len(c) + 1:]: f for n, f in lora.layers.items() if n.startswith(f"{c}.") and len(f.shape) > 1 and 0 not in f.shape}
     words = {c: v.shape[-1] for e in lora.embeddings.values() for c, v in e.items()}
     if (layers := part("transformer")): return _transformer_family(layers)
     encoder = part("text_encoder").items()
@@ -134,8 +134,8 @@ time_extra_emb time_step_proj time_step_embed time_condition_embed norm_final cr
 preprocess_conv postprocess_conv embeddings image_embedder siglip_embedder scale_shift_table register_tokens token_refiner guidance_embedder
 double_stream_blocks single_stream_blocks final_layer""".split()
 _inside = r"(resnets|attentions|(down|up)samplers|motion_modules|temp_(convs|attentions))\.\d+\."
-_text = r"(encoder\.(layers|block)\.\d+\.|text_projection$|(\w+\.)*(layers|blocks)\.\d+\.|(embeddings|shared|embed_tokens)\b)"
-_PATHS = {"unet": re.compile(rf"((down|up)_blocks\.\d+|mid_block)\.{_inside}|conv_(in|out)\b|(time|add|class)_embedding\b|"
+_text = r"(encoder\.(layers|block)\.\d+\.|text_projection$|final_layer_norm$|(\w+\.)*(layers|blocks)\.\d+\.|(embeddings|shared|embed_tokens)\b)"
+_PATHS = {"unet": re.compile(rf"((down|up)_blocks\.\d+|mid_block)\.{_inside}|conv_(in|norm_out|out)\b|(time|add|class)_embedding\b|"
                              r"encoder_hid_proj\b|time_proj\b|transformer_in\b"),
           "transformer": re.compile(rf"({'|'.join(_TRANSFORMER_TOPS)})\b"),
           **{c: re.compile(_text) for c in ("text_encoder", "text_encoder_2", "text_encoder_3")}}

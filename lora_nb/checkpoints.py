@@ -6,9 +6,9 @@ Docs: https://lora-nb.github.io/lora_nb/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['unet_key', 'vae_key', 'clip_tensors', 'openclip_tensors', 'mmdit_tensors', 'single_file_tensors', 'read_single_file',
-           'save_checkpoint', 'no_bars', 'learned_words', 'merge_checkpoint', 'check_output']
+           'save_checkpoint', 'no_bars', 'learned_words', 'borrowed', 'merge_checkpoint', 'check_output']
 
-# %% ../nbs/23_checkpoints.ipynb #152b64fd
+# %% ../nbs/23_checkpoints.ipynb #01abe00f
 import contextlib, json, re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +25,7 @@ from .lora import Lora
 from .injection import apply_lora, remove_lora
 from .kohya import CLIPS
 from .formats import is_lora_file
+from .worn import adapters
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from lora_nb.bases import Base
@@ -368,6 +369,27 @@ def learned_words(
     return {t: rows[ids].clone() for t, ids in words.items()}
 
 # %% ../nbs/23_checkpoints.ipynb #a55359cd
+@contextlib.contextmanager
+def borrowed(
+    base: "DiffusionPipeline | Base",
+    loras: list[Lora | str | Path],
+    scales: list[float],  # one strength for each
+) -> Iterator[None]:
+    "Within this context a base wears LoRAs; afterwards it is as before, bit for bit, whatever happens"
+    taken, late, tries = adapters(base), None, 0
+    names = [free_name(f"merged_{i}", taken) for i in range(len(loras))]
+    try:
+        for name, lora, s in zip(names, loras, scales): apply_lora(base, lora, s, name=name)
+        yield
+    finally:
+        while tries < 4:
+            try:
+                for name in {*names} & {*adapters(base)}: remove_lora(base, name)
+                break
+            except BaseException as e: late, tries = e, tries + 1
+        if late and (tries == 4 or isinstance(late, KeyboardInterrupt)): raise late
+
+# %% ../nbs/23_checkpoints.ipynb #bd56a20c
 def merge_checkpoint(
     base: "DiffusionPipeline | Base | str | Path",  # left as it is; a folder, file or name is loaded in the precision of its files
     loras: Lora | str | Path | list,                # a LoRA or its file, or a list of them
@@ -387,12 +409,7 @@ def merge_checkpoint(
         check_output(base, path, overwrite)                    # before the base is loaded
         from lora_nb.loading import load_as_stored
         base = load_as_stored(base, config)
-    worn = []
-    try:
-        for lora, s in zip(loras, scales): worn.append(apply_lora(base, lora, s))
-        return save_checkpoint(base, path, format, dtype, words, overwrite)
-    finally:
-        for name in reversed(worn): remove_lora(base, name)
+    with borrowed(base, loras, scales): return save_checkpoint(base, path, format, dtype, words, overwrite)
 
 # %% ../nbs/23_checkpoints.ipynb #ab16876b
 def check_output(

@@ -16,7 +16,7 @@ import torch
 from .architectures import family_of
 from .core import FormatError, some
 from .kohya import kohya_faults, kohya_name, kohya_splitter, read_kohya, refuse_family, write_kohya
-from .lora import Lora
+from .lora import Factors, Lora
 from .peft_files import refuse, split_key
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ def comfy_faults(
     base: "Wearer | None" = None,
 ) -> dict[str, list[str]]:  # description -> names of layers
     "What a ComfyUI file cannot hold"
-    return {what.replace("kohya's", "Stability's"): names for what, names in kohya_faults(lora, base, "sgm").items()}
+    fused = [n for n, f in lora.layers.items() if n.startswith("transformer.") and not isinstance(f, Factors)]
+    return {"LoHa, LoKr and other kinds in a transformer, whose matrices are fused there": fused,
+            **{what.replace("kohya's", "Stability's"): names for what, names in kohya_faults(lora, base, "sgm").items()}}
 
 def write_comfy(
     lora: Lora,

@@ -188,7 +188,7 @@ def check_tensors(
     "An error unless everything is a tensor of finite numbers"
     odd = [k for k, t in tensors.items() if not isinstance(t, torch.Tensor)]
     if odd: raise FormatError(f"{some(odd)} should be tensors; found {type(tensors[odd[0]]).__name__}. Get the file again.")
-    odd = [k for k, t in tensors.items() if t.is_complex() or t.dtype == torch.bool]
+    odd = [k for k, t in tensors.items() if t.is_complex() or t.dtype == torch.bool and not k.endswith(".on_input")]   # IA3's flag
     if odd: raise FormatError(f"{some(odd)} should be real numbers; found {tensors[odd[0]].dtype}. Get the file again.")
     whole = lambda t: finite(t if t.dtype in _SUMMABLE else t.float())
     odd = [k for k, t in tensors.items() if numbers and t.is_floating_point() and not whole(t)]

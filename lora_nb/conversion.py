@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import family_of
 from .core import FormatError, human, patch_to, some, table
 from .formats import FORMATS, format_of, load_lora, lora_files, read_file, save_lora
-from .lora import Lora
+from .lora import Factors, Lora
 from .peft_files import fold_alpha
 from .positional import filled_walk
 from .show import Plot, bars
@@ -75,6 +75,7 @@ class FileInfo:
     base: str = ""                                 # what it was trained on, if the file says so
     recipe: dict[str, str] = field(default_factory=dict)     # how it was trained, if the file says so
     metadata: dict[str, str] = field(default_factory=dict)   # everything that the file notes
+    kinds: dict[str, int] = field(default_factory=dict)      # LoRA, LoHa, LoKr, OFT ... -> number of layers
 
 # %% ../nbs/21_conversion.ipynb #b3e6b307
 def _kind(name):
@@ -94,10 +95,11 @@ def lora_file_info(
     return FileInfo(str(path), kind, sum(f.stat().st_size for f in files), family_of(lora),
                     _counts(n.split(".")[0] for n in layers), _counts(f.rank for f in layers.values()),
                     _counts(f.alpha for f in layers.values()), _counts(map(_kind, layers)), lora.norms(),
-                    _counts(str(f.up.dtype).removeprefix("torch.") for f in layers.values()),
+                    _counts(str(f.dtype).removeprefix("torch.") for f in layers.values()),
                     sum(f.magnitude is not None for f in layers.values()), trigger_words(lora),
                     {t: {c: len(v) for c, v in e.items()} for t, e in lora.embeddings.items()},
-                    next((m[k] for k in _BASE if m.get(k)), ""), {k: m[k] for k in _RECIPE if m.get(k)}, m)
+                    next((m[k] for k in _BASE if m.get(k)), ""), {k: m[k] for k in _RECIPE if m.get(k)}, m,
+                    _counts(f.kind for f in layers.values()))
 
 # %% ../nbs/21_conversion.ipynb #767a39b6
 def text_bars(
@@ -160,6 +162,7 @@ def _facts(info):
     recipe = [_recipe_text(k, v) for k, v in info.recipe.items()]
     facts = dict(format=info.format, family=info.family, size=human(info.size), layers=_few(info.components),
                  rank=_few(info.ranks), alpha=_few(info.alphas), dtype=_few(info.dtypes), touches=_few(info.targets),
+                 kind=_few(info.kinds) if {*info.kinds} - {"LoRA", "DoRA"} else "",
                  DoRA=f"{info.dora} layers" if info.dora else "", words=words, trigger=", ".join(info.triggers),
                  base=info.base, recipe=", ".join(recipe))
     return [(k, v if len(v) <= 400 else v[:400] + " ...") for k, v in facts.items() if v]
@@ -238,7 +241,7 @@ def fit_format(
     lost, notes = [], []
     mids = [n for n, f in lora.layers.items() if f.mid is not None]
     if mids and format not in ("kohya", "comfy"):
-        lora = lora.map(lambda f: f.plain())
+        lora = lora.map(lambda f: f if f.mid is None else f.plain())
         notes.append(f"{len(mids)} middle factors are multiplied into down; the differences are the same.")
     for what, names in FORMATS[format].faults(lora, base, **options).items():
         if names:
@@ -247,7 +250,10 @@ def fit_format(
     for c, why in (_gaps(lora, base) if format in ("lora_diffusion", "pt") else {}).items():
         lost.append(f"all layers of {why}")
         lora = lora.only(*[x for x in lora.components if x != c])
-    odd = [n for n, f in lora.layers.items() if f.alpha is not None and format not in ("kohya", "comfy") and fold_alpha(f)[1] is None]
+    if format not in ("kohya", "comfy") and (kinds := {f.kind for f in lora.layers.values() if f.pair_bytes}):
+        notes.append(f"{' and '.join(sorted(kinds))} layers are multiplied out to pairs of thin matrices; the differences are the same.")
+    folds = lambda f: isinstance(f, Factors) and f.alpha is not None and fold_alpha(f)[1] is None
+    odd = [n for n, f in lora.layers.items() if format not in ("kohya", "comfy") and folds(f)]
     if odd: notes.append(f"alpha of {len(odd)} layers is multiplied into up, rounded to its precision: {some(odd)}.")
     notes += _for_diffusers(lora, format, **options)
     if lora.embeddings and format in ("peft", "kohya", "comfy") and not options.get("bundle"):
@@ -269,9 +275,11 @@ def convert_lora(
     if format not in FORMATS or FORMATS[format].write is None:
         known = ", ".join(n for n, f in FORMATS.items() if f.write)
         raise FormatError(f"cannot write {format!r}: expected one of {known}.")
-    lora = src if isinstance(src, Lora) else load_lora(src, base)
+    strays = [] if drop else None
+    lora = src if isinstance(src, Lora) else load_lora(src, base, left_out=strays)
     if (dtype := options.pop("dtype", None)) is not None: lora = lora.to(dtype=dtype)
     kept, lost, notes = fit_format(lora, format, base, **options)
+    if strays: lost.append(f"{len(strays)} keys of the file that have no place: {some(strays, 20)}.")
     if lost and not drop: raise FormatError(f"{format!r} cannot hold all of it: {' '.join(lost)} Nothing was written; "
                                             "pass drop=True to leave these out, or choose another format.")
     if not kept.layers and not kept.embeddings:

@@ -8,7 +8,8 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 __all__ = ['LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest', 'default_device',
            'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators', 'data_path',
            'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'patch_to', 'progress', 'peak_rss_mb', 'some',
-           'human', 'table', 'free_name', 'finite', 'finite_number', 'row_norms', 'quick', 'quiet']
+           'human', 'table', 'free_name', 'finite', 'finite_number', 'row_norms', 'working_dtype', 'common_dtype',
+           'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
 import builtins, contextlib, difflib, errno, gc, importlib.util, json, math, os, random, re, shutil, sys, tempfile, time, warnings
@@ -353,7 +354,8 @@ def finite(
 ) -> bool:
     "Is every number of a tensor finite? True for tensors without numbers (device `meta`)"
     if t.is_meta: return True
-    return math.isfinite(t.detach().sum(dtype=torch.float32).item()) or bool(torch.isfinite(t).all())
+    t = t.detach().float() if t.dtype.itemsize == 1 else t.detach()                     # float8 has no `isfinite`
+    return math.isfinite(t.sum(dtype=torch.float32).item()) or bool(torch.isfinite(t).all())
 
 def finite_number(
     x: Any,     # a number, or its text
@@ -371,6 +373,22 @@ def row_norms(
 ) -> torch.Tensor:         # (out,), float32
     "Norm of each output's weights, in single precision"
     return weight.detach().float().flatten(1).norm(dim=1)
+
+# %% ../nbs/00_core.ipynb #2118d17c
+def working_dtype(
+    *dtypes: torch.dtype,  # of the numbers that take part
+) -> torch.dtype:
+    "The precision to compute in: double if one of them is double, otherwise single"
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+def common_dtype(
+    a: torch.dtype,
+    b: torch.dtype,
+) -> torch.dtype:
+    "The precision that holds numbers of both; float8 counts as half, which holds each of its values"
+    if a == b: return a
+    half = lambda d: torch.float16 if d.is_floating_point and d.itemsize == 1 else d
+    return torch.promote_types(half(a), half(b))
 
 # %% ../nbs/00_core.ipynb #80edfddb
 @contextlib.contextmanager

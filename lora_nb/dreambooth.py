@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # %% ../nbs/39_dreambooth.ipynb #b778daa9
+from .loading import load_base
 from .core import DataError, LoraError, atomic_path, patch_to, progress
 from .bases import Base
 from .lora import Lora
@@ -45,7 +46,7 @@ def class_pictures(
     **kw: Any,            # to `base.generate`
 ) -> tuple[list, list[str]]:  # (pictures or files, captions)
     "Pictures of the class, drawn by the base itself."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    base, prompts = load_base(base), [prompts] if isinstance(prompts, str) else list(prompts)
     have = _existing(folder)
     taken = {f.stem for f in Path(folder).iterdir() if f.suffix != ".txt"} if folder and Path(folder).is_dir() else ()
     free = (i for i in itertools.count() if not taken or _file(folder, i).stem not in taken)   # what was deleted is drawn again
@@ -210,6 +211,7 @@ class DreamBooth(TrainingRun):
         held_back: Any = None,          # pictures of the (first) subject that are validated on, not trained on
         **options: Any,                 # options, and settings of the recipe
     ):
+        base = load_base(base)                       # a pipeline or a name will do
         super().__init__(base, recipe or recipe_for(base), output_dir, options, PriorOptions)
         o = self.options
         self.concepts = _concepts(instance_data, instance_prompt, class_prompt, class_data, trigger)

@@ -236,6 +236,7 @@ def wearing(
     scale: float = 1.,  # its strength
 ) -> Iterator[Base]:
     "The base with a LoRA on, inside the block."
+    base = load_base(base)
     if lora is not None: apply_lora(base.pipe, lora, scale=scale, name="evaluated")
     try: yield base
     finally:

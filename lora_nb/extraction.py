@@ -12,7 +12,7 @@ __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_prod
            'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation',
            'distillation', 'distill']
 
-# %% ../nbs/22_extraction.ipynb #43ddbd02
+# %% ../nbs/22_extraction.ipynb #0dbe9c9f
 import json, os, re, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from .core import LoraError, ShapeError, TargetError, default_device, finite, human, patch_to, some
+from .core import (LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, some,
+                          working_dtype)
 from .names import canonical
 from .layers import LoraLayer
 from .lora import Factors, Lora
@@ -154,7 +155,7 @@ def low_rank(
 ) -> Truncated:
     "The largest singular triples; the error is within 1 % of the best that this rank can do"
     _one_of(rank=rank, energy=energy)
-    a = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    a = matrix.detach().to(working_dtype(matrix.dtype))
     if rank is None: return _by_energy(a, energy, tolerance, seed)
     if a.shape[-2] > a.shape[-1]:
         t = low_rank(a.mT, rank, None, tolerance, seed)
@@ -239,9 +240,9 @@ def _matrices(factors):
 def _check_sum(name, factors):
     "Raise if these cannot be summed as factors"
     if not factors: raise LoraError(f"{name}: expected at least one pair of factors, found none")
-    if any(f.magnitude is not None for f in factors):
-        raise LoraError(f"{name} is a DoRA layer: what it adds depends on the base's weight, and its factors alone do "
-                        "not tell. Merge it into a checkpoint and distill that")
+    if any(not f.additive for f in factors):
+        raise LoraError(f"{name} is {next(f.kind for f in factors if not f.additive)}: what it adds depends on the base's weight, and its "
+                        "numbers alone do not tell. Merge it into a checkpoint and distill that")
     shapes = {f.shape for f in factors}
     if len(shapes) > 1: raise ShapeError(f"{name} has factors for weights of shapes {shapes}: expected one shape. They "
                                          "were made for different bases")
@@ -254,7 +255,7 @@ def _stacks(layers, limit=2**23):
         _check_sum(n, fs)
         r, (m, *rest) = sum(f.rank for f in fs), fs[0].shape
         k = torch.Size(rest).numel()
-        groups.setdefault((m, k, r, fs[0].up.device), []).append(n)
+        groups.setdefault((m, k, r, fs[0].device), []).append(n)
     for (m, k, r, _), names in groups.items():
         step = max(1, limit // (4 * (m + k) * r))
         yield from (names[i:i + step] for i in range(0, len(names), step))
@@ -291,7 +292,8 @@ def _ranks(names, s, rank, energy):
 def _like(factors, up, down, dtype):
     "Matrices as `Factors` of the kind they were made of"
     first = factors[0]
-    for f in factors if dtype is None else []: dtype = torch.promote_types(dtype or f.up.dtype, f.up.dtype)
+    if dtype is None:          # new numbers would be rounded hard in float8: half precision is the least
+        for f in factors: dtype = common_dtype(dtype or f.dtype, torch.float16 if f.dtype.itemsize == 1 else f.dtype)
     if len(first.shape) > 2: up, down = up[..., None, None], down.reshape(-1, *first.shape[1:])
     return Factors(up.to(dtype, copy=True), down.to(dtype, copy=True), groups=first.groups)
 
@@ -304,7 +306,7 @@ def recompress(
     dtype: torch.dtype | None = None,     # of the result; None: as the factors
 ) -> Factors:
     "The best approximation of a (weighted) sum of low-rank differences by one of lower rank"
-    factors = [factors] if isinstance(factors, Factors) else list(factors)
+    factors = list(factors) if isinstance(factors, (list, tuple)) else [factors]
     if weights is not None and len(weights) != len(factors):
         raise LoraError(f"{len(weights)} weights for {len(factors)} factors: expected one for each")
     if weights is not None: factors = [f.scaled(w) for f, w in zip(factors, weights)]
@@ -376,7 +378,7 @@ def resize(
 ) -> Lora:
     "The best approximation of a LoRA by a smaller one; embeddings and metadata stay"
     _one_of(rank=rank, energy=energy, bytes=bytes)
-    layers = {n: f for n, f in lora.check().layers.items() if rank is None or f.rank > rank}
+    layers = {n: f for n, f in lora.check().layers.items() if (rank is None or f.rank > rank) and len(f.shape) > 1}
     if bytes is not None: rank = _fit(spectra(lora), _costs(layers, dtype), bytes, lora)
     if bytes is not None: layers = {n: layers[n] for n in rank}
     small = recompress_layers({n: [f] for n, f in layers.items()}, rank, energy, dtype)
@@ -387,7 +389,7 @@ def resize(
 # %% ../nbs/22_extraction.ipynb #9f0e4cc1
 def _costs(layers, dtype):
     "Bytes of one rank of each layer"
-    width = lambda f: (dtype or f.up.dtype).itemsize
+    width = lambda f: (dtype or f.dtype).itemsize
     return {n: width(f) * (f.shape[0] + torch.Size(f.shape[1:]).numel()) for n, f in layers.items()}
 
 # %% ../nbs/22_extraction.ipynb #dc62cbfa

@@ -11,7 +11,7 @@ Docs: https://lora-nb.github.io/lora_nb/formats.html.md"""
 # %% auto #0
 __all__ = ['Tensors', 'FORMATS', 'lora_files', 'read_file', 'Format', 'format_of', 'load_lora', 'is_lora_file', 'save_lora']
 
-# %% ../nbs/19_formats.ipynb #a8751b3f
+# %% ../nbs/19_formats.ipynb #68d7110e
 import json, re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .core import FormatError, LoraError, check_free, quick, some
 from .kohya import kohya_faults, read_kohya, write_kohya
 from .lora import Lora
 from .names import COMPONENTS
-from .peft_files import adapter_config, fit_base, peft_faults, read_peft, split_key, with_note, write_peft
+from .peft_files import StrayKeys, adapter_config, fit_base, peft_faults, read_peft, split_key, with_note, write_peft
 from .positional import (is_positional, positional_faults, pt_faults, pt_paths, read_lora_diffusion, read_pt, store_pt,
                                 write_lora_diffusion, write_pt)
 from .words import (a1111_faults, is_embedding, named_by_file, read_a1111, read_embedding, store_a1111, word_faults,
@@ -158,8 +158,6 @@ _KOHYA = (r"^lora_(unet|te\d?|transformer|prior_\w+?)_", "^lycoris_", r"^bundle_
 FORMATS |= {
     "kohya": Format(lambda ts, m: _has(*_KOHYA)(ts, m) and not is_comfy(ts, m), read_kohya, write_kohya, kohya_faults),
     "comfy": Format(is_comfy, read_comfy, write_comfy, comfy_faults),
-    "loha/lokr": Format(_has(r"\.hada_w", r"\.lokr_w"), advice="Only those with kohya's names (lora_unet_...) "
-                        "are: merge it into its base with the program that wrote it, and distil the result."),
     "checkpoint": Format(_has(r"^model\.diffusion_model\.", r"^first_stage_model\."),
                          advice="This is a whole model: load it with load_base, not as a LoRA."),
     "peft": Format(_is_peft, read_peft, write_peft, peft_faults),
@@ -167,6 +165,16 @@ FORMATS |= {
     "pt": Format(_never, read_lora_diffusion, write_pt, pt_faults, store=store_pt, ends=(".pt", ".bin", ".ckpt")),
     "textual_inversion": Format(is_embedding, read_embedding, write_embedding, word_faults),
     "a1111": Format(_never, read_embedding, write_a1111, a1111_faults, store=store_a1111, ends=(".pt", ".bin", ".ckpt"))}
+
+# %% ../nbs/19_formats.ipynb #bda11290
+def _read_known(read, tensors, metadata, base, left_out):
+    "Read what has a place; keys without one go to `left_out`, or raise"
+    try: return read(tensors, metadata, base)
+    except StrayKeys as e:
+        rest = {k: t for k, t in tensors.items() if k not in e.keys}
+        if left_out is None or len(rest) == len(tensors) or not rest: raise
+        left_out += e.keys
+        return read(rest, metadata, base)
 
 # %% ../nbs/19_formats.ipynb #ee8d6f7d
 def _without_written(lora, metadata):
@@ -181,6 +189,7 @@ def load_lora(
     path: str | Path,       # file or folder; every format of `FORMATS`, recognised by content
     base: "Wearer | None" = None,  # pipeline or model to check names and shapes against (and to name positional files by)
     verify: bool = True,    # refuse if a checksum in the file does not match
+    left_out: list[str] | None = None,  # leave keys without a place out, and append them to this list; None: refuse the file
 ) -> Lora:
     "Read a `Lora` from a file, strictly: everything finds its place or nothing is loaded"
     try:
@@ -192,9 +201,10 @@ def load_lora(
             kind = format_of(tensors, metadata)
             if (read := FORMATS[kind].read) is None:
                 raise FormatError(f"a {kind} file, which is not read. {FORMATS[kind].advice}")
-            lora = _without_written(with_note(read(tensors, metadata, base), metadata), metadata)
+            lora = _without_written(with_note(_read_known(read, tensors, metadata, base, left_out), metadata), metadata)
             if base is None and NOTE not in metadata: refuse_strange(lora.layers)      # what we wrote may be for any model
             return lora if base is None else fit_base(lora, base)
+    except StrayKeys as e: raise StrayKeys(f"{path}: {e}", e.keys) from e
     except LoraError as e: raise type(e)(f"{path}: {e}") from e
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, ArithmeticError) as e:
         raise FormatError(f"{path}: the file's notes are damaged ({type(e).__name__}: {e}). Get it again.") from e

@@ -11,28 +11,28 @@ Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 
 # %% auto #0
 __all__ = ['TARGETS', 'MMDIT_TARGETS', 'find_targets', 'Injected', 'inject_lora', 'freeze_base', 'disabled', 'remove_lora',
-           'remove_from_model', 'vector_tokens', 'add_words', 'apply_lora', 'place_lora', 'word_rows', 'set_scale',
-           'extract_lora']
+           'remove_from_model', 'apply_lora', 'place_lora', 'set_scale', 'extract_lora']
 
-# %% ../nbs/06_injection.ipynb #23dac86c
-import copy
-import re
+# %% ../nbs/06_injection.ipynb #9ae1bcae
+import re, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from .core import DataError, LoraError, ShapeError, TargetError, closest, free_name, patch_to, quick, some
+from .core import (LoraError, ShapeError, TargetError, closest, finite, finite_number, free_name, patch_to, quick, some,
+                          working_dtype)
 from .core import table as as_table
-from .layers import LoraLayer, check_rank, set_scales
-from .lora import Factors, Lora, add_factors
+from .layers import LoraLayer, branch_dtype, check_rank, set_scales
+from .lora import Factors, Lora, add_factors, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
-from .worn import (Place, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, component_of,
-                          detach_branches, foreign_adapters, layer_factors, original_weight, places, remerge, resolve_components,
-                          root_module, stack_of, summed_weight, wears, worn_names, worn_state)
+from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_stores,
+                          component_of, device_of, foreign_adapters, is_offloaded, layer_factors, places, remerge, resolve_components,
+                          root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
+from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
 
 # %% ../nbs/06_injection.ipynb #b537ebf4
 _attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -155,7 +155,7 @@ class Injected:
 @patch_to(Injected)
 def set_scale(self, scale: float) -> None:
     "Set the strength of all branches, live"
-    for m in self.layers.values(): m.scale = scale
+    with changing(self.parts.values()) as undo: _set_branches(list(self.layers.values()), [scale] * len(self.layers), undo)
 
 @patch_to(Injected)
 def lora(self,
@@ -167,10 +167,11 @@ def lora(self,
 @patch_to(Injected)
 def remove(self) -> None:
     "Take the branches out: the model is as before, bit for bit"
-    for model in self.parts.values(): remove_from_model(model, self.adapter)
+    with changing(self.parts.values()) as undo:
+        for model in self.parts.values(): _take_off(model, self.adapter, True, undo)
     self.layers = {}
 
-# %% ../nbs/06_injection.ipynb #0e976fa1
+# %% ../nbs/06_injection.ipynb #813ec9d7
 def inject_lora(
     pipe_or_model: "Wearer",  # pipeline, loaded base, or bare model
     targets: str | list[str] | Callable | dict = "attention",  # as for `find_targets`; or component -> targets
@@ -187,20 +188,20 @@ def inject_lora(
     "Freeze a model and put trainable branches into it"
     parts = _chosen(pipe_or_model, targets, component)
     if theirs := foreign_adapters(parts): raise TargetError(theirs)
-    if name in adapters(parts):
-        raise TargetError(f"the model wears a LoRA named {name!r} already: remove it first, or choose another name")
-    layers = {}
-    for c, model in parts.items():
-        wanted, r = (x[c] if isinstance(x, dict) else x for x in (targets, rank))
-        layers |= {f"{c}.{n}": (m, r) for n, m in find_targets(model, wanted, c).items()}
-    _check_ranks(layers, init)
-    handle = Injected(parts, {}, name)
-    for model in parts.values(): freeze_base(model)
-    try: _build(handle, layers, alpha, dropout, init, dora, rslora, dtype)
-    except BaseException:
-        handle.remove()
-        raise
-    return handle
+    if alpha is not None: alpha = finite_number(alpha, "alpha")
+    with changing(parts.values()) as undo:
+        if name in adapters(parts):
+            raise TargetError(f"the model wears a LoRA named {name!r} already: remove it first, or choose another name")
+        layers, handle = {}, Injected(parts, {}, name)
+        for c, model in parts.items():
+            wanted, r = (x[c] if isinstance(x, dict) else x for x in (targets, rank))
+            layers |= {f"{c}.{n}": (m, r) for n, m in find_targets(model, wanted, c).items()}
+        _check_layers(layers, init)
+        for model in parts.values():
+            undo.append(_learning_state(model))
+            freeze_base(model)
+        _build(handle, layers, undo, alpha, dropout, init, dora, rslora, dtype)
+        return handle
 
 # %% ../nbs/06_injection.ipynb #41138bdd
 def _chosen(pipe_or_model, targets, component):
@@ -214,24 +215,44 @@ def _chosen(pipe_or_model, targets, component):
         if c not in parts: raise TargetError(f"there is no component {c!r} here: expected one of {list(parts)}")
     return {c: parts[c] for c in chosen}
 
-def _check_ranks(layers, init):
-    "Raise before anything is changed: rank too high, or PiSSA on a weight that is not the base's own"
+def _check_layers(layers, init):
+    "Raise before anything is changed: offloaded, rank too high, or PiSSA on a weight that is not the base's own"
     for n, (module, r) in layers.items():
+        if is_offloaded(root_module(module)):
+            raise LoraError(f"{n} is offloaded layer by layer, so nothing can be trained beside it: load the base without "
+                            "offload='sequential'. To save memory, train a smaller base, or in half precision with checkpointing")
         try: check_rank(r, *adapted_class(module)._sizes(root_module(module)))
         except ShapeError as e: raise ShapeError(f"{n}: {e}") from None
         if init == "pissa" and (isinstance(module, LoraLayer) or hasattr(module, "_kept_weight")):
             raise LoraError(f"{n} wears a LoRA already, and PiSSA splits the base's own weight: remove that first")
 
 # %% ../nbs/06_injection.ipynb #689401d9
-def _build(handle, layers, alpha, dropout, init, dora, rslora, dtype):
+def _build(handle, layers, undo, alpha, dropout, init, dora, rslora, dtype):
     "Build the branches and put them into the models"
     where = {f"{c}.{n}": p for c, model in handle.parts.items() for n, p in places(model).items()}
     with quick():
         for n, (module, r) in layers.items():
-            kind = dtype or torch.promote_types(root_module(module).weight.dtype, torch.float32)
+            if init == "pissa": undo.append(weight_state(root_module(module)))        # it splits the base's weight in two
+            kind = dtype or working_dtype(root_module(module).weight.dtype)
             layer = adapted_class(module).from_base(module, r, alpha, dropout, 1., dora, rslora, init, kind)
             layer.adapter = handle.adapter
-            where[n].parent._modules[where[n].attr] = handle.layers[n] = layer
+            _hang(where[n], layer, undo)
+            handle.layers[n] = layer
+
+def _hang(place, layer, undo):
+    "Put a branch around a module"
+    def back(): place.parent._modules[place.attr] = place.module
+    undo.append(back)
+    place.parent._modules[place.attr] = layer
+
+def _learning_state(model):
+    "A function that makes those parameters learn that learn now"
+    worn, learns = wears(model), {p: p.requires_grad for p in model.parameters()}
+    flags = worn.flags
+    def back():
+        worn.flags = flags
+        for p, flag in learns.items(): p.requires_grad_(flag)
+    return back
 
 # %% ../nbs/06_injection.ipynb #6d065f89
 def freeze_base(
@@ -285,9 +306,10 @@ def remove_lora(
 ) -> None:
     "Take LoRAs off: weights, modules and vocabulary are as they were, bit for bit"
     parts = resolve_components(pipe_or_model)
-    if name is not None and name not in (worn := adapters(parts)):
-        raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
-    for model in parts.values(): remove_from_model(model, name)
+    with changing(parts.values()) as undo:
+        if name is not None and name not in (worn := adapters(parts)):
+            raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
+        for model in parts.values(): _take_off(model, name, True, undo)
 
 # %% ../nbs/06_injection.ipynb #c6bc74b0
 def remove_from_model(
@@ -296,14 +318,21 @@ def remove_from_model(
     words: bool = True,   # its learned words too
 ) -> None:
     "Remove one LoRA, or all, from one model"
-    for place in places(model).values(): detach_branches(place, name)
-    worn = worn_state(model)
-    gone = [n for n in worn.merged if name in (None, n)]
-    remerge(model, {p for n in gone for p in worn.merged.pop(n)[0]})
-    if words and any(name in (None, n) for n in worn.tokens): _remove_tokens(model, name)
-    for n in [n for n in worn.about if name in (None, n)]: del worn.about[n]
-    worn.index = None
-    if worn.flags and not any(isinstance(m, LoraLayer) for m in model.modules()):
+    with changing([model]) as undo: _take_off(model, name, words, undo)
+
+# %% ../nbs/06_injection.ipynb #f50c850e
+def _take_off(model, name, words, undo):
+    "Take one LoRA, or all, off one model"
+    worn = wears(model)
+    unhang(model, name, undo)
+    if any(name in (None, n) for n in worn.merged):
+        remerge(model, {n: m for n, m in worn.merged.items() if name not in (None, n)}, undo, leaving=True)
+    if words: take_words(model, name, undo)
+    about = worn.about
+    undo.append(lambda: setattr(worn, "about", about))
+    worn.about = {n: a for n, a in about.items() if name not in (None, n)}
+    if worn.flags and not any(isinstance(p.module, LoraLayer) for p in places(model).values()):
+        undo.append(_learning_state(model))
         for p, flag in worn.flags.items(): p.requires_grad_(flag)
         worn.flags = None
 
@@ -333,78 +362,6 @@ def load(self,
         m.lora_down.weight.copy_(f.down)
         if m.magnitude is not None and f.magnitude is not None: m.magnitude.copy_(f.magnitude.flatten())
 
-# %% ../nbs/06_injection.ipynb #4cdc53ca
-def vector_tokens(
-    token: str,  # the word as a prompt spells it
-    n: int,      # how many vectors it has
-) -> list[str]:
-    "The vocabulary's names for the vectors of a word: `<cat>`, `<cat>_1` ..., as diffusers expands them"
-    return [token] + [f"{token}_{i}" for i in range(1, n)]
-
-# %% ../nbs/06_injection.ipynb #e89189e6
-def _keep_vocabulary(model, tokenizer):
-    "Remember vocabulary and token table as they are before the first word"
-    worn = wears(model)
-    if worn.kept is None:
-        worn.kept = (tokenizer, copy.deepcopy(tokenizer).__dict__, model.get_input_embeddings().weight.detach())
-
-# %% ../nbs/06_injection.ipynb #9b7b8b21
-def _set_table(model, rows):
-    "Replace the numbers of the token table, wherever it is used"
-    table = model.get_input_embeddings().weight
-    table.data = rows
-    for m in model.modules():
-        if isinstance(m, nn.Embedding) and m.weight is table: m.num_embeddings = len(rows)
-    if getattr(getattr(model, "config", None), "vocab_size", None): model.config.vocab_size = len(rows)
-
-def _set_token(model, tokenizer, token, vectors):
-    "Give a word its rows of the token table, and new ones where needed"
-    names = vector_tokens(token, len(vectors))
-    tokenizer.add_tokens(names)
-    ids = tokenizer.convert_tokens_to_ids(names)
-    table = model.get_input_embeddings().weight
-    new = table.detach().new_zeros(max(len(table), max(ids) + 1), table.shape[1])
-    new[:len(table)] = table.detach()
-    new[ids] = vectors.to(new)
-    _set_table(model, new)
-
-# %% ../nbs/06_injection.ipynb #584184df
-def _name_end_token(model, tokenizer):
-    "Tell an old CLIP where a prompt ends: it pools at the highest token number, which a new word would have"
-    for m in model.modules():
-        if getattr(m, "eos_token_id", None) == 2: m.eos_token_id, m._old_eos = tokenizer.eos_token_id, 2
-
-# %% ../nbs/06_injection.ipynb #1ffcd708
-def add_words(
-    model: nn.Module,                # a text encoder
-    tokenizer: Any,                  # its tokenizer
-    words: dict[str, torch.Tensor],  # token -> (n, d)
-    name: str,                       # of the LoRA that brings them
-) -> None:
-    "Extend a vocabulary and its token table"
-    _keep_vocabulary(model, tokenizer)
-    wears(model).tokens[name] = words
-    for token, e in words.items(): _set_token(model, tokenizer, token, e)
-    _name_end_token(model, tokenizer)
-
-# %% ../nbs/06_injection.ipynb #807171b3
-def _remove_tokens(model, name):
-    "Take back a LoRA's words; those of others stay"
-    worn = worn_state(model)
-    tokenizer, state, rows = worn.kept
-    for n in [n for n in worn.tokens if name in (None, n)]: del worn.tokens[n]
-    # A tokenizer cannot forget a token, so its whole state is put back, in place: pipelines and trainers hold this very
-    # object. With words of other LoRAs left it gets a copy, or adding them again would spoil the state that is kept.
-    tokenizer.__dict__.clear()
-    tokenizer.__dict__.update(copy.deepcopy(state) if worn.tokens else state)
-    _set_table(model, rows.to(model.get_input_embeddings().weight))
-    if not worn.tokens:
-        worn.kept = None
-        for m in model.modules():
-            if "_old_eos" in m.__dict__: m.eos_token_id = m.__dict__.pop("_old_eos")
-    for words in worn.tokens.values():
-        for token, e in words.items(): _set_token(model, tokenizer, token, e)
-
 # %% ../nbs/06_injection.ipynb #8da9e86a
 def apply_lora(
     pipe_or_model: "Wearer",   # pipeline, loaded base, or bare model
@@ -416,31 +373,67 @@ def apply_lora(
     "Make a model wear a LoRA. If it fails, nothing has changed"
     if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
     if not isinstance(lora, Lora): lora = Lora.load(lora, base=pipe_or_model)
-    parts, name = resolve_components(pipe_or_model), _new_name(pipe_or_model, name)
-    placed = place_lora(pipe_or_model, lora)
-    words = _plan_tokens(pipe_or_model, parts, lora)
-    plan = _plan_merge if mode == "merge" else _plan_inject
-    commits = [plan(parts[c], layers, _strength(scale, c), name) for c, layers in placed.items()]
-    for commit in commits: commit()
-    for c, (tokenizer, _) in words.items(): _keep_vocabulary(parts[c], tokenizer)   # before any word: it may be shared
-    for c, (tokenizer, new) in words.items(): add_words(parts[c], tokenizer, new, name)
-    for c in {*placed, *words}: wears(parts[c]).about[name] = dict(lora.metadata)
-    return name
+    parts, put = resolve_components(pipe_or_model), _merge if mode == "merge" else _hang_all
+    strengths = {c: _strength(scale, c) for c in parts}
+    with changing(parts.values()) as undo:
+        placed, words = place_lora(pipe_or_model, lora), plan_words(pipe_or_model, parts, lora)
+        name, there = _new_name(parts, name, placed, words)
+        if there == mode: _set_all(parts, strengths, name, undo)
+        if there == mode: return name
+        if there: [_take_off(model, name, True, undo) for model in parts.values()]
+        for c, (tokenizer, new) in words.items(): check_new_words(c, parts[c], tokenizer, new)
+        for c, layers in placed.items(): put(parts[c], layers, strengths[c], name, undo)
+        for c, (tokenizer, _) in words.items(): hold_vocabulary(parts[c], tokenizer, undo)    # before any word: it may be shared
+        for c, (tokenizer, new) in words.items(): put_words(parts[c], tokenizer, new, name, undo)
+        for c in {*placed, *words}: _note(parts[c], name, lora, undo)
+        return name
 
 # %% ../nbs/06_injection.ipynb #2e770ef5
 def _strength(scale, component):
     "The strength in one component: 1 where a dict does not name it"
-    return float(scale.get(component, 1.) if isinstance(scale, dict) else scale)
+    return finite_number(scale.get(component, 1.) if isinstance(scale, dict) else scale, f"the strength in {component}")
 
-def _new_name(pipe_or_model, name):
-    "The name asked for, or one that no worn LoRA has"
-    taken = adapters(pipe_or_model)
+def _note(model, name, lora, undo):
+    "Keep a LoRA's metadata with the model"
+    worn = wears(model)
+    about = worn.about
+    undo.append(lambda: setattr(worn, "about", about))
+    worn.about = {**about, name: dict(lora.metadata)}
+
+# %% ../nbs/06_injection.ipynb #65353789
+def _new_name(parts, name, placed, words):
+    "(the name asked for, or one that no worn LoRA has; how this very LoRA is worn under it: 'merge', 'inject' or None)"
+    taken = adapters(parts)
+    again = next((n for n in taken if name in (None, n) and _is_worn(parts, n, placed, words)), None)
+    if again and name is None:
+        warnings.warn(f"this LoRA is worn already, as {again!r}: it is worn once, at the strength given now. To wear it twice, give it "
+                      "another name", stacklevel=3)
+    if again: return again, taken[again]
     if name in taken:
-        raise TargetError(f"the model wears a LoRA named {name!r} already. Take it off with remove_lora(..., {name!r})"
+        raise TargetError(f"the model wears another LoRA named {name!r} already. Take it off with remove_lora(..., {name!r})"
                           ", or give this one another name")
-    return name or free_name("lora", taken, "_", 2)
+    return name or free_name("lora", taken, "_", 2), None
 
-# %% ../nbs/06_injection.ipynb #7b871ce6
+def _is_worn(parts, name, placed, words):
+    "Is this very LoRA worn under a name?"
+    for c, model in parts.items():
+        merged, hung = worn_state(model).merged.get(name, ({},))[0], branch_index(model).get(name, {})
+        tokens, new = worn_state(model).tokens.get(name, {}), words.get(c, (None, {}))[1]
+        layers = {p: f for p, (_, f) in placed.get(c, {}).items()}
+        if {*merged, *hung} != layers.keys() or tokens.keys() != new.keys(): return False
+        if not all(torch.equal(tokens[t], e.to(tokens[t])) for t, e in new.items()): return False
+        if not all(merged[p] is f or merged[p] == f for p, f in layers.items() if p in merged): return False
+        if not all(_holds(m, layers[p]) for p, m in hung.items()): return False
+    return True
+
+def _holds(layer, factors):
+    "Are these the factors of a branch?"
+    f = factors.plain()
+    same = lambda a, b: (a is None) == (b is None) and (a is None or torch.equal(a.detach().flatten(), b.to(a).flatten()))
+    return (layer.start is None and type(layer.selector) is nn.Identity and layer.scaling == f.scaling and f.rank == layer.r
+            and same(stored_weight(layer.lora_up), f.up) and same(stored_weight(layer.lora_down), f.down) and same(layer.magnitude, f.magnitude))
+
+# %% ../nbs/06_injection.ipynb #0b6062a1
 def place_lora(
     pipe_or_model: "Wearer",  # what is to wear it; a bare model wears its own part only
     lora: Lora,
@@ -458,8 +451,9 @@ def place_lora(
         if component not in found: found[component] = ({}, places(parts[component]))
         placed, there = found[component]
         place = there.get(canonical(path))
+        if place is None and f.optional: continue
         if place is None: lost.append(full)
-        elif tuple(root_module(place.module).weight.shape) != f.shape: misshaped.append((full, f, place))
+        elif not f.fits(root_module(place.module).weight.shape): misshaped.append((full, f, place))
         else: placed[canonical(path)] = (place, f)
     _report_lost(parts, lora, lost, misshaped, found)
     return {c: placed for c, (placed, _) in found.items()}
@@ -480,88 +474,46 @@ def _report_lost(parts, lora, lost, misshaped, found):
     if not lora.layers and not lora.embeddings:
         raise TargetError(f"the LoRA holds nothing for {', '.join(parts)}: see its table for what it adapts")
 
+# %% ../nbs/06_injection.ipynb #6b16f63e
+def _check_gain(gain, dtype, path):
+    "Raise if a branch's strength exceeds what its precision can hold"
+    if abs(gain) > torch.finfo(dtype).max:
+        raise LoraError(f"{path} would be {gain:g} times as strong as its factors, and {dtype} holds numbers up to "
+                        f"{torch.finfo(dtype).max:g}: choose a lower strength, or check the LoRA's alpha")
+
 # %% ../nbs/06_injection.ipynb #a22b8a66
-def _tokenizers(pipe_or_model):
-    "The tokenizers of a pipeline: text encoder's name -> tokenizer"
-    pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
-    pairs = {c: c.replace("text_encoder", "tokenizer") for c in ("text_encoder", "text_encoder_2", "text_encoder_3")}
-    return {c: t for c, n in pairs.items() if (t := getattr(pipe, n, None)) is not None}
-
-# %% ../nbs/06_injection.ipynb #7174ce5c
-def _plan_tokens(pipe_or_model, parts, lora):
-    "component -> (tokenizer, {token: (n, d)}); raises if a word cannot be added"
-    plans, tokenizers = {}, _tokenizers(pipe_or_model)
-    for token, vectors in lora.embeddings.items():
-        for c, e in vectors.items():
-            if isinstance(pipe_or_model, (nn.Module, dict)): continue     # bare models have no vocabulary
-            if _lacks_t5(pipe_or_model, c) and any(o in parts for o in vectors): continue
-            if c not in parts or c not in tokenizers:
-                raise TargetError(f"the word {token!r} was learned for {c}, which is missing here: expected a "
-                                  f"pipeline with {c} and its tokenizer, found {', '.join([*parts, *tokenizers])}")
-            plans.setdefault(c, (tokenizers[c], {}))[1][token] = word_rows(e)
-    for c, (tokenizer, words) in plans.items(): _check_words(c, parts[c], tokenizer, words)
-    return plans
-
-# %% ../nbs/06_injection.ipynb #4f86dc32
-def _lacks_t5(pipe, c):
-    "Is this the T5 of a pipeline that runs without it? Then zeros replace its output, and a word's vectors too"
-    pipe = getattr(pipe, "pipe", pipe)
-    return c == "text_encoder_3" and hasattr(pipe, c) and getattr(pipe, c) is None
-
-# %% ../nbs/06_injection.ipynb #d5d3474f
-def _check_words(component, model, tokenizer, words):
-    "Raise unless every word is new and has vectors of the encoder's width"
-    width, vocabulary = model.get_input_embeddings().weight.shape[1], tokenizer.get_vocab()
-    for token, e in words.items():
-        if e.shape[1] != width:
-            raise ShapeError(f"the word {token!r} has vectors of {e.shape[1]} numbers, {component} uses {width}: the "
-                             "LoRA was trained on another base")
-        taken = [t for t in vector_tokens(token, len(e)) if t in vocabulary or f"{t}</w>" in vocabulary]
-        if taken:
-            raise DataError(f"{taken[0]!r} is in the vocabulary of {component} already: expected a new word. Rename "
-                            f"the LoRA's with lora.rename_token({token!r}, '<new-name>'), or remove the LoRA that "
-                            "brought it")
-
-# %% ../nbs/06_injection.ipynb #91bd0650
-def word_rows(
-    e: torch.Tensor,  # (d,) or (n, d)
-) -> torch.Tensor:    # (n, d)
-    "A word's vectors as rows"
-    return e.detach().reshape(-1, e.shape[-1])
-
-# %% ../nbs/06_injection.ipynb #466c0c53
-def _plan_inject(model, layers, scale, name):
-    "Build the branches; the returned function puts them in place"
-    made = []
+def _hang_all(model, layers, scale, name, undo):
+    "Put a branch around each layer"
+    check_stores(model, "wearing a LoRA")
+    limit_pairs({p: f for p, (_, f) in layers.items()})
     with quick():
-        for place, f in layers.values():
-            w, f = root_module(place.module).weight, f.plain()
-            up, down = (t.detach().to(w.device, w.dtype) for t in (f.up, f.down))
-            magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(w.device, w.dtype)
+        for path, (place, f) in layers.items():
+            if isinstance(place.module, Slot): adapted_class(place.module)          # raises: it has no branch
+            root, f = root_module(place.module), f.plain()
+            if f.magnitude is not None and is_offloaded(root):
+                raise LoraError(f"{path} is offloaded, and a DoRA's branch needs its weight at each call: wear it with mode='merge'")
+            kind = branch_dtype(root.weight.dtype, f.dtype)
+            own = dict(device=device_of(root), dtype=kind)
+            up, down = (t.detach().to(**own) for t in (f.up, f.down))
+            _check_gain(scale * f.scaling, kind, path)
+            if kind == torch.float16 and not (finite(up) and finite(down)):
+                raise LoraError(f"the factors of {path} exceed what {kind} can hold: load the base in bf16 or fp32")
+            magnitude = None if f.magnitude is None else f.magnitude.detach().flatten().to(**own)
             layer = adapted_class(place.module).from_factors(place.module, up, down, f.alpha, scale, magnitude)
             for p in branch_parameters(layer): p.requires_grad_(False)
             layer.__dict__["adapter"] = name              # past nn.Module's setter: a model has hundreds of layers
-            made.append((place, layer))
-    def commit():
-        for place, layer in made: place.parent._modules[place.attr] = layer
-    return commit
+            _hang(place, layer, undo)
 
 # %% ../nbs/06_injection.ipynb #a448f8eb
-def _plan_merge(model, layers, scale, name):
-    "Compute the new weights; the returned function puts them in place"
-    worn, new = worn_state(model), {}
+def _merge(model, layers, scale, name, undo):
+    "Add a LoRA to the weights"
+    seen = {}
     for path, (place, f) in layers.items():
         if any(m.start is not None for m in stack_of(place.module)):
             raise LoraError(f"{path} was split by PiSSA: remove that LoRA first, or wear this one with mode='inject'")
-        root = root_module(place.module)
-        others = [(fs[path], s) for fs, s in worn.merged.values() if path in fs]
-        new[root] = summed_weight(original_weight(root), [*others, (f, scale)])
-    def commit():
-        wears(model).merged[name] = ({p: f for p, (_, f) in layers.items()}, scale)
-        for root, w in new.items():
-            if not hasattr(root, "_kept_weight"): root._kept_weight = root.weight.detach()
-            root.weight.data = w
-    return commit
+        if (twin := seen.setdefault(root_module(place.module), path)) != path:
+            raise LoraError(f"{twin} and {path} are one and the same module, so a weight cannot be merged for each: use mode='inject'")
+    remerge(model, {**worn_state(model).merged, name: ({p: f for p, (_, f) in layers.items()}, scale)}, undo)
 
 # %% ../nbs/06_injection.ipynb #d6bda4d3
 def set_scale(
@@ -571,29 +523,35 @@ def set_scale(
 ) -> None:
     "Change the strength of a worn LoRA, live. What a dict does not name keeps its strength"
     parts = resolve_components(pipe_or_model)
-    if name is not None and name not in (worn := worn_names(parts)):
-        raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
-    blocks = [k for k in scale if k not in COMPONENTS and k not in parts] if isinstance(scale, dict) else []
-    if blocks: return _set_block_scales(parts, scale, name)
-    for c, model in parts.items():
-        if isinstance(scale, dict) and c not in scale: continue
-        strength = _strength(scale, c)
-        layers = [m for n, own in branch_index(model).items() if name in (None, n) for m in own.values()]
-        set_scales(layers, [strength] * len(layers))
-        _scale_merged(model, strength, name)
+    for k, s in scale.items() if isinstance(scale, dict) else [("all", scale)]: finite_number(s, f"the strength of {k}")
+    with changing(parts.values()) as undo:
+        if name is not None and name not in (worn := worn_names(parts)):
+            raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
+        blocks = [k for k in scale if k not in COMPONENTS and k not in parts] if isinstance(scale, dict) else []
+        if blocks: _set_block_scales(parts, scale, name, undo)
+        else: _set_all(parts, scale if isinstance(scale, dict) else dict.fromkeys(parts, scale), name, undo)
 
 # %% ../nbs/06_injection.ipynb #12414f28
-def _scale_merged(model, strength, name):
-    "Recompute what is merged, at another strength"
-    worn, paths = worn_state(model), set()
-    for n, (fs, s) in list(worn.merged.items()):
-        if name not in (None, n): continue
-        worn.merged[n] = (fs, strength)
-        paths |= set(fs)
-    remerge(model, paths)
+def _set_all(parts, strengths, name, undo):
+    "Change strengths by component, of branches and of what is merged"
+    for c, model in parts.items():
+        if c not in strengths: continue
+        s = float(strengths[c])
+        layers = [m for n, own in branch_index(model).items() if name in (None, n) for m in own.values()]
+        _set_branches(layers, [s] * len(layers), undo)
+        merged = worn_state(model).merged
+        if any(name in (None, n) for n in merged):
+            remerge(model, {n: (fs, s if name in (None, n) else was) for n, (fs, was) in merged.items()}, undo)
+
+def _set_branches(layers, strengths, undo):
+    "Change the strengths of branches"
+    strengths, was = [finite_number(s, "a strength") for s in strengths], [m.scale for m in layers]
+    for m, s in zip(layers, strengths): _check_gain(s * m.scaling, m.lora_up.weight.dtype, "a branch")
+    undo.append(lambda: set_scales(layers, was))
+    set_scales(layers, strengths)
 
 # %% ../nbs/06_injection.ipynb #58a9737d
-def _set_block_scales(parts, scale, name):
+def _set_block_scales(parts, scale, name, undo):
     "Strengths by block: the longest key on a layer's path counts"
     if any(name in (None, n) for m in parts.values() for n in worn_state(m).merged):
         raise LoraError("strengths by block are set live on branches, and this LoRA is merged: wear it with "
@@ -608,7 +566,7 @@ def _set_block_scales(parts, scale, name):
                 layers.append(m); strengths.append(scale[key]); used.add(key)
     if unused := [k for k in scale if k not in used]:
         raise TargetError(f"{some(unused)} match no layer that the LoRA adapts here: nothing was changed")
-    set_scales(layers, strengths)
+    _set_branches(layers, strengths, undo)
 
 # %% ../nbs/06_injection.ipynb #1054bab4
 def extract_lora(

@@ -78,7 +78,6 @@ def variants_in(
     return found
 
 
-
 # %% ../nbs/12_loading.ipynb #5136f83a
 def _variant_of(source, variant):
     "The variant to load from a folder; `variant` is what the caller asked for, or None."
@@ -88,7 +87,6 @@ def _variant_of(source, variant):
         if variant not in names: raise LoraError(f"variant={variant!r}: {source} has {', '.join(names) or 'no variants'}.")
         return variant
     return next((v for v in names for have in found.values() if "" not in have and v in have), None)
-
 
 
 # %% ../nbs/12_loading.ipynb #856c0299
@@ -109,7 +107,6 @@ def _from_pretrained(source, dtype, t5=True, variant=None, revision=None):
                 except ValueError as e:
                     if v is None or variant or "variant" not in str(e): raise
     except Exception as e: raise _no_pipeline(str(source), e) from e
-
 
 
 # %% ../nbs/12_loading.ipynb #06de2e4c
@@ -134,7 +131,6 @@ def _no_pipeline(source, e):
         hint = (f"The hub cannot be reached and {source} is not in the cache. On a machine with a network: "
                 f"hf download {source} --local-dir FOLDER; then load_base(FOLDER).")
     return LoraError(f"No pipeline could be loaded from {source!r} ({type(e).__name__}: {str(e)[:300]}). {hint}")
-
 
 
 # %% ../nbs/12_loading.ipynb #76d9bd0d
@@ -176,7 +172,7 @@ def load_base(
     if not isinstance(source, (str, Path)):
         if t5 is not True or offload or variant or revision:
             raise LoraError("t5=, offload=, variant= and revision= say how to load; this is loaded already.")
-        return as_base(source)
+        return source if hasattr(source, "family") else as_base(source)     # a base, or what plays one, is given back as it is
     device = default_device(device); dtype = dtype or default_dtype(device); path = Path(source)
     _check_wishes(t5, offload, device)
     pipe, name = _find_pipe(str(source), path, dtype, config, t5, variant, revision)

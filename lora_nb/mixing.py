@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import LoraError, ShapeError, generator, patch_to, some
+from .core import LoraError, ShapeError, free_name, generator, patch_to, some
 from .layers import LoraLayer
 from .lora import Factors, Lora, add_factors, gather, join_words
-from .worn import Wearer, places, resolve_components
+from .worn import Wearer, adapters, places, resolve_components
 from .injection import apply_lora, remove_lora
 from .extraction import low_rank
 from .composition import method
@@ -181,7 +181,8 @@ def _branch(self, name, x, module, up, down, owner):
 def __enter__(self) -> Mixture:
     "Add the hooks, and the LoRAs' words to the vocabulary"
     words = join_words(self.loras)
-    self._words = apply_lora(self.model, Lora({}, words)) if words and not isinstance(self.model, nn.Module) else None
+    own = free_name("mixture", adapters(self.model), "_", 2)
+    self._words = apply_lora(self.model, Lora({}, words), name=own) if words and not isinstance(self.model, nn.Module) else None
     for n, (module, up, down, owner) in self.layers.items():
         def hook(m, args, y, n=n, rest=(up, down, owner)): return y + self._branch(n, args[0], m, *rest)
         self._handles.append(module.register_forward_hook(hook))

@@ -9,7 +9,7 @@ __all__ = ['WORD_FLAG', 'positional_slots', 'legacy_order', 'skeleton', 'walks',
            'is_positional', 'read_lora_diffusion', 'filled_walk', 'positional_faults', 'write_lora_diffusion',
            'pt_paths', 'read_pt', 'store_pt', 'pt_faults', 'write_pt']
 
-# %% ../nbs/17_positional.ipynb #9e240bd9
+# %% ../nbs/17_positional.ipynb #ab4b117e
 import json, re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,9 +23,9 @@ from torch import nn
 
 from .containers import BOOKKEEPING, NOTE, note, others, unpickle
 from .core import FormatError, ShapeError, atomic_paths, finish_writing, some
-from .lora import Factors, Lora
+from .lora import PAIR_LIMIT, Factors, Lora
 from .names import canonical
-from .peft_files import base_layers, fold_alpha, group_parts, refuse, to_factors
+from .peft_files import base_layers, fold_alpha, group_parts, not_pairs, refuse, to_factors
 from .worn import resolve_components
 
 if TYPE_CHECKING:
@@ -185,7 +185,10 @@ def positional_faults(
 ) -> dict[str, list[str]]:  # description -> names of layers or words
     "What files without names cannot hold, apart from gaps"
     known = _NAMELESS if base is None else resolve_components(base)
-    return {"DoRA magnitudes": [n for n, f in lora.layers.items() if f.magnitude is not None],
+    pairs = {n: f.pair_bytes for n, f in lora.layers.items()}
+    return {"changes that are no pair of thin matrices": not_pairs(lora),
+            "LoHa and LoKr that would take gigabytes as pairs": [n for n, b in pairs.items() if b] if sum(pairs.values()) > PAIR_LIMIT else [],
+            "DoRA magnitudes": [n for n, f in lora.layers.items() if f.magnitude is not None],
             "a middle factor": [n for n, f in lora.layers.items() if f.mid is not None],
             "layers of components that it has no list for": [n for n in lora.layers if n.split(".")[0] not in known],
             "more than one vector for a token": [t for t, e in lora.embeddings.items() if [*e] != ["text_encoder"]
@@ -205,7 +208,7 @@ def write_lora_diffusion(
         kind, slots = filled_walk(c, names, base)
         metadata[c] = json.dumps(list(kind))
         for i, p in enumerate(slots):
-            f = lora.layers[f"{c}.{p}"]
+            f = lora.layers[f"{c}.{p}"].plain()
             up, alpha = fold_alpha(f)
             tensors |= {f"{c}:{i}:up": up, f"{c}:{i}:down": f.down}
             metadata[f"{c}:{i}:rank"] = str(f.rank)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # %% ../nbs/41_pti.ipynb #a9c0b9ce
+from .loading import load_base
 from .core import LoraError, patch_to
 from .bases import Base
 from .lora import Lora
@@ -56,7 +57,7 @@ def pivotal_recipe_for(
     **changes: Any,               # settings to replace
 ) -> PivotalRecipe:
     "A sensible recipe of pivotal tuning for this base and intent"
-    everything = tuple(f.name for f in fields(Recipe))
+    base, everything = base if isinstance(base, str) else load_base(base), tuple(f.name for f in fields(Recipe))
     return extended_recipe(PivotalRecipe, recipe_for(base, intent), everything, PIVOTAL_CARDS, base, changes)
 
 # %% ../nbs/41_pti.ipynb #8e36063b
@@ -80,6 +81,7 @@ class PivotalTuning(TrainingRun):
         start: Lora | None = None,             # a `Lora` whose words the run begins with
         **options: Any,                        # options, and settings of the recipe
     ):
+        base = load_base(base)                                 # a pipeline or a name will do
         super().__init__(base, recipe or pivotal_recipe_for(base), output_dir, options, PivotalOptions)
         o = self.options
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 # %% ../nbs/35_recipe.ipynb #358dd6db
+from .loading import load_base
 from .core import LoraError, TargetError, closest, patch_to
 from .bases import Base
 from .dataset import HOLES
@@ -216,7 +217,7 @@ def recipe_card(
 ) -> Card:
     "What is set for this family and intent, and why; everything else is as in `Recipe()`"
     if intent not in INTENTS: raise LoraError(f"intent = {intent!r}: expected {', '.join(INTENTS)}.")
-    name = family if isinstance(family, str) else card_name(family)
+    name = family if isinstance(family, str) else card_name(load_base(family))      # a pipeline will do
     if name not in CARDS: raise LoraError(f"family = {name!r}: expected {', '.join(CARDS)}.")
     return Card(f"{name}, {intent}", {**CARDS[name], **INTENTS[intent]})
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from .core import DataError, patch_to, table
-from .lora import Lora
+from .lora import Factors, Lora
 from .names import block_of, canonical_name, kind_of
+from .products import Change
 from .worn import Wearer, places, resolve_components, root_module, stack_of, worn_state
 
 # %% ../nbs/07_report.ipynb #585059c0
@@ -41,9 +42,13 @@ class Report:
 # %% ../nbs/07_report.ipynb #064e47ee
 def _sort_names(lora, parts):
     "`(matched, missing, unexpected, misshaped)`: matched with their modules, the others as names"
-    there = {f"{c}.{n}": p.module for c, m in parts.items() for n, p in places(m).items()}
+    found = {c: places(m) for c, m in parts.items()}
+    there = {f"{c}.{n}": p.module for c, ps in found.items() for n, p in ps.items()}
     ours = {canonical_name(n): f for n, f in lora.layers.items()}
-    fits = lambda n, f: tuple(root_module(there[n]).weight.shape) == f.shape
+    for n in ours:                                          # norms and biases are looked up, not listed
+        c, _, path = n.partition(".")
+        if n not in there and c in found and (place := found[c].get(path)): there[n] = place.module
+    fits = lambda n, f: f.fits(root_module(there[n]).weight.shape)
     matched = {n: there[n] for n, f in ours.items() if n in there and fits(n, f)}
     unexpected = [n for n in ours if n not in there]
     misshaped = [n for n, f in ours.items() if n in there and not fits(n, f)]
@@ -73,7 +78,9 @@ def _block_norms(lora, matched):
     for n, module in matched.items():
         d, w = squares.get(block_of(n), (0., 0.))
         weight = root_module(module).weight.detach().float()
-        squares[block_of(n)] = d + layers[n].norm()**2, w + weight.norm().item()**2
+        f = layers[n]
+        size = f.norm() if f.norm_known else f.delta(root_module(module).weight).norm().item()
+        squares[block_of(n)] = d + size**2, w + weight.norm().item()**2
     return {b: (d**.5, w**.5) for b, (d, w) in squares.items()}
 
 # %% ../nbs/07_report.ipynb #2008cf2c
@@ -91,19 +98,22 @@ def _alike(a, b):
     "Are two `down` factors the same, up to the rounding of half precision?"
     return a.shape == b.shape and torch.allclose(a.float(), b.to(a.device).float(), rtol=1e-2, atol=1e-5)
 
+def _has_pair(f): return isinstance(f, Factors) or f.additive and len(f.shape) > 1
+
 def _strengths(lora, parts):
     "Strengths at which a model wears this LoRA, and others: two dicts, component -> list (None: switched off)"
-    ours, others, mine = {}, {}, {canonical_name(n): f.plain() for n, f in lora.layers.items()}
+    ours, others, mine = {}, {}, {canonical_name(n): f for n, f in lora.layers.items()}
     def note(c, path, down, strength):
         f = mine.get(f"{c}.{path}")
-        side = ours if f is not None and _alike(down, f.down) else others
+        side = ours if f is not None and (f == down if isinstance(f, Change) and isinstance(down, Change) else
+                                          isinstance(down, torch.Tensor) and _has_pair(f) and _alike(down, f.plain().down)) else others
         side.setdefault(c, []).append(strength)
     for c, model in parts.items():
         for path, place in places(model).items():
             for m in stack_of(place.module):
                 note(c, path, m.lora_down.weight.detach(), m.scale if m.enabled else None)
         for fs, s in worn_state(model).merged.values():
-            for path, f in fs.items(): note(c, path, f.plain().down, s)
+            for path, f in fs.items(): note(c, path, f if isinstance(f, Change) else f.plain().down, s)
     return ours, others
 
 # %% ../nbs/07_report.ipynb #c262ef65

@@ -6,7 +6,7 @@ Docs: https://lora-nb.github.io/lora_nb/schedule.html.md"""
 
 # %% auto #0
 __all__ = ['Moment', 'LoraSchedule', 'interpolate', 'ramp', 'rank_at', 'trained_schedule', 'parse_schedule', 'as_schedule',
-           'parse_lora', 'lora_switch', 'LoraComposite']
+           'parse_lora', 'lora_switch', 'LoraComposite', 'as_plan']
 
 # %% ../nbs/33_schedule.ipynb #9207691e
 import json, math, re
@@ -290,3 +290,16 @@ class LoraComposite(dict):
         self.shares = shares
         if shares is not None and (len(shares) != len(self) or not all(finite_number(s, "a share") > 0 for s in shares)):
             raise LoraError(f"shares={shares}: expected a number above 0 for each of {len(self)} LoRAs")
+
+# %% ../nbs/33_schedule.ipynb #4fc17444
+def as_plan(
+    loras: Any,  # {LoRA, file or name: schedule}, one of them, or a list
+) -> dict[Any, Any]:
+    "LoRAs and their schedules; a list, or a LoRA alone, has strength 1"
+    if isinstance(loras, dict): return loras
+    items = [loras] if isinstance(loras, (Lora, str, Path)) else list(loras)
+    if not all(isinstance(l, (Lora, str, Path)) for l in items):
+        raise LoraError(f"{type(loras).__name__} of {', '.join(sorted({type(l).__name__ for l in items}))}: expected {{lora: schedule}}, "
+                        "or a list of LoRAs, files or names")
+    if len(plan := dict.fromkeys(items, 1.)) < len(items): raise LoraError("a LoRA is listed twice: give it twice the strength instead")
+    return plan

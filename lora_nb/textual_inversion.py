@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 # %% ../nbs/40_textual_inversion.ipynb #933a7caa
+from .loading import load_base
 from .core import DataError, LoraError, TargetError, generator, patch_to
 from .bases import Base
 from .lora import Lora
-from .injection import apply_lora, remove_lora, vector_tokens
+from .vocabulary import vector_tokens
+from .injection import apply_lora, remove_lora
 from .dataset import ConceptDataset, encode
 from .recipe import Intent, Recipe, learning_encoders, recipe_for, setting
 from .run import RunOptions, TrainingRun, delegates
@@ -237,6 +239,7 @@ def inversion_recipe_for(
     **changes: Any,               # settings to replace
 ) -> InversionRecipe:
     "A sensible recipe of textual inversion for this base and intent"
+    base = load_base(base)
     template = {} if base.small else dict(template=intent.replace("subject", "object"))
     return extended_recipe(InversionRecipe, recipe_for(base, intent), KEPT, INVERSION_CARDS, base, {**template, **changes})
 
@@ -298,6 +301,7 @@ class TextualInversion(TrainingRun):
         output_dir: str | Path | None = None,  # folder of checkpoints and previews
         **options: Any,                        # options, and settings of the recipe
     ):
+        base = load_base(base)                                 # a pipeline or a name will do
         super().__init__(base, recipe or inversion_recipe_for(base), output_dir, options, WordOptions)
         o, r = self.options, self.recipe
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
@@ -363,7 +367,7 @@ def neighbours(
     component: str = "text_encoder",
 ) -> list[list[tuple[str, float]]]:  # for each vector its (word, cosine)
     "The known words nearest to some vectors"
-    encoder, tokenizer = _encoders(base, [component])[component]
+    encoder, tokenizer = _encoders(load_base(base), [component])[component]
     table = nn.functional.normalize(encoder.get_input_embeddings().weight.detach().float().cpu(), dim=1)
     cos = nn.functional.normalize(vectors.float().cpu(), dim=-1) @ table.T
     best = cos.topk(k, dim=1)

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 # %% ../nbs/43_turbo.ipynb #e802efba
-from .core import DataError, LoraError, generators, patch_to
+from .loading import load_base
+from .core import DataError, LoraError, free_name, generators, patch_to
 from .bases import Base, Cond
 from .composition import compose
 from .dataset import Examples
 from .injection import apply_lora, inject_lora, remove_lora
+from .worn import adapters
 from .lora import Lora
 from .training import Batch, Stream, Trainer
 from .recipe import Recipe, recipe_for
@@ -214,6 +216,7 @@ def turbo_plan(
     **changes,   # fields of `TurboPlan`
 ) -> TurboPlan:
     "The plan for a family."
+    base = load_base(base)
     flow, few = base.flow, changes.get("few", 4)
     if few < 1: raise LoraError(f"few = {few}: expected at least one step to draw with.")
     own = dict(technique="consistency")
@@ -231,6 +234,7 @@ def turbo_recipe(
     **changes,  # settings of `Recipe`
 ) -> Recipe:
     "How the student learns: the family's card, and for small bases what was measured here."
+    base = load_base(base)
     own = dict(batch_size=12, steps=160, rank=12, learning_rate=1e-3, lr_schedule="cosine", warmup=10,
                targets="all-linear")
     if not base.flow: own |= dict(batch_size=8, rank=8, learning_rate=5e-4, targets="extended")
@@ -251,7 +255,8 @@ class TurboRun:
         **overrides,                            # fields of the plan, settings of the recipe
     ):
         mine = {k: overrides.pop(k) for k in list(overrides) if k in TurboPlan.__dataclass_fields__}
-        self.base, self.plan = base, turbo_plan(base, **{**(vars(plan) if plan else {}), **mine})
+        self.base = base = load_base(base)
+        self.plan = turbo_plan(base, **{**(vars(plan) if plan else {}), **mine})
         self.recipe = (recipe or turbo_recipe(base)).replace(**overrides)
         self.paths, self.log = paths or _draw_paths(base, prompts, self.plan, self.recipe.seed), None
         with torch.random.fork_rng(devices=[]):
@@ -339,8 +344,9 @@ def turbocharged(
     scale: float = 1.,            # its strength
 ) -> Iterator[dict[str, Any]]:    # settings for `base.generate`
     "A context in which the base wears the LoRA and has its sampler; afterwards both are as before."
+    base = load_base(base)
     how, scheduler, was = turbo_settings(lora, steps), turbo_scheduler(base.pipe, lora), base.pipe.scheduler
-    name = apply_lora(base.pipe, lora, scale=scale)
+    name = apply_lora(base.pipe, lora, scale=scale, name=free_name("turbo", adapters(base.pipe), "_", 2))
     base.pipe.scheduler = scheduler
     try: yield how
     finally:

@@ -124,6 +124,19 @@ def test_switches_are_written_as_people_write_them(words, expected):
         assert c.parser().parse_args([str(w) for w in (*need, *words)]).train_text_encoder is expected
 
 
+def test_flags_of_other_trainers_are_ours():
+    "diffusers' and kohya's names"
+    a = lora_dreambooth.parser().parse_args([str(w) for w in (
+        *SUBJECT[:4], "--rank", 3, "--network_alpha", 2, "--checkpointing_steps", 7, "--validation_prompt", "x", "--unet_lr", "2e-3",
+        "--text_encoder_lr", "1e-3", "--noise_offset", ".05", "--min_snr_gamma", 5, "--random_flip", "--enable_bucket", "--use_dora",
+        "--layer_rates", "down_blocks=.5,mid_block=0", "--use_8bit_adam")])
+    from lora_nb.cli.train import settings_of
+    s = settings_of(a, lora_dreambooth)
+    assert (s["rank"], s["alpha"], s["checkpoint_every"], s["learning_rate"], s["text_learning_rate"]) == (3, 2, 7, 2e-3, 1e-3)
+    assert (s["offset_noise"], s["snr_gamma"], s["flip"], s["dora"], s["optimizer"]) == (.05, 5, True, True, "adamw8bit")
+    assert s["layer_rates"] == {"down_blocks": .5, "mid_block": 0} and a.buckets and a.preview_prompt == "x"
+
+
 def test_a_setting_that_no_flag_names_is_the_recipes():
     from types import SimpleNamespace
     from lora_nb.cli.train import dreambooth_recipe, pti_recipe
@@ -177,6 +190,20 @@ WRONG = {
     "turn": (lora_pti, (*WORDS, "--output_dir", "x", "--words_turn", 2), "--mode joint"),
     "alpha twice": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_alpha", 4, "--lora_scale", .5), "give one of them"),
     "layers twice": (lora_pti, (*WORDS, "--output_dir", "x", "--use_extended_lora", "--targets", "attention"), "give one of them"),
+    "no gamma": (lora_dreambooth, (*SUBJECT, "--snr_gamma", 0), "above zero"),
+    "no alpha": (lora_dreambooth, (*SUBJECT, "--lora_alpha", 0), "alpha = 0.0: expected None or above zero"),
+    "decay below zero": (lora_dreambooth, (*SUBJECT, "--adam_weight_decay", -1), "at least 0"),
+    "all dropped": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_dropout_p", 1.5), "dropout = 1.5"),
+    "no scale": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_scale", 0), "above zero"),
+    "many vectors": (lora_ti, (*WORDS, "--output_dir", "x", "--vectors", 100), "77 tokens"),
+    "size of a random word": (lora_ti, (*WORDS, "--output_dir", "x", "--initializer_tokens", "<rand-x>"), "'<rand-0.02>'"),
+    "no GPU": (lora_dreambooth, (*SUBJECT, "--device", "cuda:9"), "this machine has"),
+    "constant with no warmup": (lora_dreambooth, (*SUBJECT, "--lr_scheduler", "constant_with_warmup"), "--lr_warmup_steps"),
+    "the LoRA's warmup": (lora_pti, (*WORDS, "--output_dir", "x", "--lr_scheduler_lora", "constant_with_warmup"), "--lr_warmup_steps_lora"),
+    "two optimisers": (lora_ti, (*WORDS, "--output_dir", "x", "--use_8bit_adam", "--optimizer", "adafactor"), "give one of them"),
+    "prodigy's rate": (lora_dreambooth, (*SUBJECT, "--optimizer", "prodigy", "--learning_rate", "1e-4"), "expected about 1"),
+    "resume as in diffusers": (lora_dreambooth, (*SUBJECT, "--resume_from_checkpoint", "latest"), "Write --resume"),
+    "rates of layers": (lora_dreambooth, (*SUBJECT, "--layer_rates", "mid_block"), "down_blocks=0.5"),
     "old words": (lora_pti, (*WORDS, "--output_dir", "x", "--load_pretrained_inversion_embeddings_path", "absent.pt"), "absent.pt"),
     "plain strength": (lora_generate, ("--prompt", "x", "--lora", f"{NEON}:ramp:0:1", "--together", "switch"), "plain strength"),
     "half a ramp": (lora_generate, ("--prompt", "x", "--lora", f"{NEON}:ramp:0"), "ramp"),
@@ -435,8 +462,12 @@ def test_choices_are_those_of_the_chapters():
     assert set(kind(lora_pti, "weighting")) == set(WEIGHTINGS) - {None} and set(kind(lora_pti, "use_template")) == set(SENTENCES)
 
 
-def test_a_gpu_that_is_not_here_is_replaced(capsys):
-    from lora_nb.cli.flags import available_device
-    if torch.cuda.is_available(): pytest.skip("there is one")
-    assert available_device("cuda:0") is None and "cuda:0 is not there" in capsys.readouterr().err
+def test_a_device_that_is_not_here_is_refused(monkeypatch):
+    from lora_nb.cli.flags import UsageError, available_device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="this machine has cpu"): available_device("cuda:0")
+    with pytest.raises(UsageError, match="this machine has cpu"): available_device("gpu")
     assert available_device("cpu") == "cpu" and available_device(None) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True); monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert available_device("cuda:1") == "cuda:1" and available_device("cuda") == "cuda"
+    with pytest.raises(UsageError, match="cuda:0 to cuda:1"): available_device("cuda:2")

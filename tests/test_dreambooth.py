@@ -7,7 +7,7 @@ from PIL import Image
 
 from lora_nb.core import DataError, LoraError
 from lora_nb.dreambooth import (Concept, DreamBooth, check_prior, class_pictures, concept_streams, load_concepts,
-                                train_dreambooth, trigger_of)
+                                swapped, train_dreambooth, trigger_of)
 from lora_nb.similarity import to_tensor
 from lora_nb.evaluation import wearing
 from lora_nb.families import as_base
@@ -148,6 +148,39 @@ def test_a_class_picture_that_was_deleted_is_drawn_again(sd, tmp_path):
     again, captions = class_pictures(sd, ["a toy", "an animal"], n=4, **how)
     assert {f.name: f.read_bytes() for f in again} == before and len(set(again)) == 4
     assert sorted(captions) == ["a toy", "a toy", "an animal", "an animal"]
+
+
+@pytest.mark.parametrize("caption, trigger, noun, expected", (
+    ("a photo of a sks toy at night", "sks toy", "toy", "a photo of a toy at night"), ("A Sks Toy, red", "sks toy", "toy", "A toy, red"),
+    ("sks, sitting", "sks toy", "toy", "toy, sitting"), ("a sks plush toy", "sks toy", "toy", "a toy plush toy"),
+    ("desks and a sks", "sks", "toy", "desks and a toy"), ("a <s1> <s2> toy", "<s1> <s2> toy", "toy", "a toy"),
+    ("a <s1> on grass", "<s1> toy", "toy", "a toy on grass"), ("a wall", "sks toy", "toy", "a wall")))
+def test_the_subject_s_words_become_those_of_the_class(caption, trigger, noun, expected): assert swapped(caption, trigger, noun) == expected
+
+
+def test_the_base_s_predictions_follow_each_caption(sd, tmp_path):
+    "The teacher sees what the student sees, with the class in the subject's place"
+    for i, text in enumerate(("a sks wall at night", "a {trigger} in the rain", "")):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{i}.png")
+        if text: (tmp_path / f"{i}.txt").write_text(text)
+    run = DreamBooth(sd, tmp_path, "a sks wall", ["a wall", "a photo of a wall", "a painted wall"], prior="prediction", rank=2, batch_size=1)
+    subject, prior = run.streams
+    assert subject.examples.captions == ["a sks wall at night", "a sks wall in the rain", "a sks wall"]
+    assert prior.examples.captions == ["a wall at night", "a wall in the rain", "a painted wall"] and prior.teacher
+    run.remove()
+
+
+def test_a_trigger_that_no_caption_says_is_warned_of(sd, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png"); (tmp_path / "0.txt").write_text("a red wall")
+    with pytest.warns(UserWarning, match="No caption of the subject says 'sks wall' .0.png: 'a red wall'"):
+        DreamBooth(sd, tmp_path, "a sks wall", rank=2, batch_size=1).remove()
+
+
+@pytest.mark.parametrize("left", (".DS_Store", ".ipynb_checkpoints/", "Thumbs.db", "class-0000.txt"))
+def test_a_class_folder_with_no_pictures_but_traces_of_a_system(sd, left, tmp_path):
+    (tmp_path / left).mkdir() if left.endswith("/") else (tmp_path / left).write_text("a wall")
+    made, captions = class_pictures(sd, "a wall", 1, tmp_path, steps=1)
+    assert [f.name for f in made] == ["class-0000.png"] and captions == ["a wall"]
 
 
 def test_class_pictures_take_free_names_until_there_are_enough(sd, tmp_path):

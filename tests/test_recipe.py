@@ -34,8 +34,16 @@ def test_a_line_for_each_setting(): assert str(Recipe()).count("\n") == len(fiel
     (dict(mask_floor=-.1), "0 to 1"), (dict(dropout=1.), "below 1"), (dict(snr_gamma=-1.), "above zero"),
     (dict(keep_checkpoints=0), "at least 1"), (dict(validate_every=-5), "zero or more"),
     (dict(rank_min=17), "the rank"), (dict(holes="some"), "expected one of random"),
-    (dict(mixed_precision="fp8"), "expected auto"), (dict(lr_schedule="cosin"), "cosine, "),
-    (dict(weighting="x1"), "'v', 'x0'"), (dict(weighting="x0", snr_gamma=5.), "choose one"),
+    (dict(mixed_precision="fp8"), "expected one of auto"), (dict(lr_schedule="cosin"), "cosine, "),
+    (dict(weighting="x1"), "None, v, x0"), (dict(weighting="x0", snr_gamma=5.), "choose one"),
+    (dict(snr_gamma=0), "above zero"), (dict(snr_gamma=-5.), "above zero"), (dict(snr_gamma=float("nan")), "a number"),
+    (dict(alpha=0), "None or above zero"), (dict(alpha=-4.), "above zero"), (dict(dropout=1.5), "below 1"),
+    (dict(weight_decay=-.1), "zero or more"), (dict(learning_rate=float("inf")), "a number"), (dict(steps=2.5), "a whole number"),
+    (dict(steps="100"), "a whole number"), (dict(rank=True), "a whole number"), (dict(flip="yes"), "True or False"),
+    (dict(lr_schedule="constant_with_warmup"), "one of constant"), (dict(optimizer="lion"), "adamw8bit"),
+    (dict(optimizer="prodigy", learning_rate=1e-4), "about 1"), (dict(lora_plus=0), "above zero"), (dict(ema=2.), "0 to 1"),
+    (dict(layer_rates={"mid": -1}), "factor"), (dict(layer_rates=[1]), "factor"), (dict(t_range=(0, float("nan"))), "from < to"),
+    (dict(t_range=.5), "two numbers"),
     (dict(t_range=(.5, .2)), "from < to"), (dict(learning_rat=1), "Did you mean 'learning_rate'")))
 def test_impossible_settings(wrong, match):
     with pytest.raises(LoraError, match=match): Recipe().replace(**wrong)

@@ -1,4 +1,5 @@
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,13 +7,14 @@ from PIL import Image
 
 from lora_nb.core import LoraError
 from lora_nb.dreambooth import DreamBooth, train_dreambooth
+from lora_nb.extraction import resize
 from lora_nb.families import as_base
 from lora_nb.injection import inject_lora
 from lora_nb.lora import Lora
 from lora_nb.pti import PivotalTuning, train_pti
 from lora_nb.random_pipes import random_pipe
 from lora_nb.recipe import Recipe
-from lora_nb.run import PriorOptions, RunOptions, TrainingRun, delegates, taken
+from lora_nb.run import PriorOptions, RunOptions, TrainingRun, delegates, file_dtype, taken
 from lora_nb.textual_inversion import TextualInversion, train_textual_inversion
 
 METHODS = {DreamBooth: train_dreambooth, TextualInversion: train_textual_inversion, PivotalTuning: train_pti}
@@ -84,6 +86,14 @@ def test_options_of_another_method(base):
     with pytest.raises(LoraError, match="class_noun"): DreamBooth(base, WALL, "a sks wall", class_noun="wall")
 
 
+@pytest.mark.parametrize("wrong, match", (
+    (dict(sampling=dict(size=64)), "given by resolution"), (dict(sampling=dict(seeds=[1])), "the recipe's seed"), (dict(sampling=3), "a dict"),
+    (dict(num_class_images=0), "from 1"), (dict(resolution=100), "multiple of 8"), (dict(resolution="64"), "multiple of 8"),
+    (dict(previews=dict(seeds=[0])), "with prompts"), (dict(callback=3), "a function")))
+def test_impossible_options_are_refused_at_once(wrong, match):
+    with pytest.raises(LoraError, match=match): PriorOptions(**wrong)
+
+
 def test_a_method_says_what_it_does():
     run = TrainingRun(None, Recipe(), None, {})
     with pytest.raises(NotImplementedError, match="phases"): run.phases()
@@ -119,7 +129,11 @@ def test_a_start_keeps_dora_magnitudes(base):
 
 def test_a_start_of_other_layers_or_rank(base):
     first = train_dreambooth(base, WALL, "a sks wall", **QUICK)
-    with pytest.raises(LoraError, match="has rank 3 here and 2"): train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, rank=3))
+    for rank in (3, 1):                                                 # higher: exact; lower: the best of rank 1
+        again = train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, rank=rank, steps=1, learning_rate=0.))
+        best = first if rank == 3 else resize(first, rank=1)
+        assert set(again.ranks.values()) == {rank}
+        for n, f in best.layers.items(): assert again.layers[n].delta().allclose(f.delta(), atol=1e-5)
     with pytest.raises(LoraError, match="differ in"): DreamBooth(base, WALL, "a sks wall", start=first, targets="attention", **QUICK)
     assert bare(base)
 
@@ -137,3 +151,119 @@ def test_a_callback_may_be_set_later(base, method, words):
     run.callback = lambda trainer: trainer.done == 1
     run.fit()
     assert run.log.steps == 1 and bare(base)
+
+
+# --- starts, files on the way, reports ---------------------------------------------------------------------------------
+
+def test_a_start_may_be_a_file_and_new_directions_learn(base, tmp_path):
+    first = train_dreambooth(base, WALL, "a sks wall", **QUICK)
+    first.save(tmp_path / "first.safetensors")
+    wider = train_dreambooth(base, WALL, "a sks wall", start=tmp_path / "first.safetensors", **dict(QUICK, rank=4, steps=1))
+    grown = [f.up.flatten(1)[:, 2:].abs().max() for f in wider.layers.values()]
+    assert max(grown) > 0 and bare(base)
+    with pytest.raises(LoraError, match="absent"): DreamBooth(base, WALL, "a sks wall", start=tmp_path / "absent.safetensors", **QUICK)
+    assert bare(base)
+
+
+def test_a_dora_of_another_rank_is_refused(base):
+    worn = inject_lora(base.denoiser, "attention", rank=2, dora=True); taught = worn.lora(); worn.remove()
+    with pytest.raises(LoraError, match="is a DoRA"):
+        DreamBooth(base, WALL, "a sks wall", start=taught, targets="attention", **dict(QUICK, rank=3))
+    assert bare(base)
+
+
+@pytest.mark.parametrize("method, words", ((DreamBooth, ["a sks wall"]), (TextualInversion, ["<x>"]), (PivotalTuning, ["<x>"])))
+def test_a_file_that_can_be_used_at_each_checkpoint(base, method, words, tmp_path):
+    lora = method(base, WALL, *words, output_dir=tmp_path, checkpoint_every=1, **QUICK).fit()
+    files = sorted(tmp_path.rglob("loras/*.safetensors"))
+    assert [f.stem for f in files][-2:] == ["step-000001", "step-000002"]
+    last, before = Lora.load(files[-1]), Lora.load(files[-2])
+    for n, f in lora.layers.items(): assert last.layers[n].delta().allclose(f.delta(), atol=1e-5)
+    for w, e in lora.embeddings.items(): assert last.embeddings[w]["text_encoder"].allclose(e["text_encoder"])
+    assert last.content_hash() != before.content_hash()
+    if lora.layers: base.pipe.load_lora_weights(str(files[-1])); base.pipe.unload_lora_weights()      # plain diffusers
+
+
+@pytest.mark.parametrize("dtype, written", ((torch.float32, torch.float32), (torch.bfloat16, torch.float16), (torch.float16, torch.float16)))
+def test_files_are_fp16_beside_a_half_precision_base(base, dtype, written, tmp_path):
+    from types import SimpleNamespace
+    worn = inject_lora(base.denoiser, "attention", rank=2); lora = worn.lora(); worn.remove()
+    like = SimpleNamespace(dtype=dtype)
+    assert (file_dtype(like, lora) or torch.float32) == written
+    huge = lora.map(lambda f: replace(f, up=torch.full_like(f.up, 1e6)))
+    assert file_dtype(like, huge) is None                                     # fp16 would make infinities of it
+
+
+def test_the_start_report_is_said_before_training(base, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LORA_NB_QUIET", "0")
+    for i, text in enumerate(("a sks wall", "a sks wall, " + "very " * 90 + "red")):
+        WALL[0].save(tmp_path / f"{i}.png"); (tmp_path / f"{i}.txt").write_text(text)
+    (tmp_path / "notes.pdf").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"longer than a text encoder reads[\s\S]*1.png: tokenizer reads 77 of"):
+        train_dreambooth(base, tmp_path, "a sks wall", **QUICK)
+    said = capsys.readouterr().err
+    for part in ("subject: 2 pictures", "2 of 2 say 'sks wall'", "notes.pdf", "caption cut: 1.png", "is seen 1 times", "GiB of a GPU"):
+        assert part in said, (part, said)
+
+
+def test_a_tracker_hears_every_step(base, monkeypatch, tmp_path):
+    heard = []
+    class Ear:
+        def log(self, values, step): heard.append((step, values["loss"]))
+        def finish(self): heard.append("end")
+    import lora_nb.run
+    monkeypatch.setattr(lora_nb.run, "open_trackers", lambda names, folder, recipe: [Ear()])
+    monkeypatch.setattr(lora_nb.run, "tracker_names", lambda names: [names])
+    run = PivotalTuning(base, WALL, "<x>", output_dir=tmp_path, report_to="wandb", ti_steps=2, **QUICK); run.fit()
+    assert heard == [(i + 1, x) for i, x in enumerate(run.log.losses)] + ["end"]
+    with pytest.raises(LoraError, match="needs an output_dir"): train_dreambooth(base, WALL, "a sks wall", report_to="wandb", **QUICK)
+
+
+@pytest.mark.parametrize("kw", (dict(dora=True), dict(rslora=True), dict(lora_plus=16.), dict(layer_rates={"down_blocks": .5, "mid_block": 0}),
+                                dict(ema=.9), dict(optimizer="adafactor")), ids=lambda kw: next(iter(kw)))
+def test_recipes_of_other_kinds_train_stop_and_go_on(base, kw, tmp_path):
+    kw = dict(QUICK, steps=4, targets="attention", checkpoint_every=2, **kw)
+    through = train_dreambooth(base, WALL, "a sks wall", **kw)
+    train_dreambooth(base, WALL, "a sks wall", output_dir=tmp_path, callback=lambda t: t.done == 2, **kw)
+    again = train_dreambooth(base, WALL, "a sks wall", output_dir=tmp_path, resume=True, **kw)
+    assert again.content_hash() == through.content_hash() and bare(base)
+    usual = dict(dora=False, rslora=False, lora_plus=1., layer_rates=None, ema=0., optimizer="adamw")
+    plain = train_dreambooth(base, WALL, "a sks wall", **{**kw, **usual})
+    assert plain.content_hash() != through.content_hash()
+    held = [f.up.abs().max() for n, f in through.layers.items() if "mid_block" in n]
+    assert "layer_rates" not in kw or (held and max(held) == 0)
+    assert not kw.get("dora") or all(f.magnitude is not None for f in through.layers.values())
+
+
+def test_layers_that_no_rate_finds(base):
+    with pytest.raises(LoraError, match="'middle'"): DreamBooth(base, WALL, "a sks wall", layer_rates={"middle": 2.}, **QUICK)
+    assert bare(base)
+
+
+def test_trackers_and_optimisers_that_are_not_there(base, monkeypatch, tmp_path):
+    import sys
+    from accelerate import tracking
+    monkeypatch.setattr(tracking, "is_wandb_available", lambda: False)
+    there = dict(output_dir=tmp_path, **QUICK)
+    with pytest.raises(LoraError, match="expected tensorboard, wandb"): DreamBooth(base, WALL, "a sks wall", report_to="mlflow", **there)
+    with pytest.raises(LoraError, match="pip install wandb"): DreamBooth(base, WALL, "a sks wall", report_to="wandb", **there)
+    for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
+        monkeypatch.setitem(sys.modules, {"bitsandbytes": "bitsandbytes.optim"}.get(package, package), None)
+        with pytest.raises(LoraError, match=f"pip install {package}"):
+            DreamBooth(base, WALL, "a sks wall", output_dir=tmp_path, optimizer=name, learning_rate=1., **QUICK)
+    assert bare(base) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, module, kind", (("adamw8bit", "bitsandbytes.optim", "AdamW8bit"), ("prodigy", "prodigyopt", "Prodigy")))
+def test_optimisers_of_other_packages(base, name, module, kind, monkeypatch):
+    "Fakes that note what they are given"
+    import sys, types
+    class Fake(torch.optim.SGD):
+        def __init__(self, groups, lr=1e-3, **kw): made.append((groups, kw)); super().__init__(groups, lr=lr)
+    made, fake = [], types.ModuleType(module)
+    setattr(fake, kind, Fake); monkeypatch.setitem(sys.modules, module, fake); monkeypatch.setitem(sys.modules, module.split(".")[0], fake)
+    lora = train_dreambooth(base, WALL, "a sks wall", optimizer=name, learning_rate=1., train_text_encoder=True, guard=False, **QUICK)
+    (groups, kw), = made
+    assert max(f.up.abs().max() for f in lora.layers.values()) > 0 and [g["name"] for g in groups] == ["unet", "text_encoder"]
+    assert name != "prodigy" or ({g["lr"] for g in groups} == {1.} and kw["safeguard_warmup"])
+    assert name != "adamw8bit" or [g["lr"] for g in groups] == [1., 1e-4]

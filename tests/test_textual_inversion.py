@@ -11,7 +11,7 @@ from lora_nb.families import as_base
 from lora_nb.lora import Lora
 from lora_nb.loading import load_base
 from lora_nb.random_pipes import random_pipe
-from lora_nb.textual_inversion import (InversionRecipe, NewWords, WordTable, concepts_of, fingerprint, first_vectors,
+from lora_nb.textual_inversion import (InversionRecipe, NewWords, TextualInversion, WordTable, concepts_of, fingerprint, first_vectors,
                                        inversion_recipe_for, neighbours, train_textual_inversion, wording_of)
 
 RED = [Image.new("RGB", (64, 64), "red")]
@@ -120,3 +120,51 @@ def test_nothing_is_left_behind(sd3, base, tmp_path):
     with pytest.raises(LoraError, match="already"): train_textual_inversion(base, RED, "face", "toy")
     with pytest.raises(LoraError, match="nowhere"): train_textual_inversion(base, tmp_path / "nowhere", "<w>", "toy")
     assert fingerprint(base) == was
+
+
+# --- words that no caption says ----------------------------------------------------------------------------------------
+
+def captioned(folder, *texts):
+    for i, text in enumerate(texts):
+        Image.new("RGB", (64, 64), "red").save(folder / f"{i}.png")
+        if text: (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+def test_a_word_that_no_caption_says_is_refused(base, tmp_path):
+    from lora_nb.pti import PivotalTuning
+    said = captioned(tmp_path, "a red wall", "a wall in the sun")
+    for method, kw in ((TextualInversion, {}), (PivotalTuning, dict(rank=2))):
+        with pytest.raises(LoraError, match="No caption says '<x>'.*0.png: 'a red wall'.*{trigger}"): method(base, said, "<x>", **kw)
+        assert "<x>" not in base.pipe.tokenizer.get_vocab() and not [m for m in base.denoiser.modules() if hasattr(m, "lora_up")]
+    TextualInversion(base, said, "<x>", template="object").remove()                         # sentences say it
+    with pytest.raises(LoraError, match="caption_dropout"): TextualInversion(base, said, "<x>", template="object", caption_dropout=1.)
+
+
+def test_one_of_two_words_is_missing(base, tmp_path):
+    with pytest.raises(LoraError, match="No caption says '<b>'"): TextualInversion(base, captioned(tmp_path, "a <a> wall"), "<a>|<b>")
+
+
+def test_captions_that_do_not_say_a_word_are_named(base, tmp_path):
+    with pytest.warns(UserWarning, match="1 of 2 captions do not say '<x>'.*1.png"):
+        TextualInversion(base, captioned(tmp_path, "a {trigger} wall", "a wall"), "<x>").remove()
+
+
+def test_a_word_behind_the_end_is_not_said(base, tmp_path):
+    far = captioned(tmp_path, "very " * 90 + "red {trigger}")
+    with pytest.raises(LoraError, match="as far as text_encoder reads"): TextualInversion(base, far, "<x>")
+    (tmp_path / "0.txt").write_text("very " * 20 + "red {trigger}")
+    with pytest.raises(LoraError, match="fewer vectors"): TextualInversion(base, far, "<x>", vectors=60)      # its vectors do not fit
+
+
+@pytest.mark.parametrize("init", ("<rand-x>", "<rand", "<rand-nan>", "<rand--1>", "<zeros>", ""))
+def test_initialisers_that_are_none(base, init):
+    with pytest.raises(LoraError, match="nitialiser"): TextualInversion(base, [Image.new("RGB", (64, 64))], "<x>", init)
+    assert "<x>" not in base.pipe.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("wrong, match", ((dict(vectors=100), "77 tokens"), (dict(template="objct"), "expected caption"),
+                                          (dict(norm_prior=-1.), "zero or more")))
+def test_settings_of_words_that_are_impossible(wrong, match):
+    from lora_nb.textual_inversion import InversionRecipe
+    with pytest.raises(LoraError, match=match): InversionRecipe(**wrong)
