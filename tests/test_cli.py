@@ -40,7 +40,7 @@ def refused(command, *argv):
 @pytest.fixture
 def no_base(monkeypatch):
     "Loading a base fails the test."
-    import lora_nb.checkpoints, lora_nb.evaluation, lora_nb.loading      # these import `load_base`, so before it is replaced
+    import lora_nb.checkpoints, lora_nb.evaluation, lora_nb.loading, lora_nb.studio      # these import `load_base`, so before it is replaced
     def load_base(*a, **kw): pytest.fail("a base was loaded")
     monkeypatch.setattr(lora_nb.loading, "load_base", load_base)
 
