@@ -285,8 +285,8 @@ def test_a_picture_is_its_own_recipe_and_nothing_is_overwritten(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     bear = tmp_path / "bear.safetensors"; bear.write_bytes(PUMPKIN.read_bytes())
     one = ("--device", "cpu", "--num_images", 1, "--output_dir", ".")
-    works(lora_generate, *one, "--prompt", "a <neon> {cat}", "--negative_prompt", "dog", "--lora", "neon:ramp:0:1", "--lora", "bear.safetensors:0.5",
-          "--num_inference_steps", 3, "--seed", 7, "--size", "72x64")
+    works(lora_generate, *one, "--prompt", "a <neon> {cat}", "--negative_prompt", "dog", "--lora", "neon:ramp:0:1",
+          "--lora", "bear.safetensors:0.5", "--num_inference_steps", 3, "--seed", 7, "--size", "72x64")
     first = Image.open("000007.png"); kept = Path("000007.png").read_bytes()
     s = read_settings("000007.png")
     assert (s.prompt, s.negative_prompt, s.seed, s.steps, s.size, s.base) == ("a <neon> {cat}", "dog", 7, 3, (72, 64), "tiny-sd")

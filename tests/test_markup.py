@@ -1,6 +1,4 @@
 "Text from files, folders and prompts is shown as letters, never obeyed: in notebooks, on terminals, in exported Python."
-import html
-import io
 import random
 import re
 from html.parser import HTMLParser

@@ -112,7 +112,8 @@ def test_code_of_a_lora_from_a_file_and_without_loras():
     assert "scheduled" not in python_of(replace(CAT, loras=(replace(NEON, on=False),)))
 
 
-HOSTILE = ["{__import__('os').system('x')}", "'+__import__('os')+'", "\"\"\"\n__import__('os')", "a\\", "{scale!r:{x}}", "\x1b[2J\u2028\udc80", "<b>%s"]
+HOSTILE = ["{__import__('os').system('x')}", "'+__import__('os')+'", "\"\"\"\n__import__('os')", "a\\",
+           "{scale!r:{x}}", "\x1b[2J\u2028\udc80", "<b>%s"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
