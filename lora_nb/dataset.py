@@ -229,6 +229,7 @@ class Examples:
     pixels: torch.Tensor | list[torch.Tensor] | None = None  # (N, F, 4, H, W) uint8, or a list: pictures and masks, to fill holes
     wording: Callable[[str, random.Random], str] | None = None   # rewords a caption at each draw
     sources: Sources | None = None                  # what they were made of, for the start report
+    prints: list[str] | None = None                 # a hash of each picture's pixels and mask, by which a resumed run knows them
     def __len__(self): return len(self.latents)
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -281,19 +282,20 @@ def encode(
 ) -> Examples:
     "Encode every picture once, mirror images too if the dataset asks for them"
     n, masked = len(data), any(data.sources.masked)
-    latents, masks, pixels = [None] * n, [None] * n, [None] * n
+    latents, masks, pixels, prints = [None] * n, [None] * n, [None] * n, [""] * n
     store = None if cache is None else LatentCache(cache, base)
     for rows in _same_size(data.shapes, batch_size):
         sides = [_sides(data.images[i], data.masks[i], data.flip) for i in rows]       # (F, 4, H, W) uint8
         for i, x, z in zip(rows, sides, _encoded(base, sides, store)):
-            latents[i] = z
+            latents[i], prints[i] = z, hashlib.blake2b(repr(tuple(x.shape)).encode() + x.numpy().tobytes(), digest_size=16).hexdigest()
             if masked: masks[i] = _shrink(x[:, 3:], z.shape[-2:])
             if base.inpainting: pixels[i] = x
     index = [i for i, k in enumerate(data.repeats) for _ in range(k)]                  # a picture that counts twice has two rows
     ids = torch.tensor(data.ids)[index][:, :1 + data.flip] if base.takes_sizes else None
     rows_of = lambda xs: [xs[i] for i in index] if len(index) > n else _joined(xs)     # a list repeats no memory
     return Examples(rows_of(latents), [data.captions[i] for i in index], rows_of(masks) if masked else None, ids,
-                    rows_of(pixels) if base.inpainting else None, data.tags, replace(data.sources, captions=list(data.captions)))
+                    rows_of(pixels) if base.inpainting else None, data.tags, replace(data.sources, captions=list(data.captions)),
+                    [prints[i] for i in index])
 
 # %% ../nbs/32_dataset.ipynb #5b60667b
 def _sides(image, mask, flip):

@@ -19,12 +19,12 @@ from .loading import load_base
 from .core import LoraError, patch_to
 from .bases import Base
 from .lora import Lora
-from .recipe import Intent, Recipe, learning_encoders, recipe_for, setting
+from .recipe import LR_SCHEDULES, Intent, Recipe, check_range, learning_encoders, recipe_for, setting
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Trainer, Turn
 from .dreambooth import Prior, check_prior, prior_stream
 from .textual_inversion import (InversionRecipe, NewWords, WordOptions, concepts_of, extended_recipe, pulled,
-                                       trigger_words_of, word_streams)
+                                       trigger_words_of, word_streams, check_said)
 
 # %% ../nbs/41_pti.ipynb #21afc0e8
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class PivotalRecipe(InversionRecipe):
         super().__post_init__()
         if self.mode not in ("two-phase", "joint"):
             raise LoraError(f"mode = {self.mode!r}: expected 'two-phase' or 'joint'.")
+        check_range("ti_t_range", self.ti_t_range)
+        if self.ti_lr_schedule not in (None, *LR_SCHEDULES):
+            raise LoraError(f"ti_lr_schedule = {self.ti_lr_schedule!r}: expected None, {', '.join(LR_SCHEDULES)}.")
+        if self.ti_batch_size is not None and self.ti_batch_size < 1:
+            raise LoraError(f"ti_batch_size = {self.ti_batch_size}: expected None or at least 1.")
+        if self.words_prior_weight < 0: raise LoraError(f"words_prior_weight = {self.words_prior_weight}: expected zero or more.")
         if self.ti_steps < 0 or self.tuning_words_learning_rate < 0 or self.words_turn < 2:
             raise LoraError(f"ti_steps = {self.ti_steps}, words_turn = {self.words_turn}, tuning_words_learning_rate = "
                             f"{self.tuning_words_learning_rate}: expected at least 0, 2 and 0.")
@@ -78,7 +84,7 @@ class PivotalTuning(TrainingRun):
         prior: Prior = "auto",                 # auto: images if there is a class prompt
         recipe: PivotalRecipe | None = None,   # None: `pivotal_recipe_for(base)`
         output_dir: str | Path | None = None,  # folder of checkpoints and previews
-        start: Lora | None = None,             # a `Lora` whose words the run begins with
+        start: Lora | str | Path | None = None,  # a LoRA or its file, with whose words and layers the run begins
         **options: Any,                        # options, and settings of the recipe
     ):
         base = load_base(base)                                 # a pipeline or a name will do
@@ -88,19 +94,21 @@ class PivotalTuning(TrainingRun):
         self.trigger, self.tokens = trigger_words_of(data, o.class_noun), list(inits)
         self.prior, self.class_prompt = check_prior(prior, class_prompt), class_prompt
         self.streams = word_streams(base, data, self.recipe, o.prompt, o.resolution, o.class_noun, o.buckets)
-        if self.prior: self.streams.append(self._class_stream(next(iter(data.values())), class_data))
+        if self.prior: self.streams.append(self._class_stream(*next(iter(data.items())), class_data))
+        if isinstance(start, (str, Path)): start = Lora.load(start, base=base.pipe)
         if start is not None: inits = {**inits, **{w: e for w, e in start.embeddings.items() if w in inits}}
         encoders = o.components or learning_encoders(base, self.recipe.encoders)
         with self.whole():
             self.words = NewWords(base, inits, self.recipe.vectors, encoders, self.recipe.seed)
-            self.inject()
+            check_said(self.words, data, self.streams, self.recipe)
+            self.inject(start if start is not None and start.layers else None)
 
 # %% ../nbs/41_pti.ipynb #8ab1efad
 @patch_to(PivotalTuning)
-def _class_stream(self, pictures, class_data):
+def _class_stream(self, trigger, pictures, class_data):
     "The stream that keeps the class as it was"
     o, drawn = self.options, self.prior == "images"
-    more = dict(n=o.num_class_images, **(o.sampling or {})) if drawn else {}
+    more = dict(n=o.num_class_images, **(o.sampling or {})) if drawn else dict(trigger=f"{trigger} {o.class_noun}".strip())
     return prior_stream(self.base, self.prior, class_data if drawn else pictures, self.class_prompt, self.recipe,
                         size=o.resolution, buckets=o.buckets, **more)
 

@@ -1,6 +1,7 @@
 "The commands at their edges: every flag is used or refused, wrong usage is found before a model is loaded, help needs no PyTorch."
 import ast, json, os, subprocess, sys
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lora_nb.cli.train import lora_dreambooth, lora_pti, lora_ti
 from lora_nb.core import data_path
 from lora_nb.lora import Lora
 from lora_nb.random_pipes import random_pipe
+from lora_nb.studio.code import python_of, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BEAR = data_path("subjects", "teddy_bear")
@@ -40,7 +42,7 @@ def refused(command, *argv):
 @pytest.fixture
 def no_base(monkeypatch):
     "Loading a base fails the test."
-    import lora_nb.checkpoints, lora_nb.evaluation, lora_nb.loading      # these import `load_base`, so before it is replaced
+    import lora_nb.checkpoints, lora_nb.evaluation, lora_nb.loading, lora_nb.studio      # these import `load_base`, so before it is replaced
     def load_base(*a, **kw): pytest.fail("a base was loaded")
     monkeypatch.setattr(lora_nb.loading, "load_base", load_base)
 
@@ -175,7 +177,7 @@ WRONG = {
     "resolution": (lora_dreambooth, (*SUBJECT, "--resolution", 100), "multiple of 8"),
     "epochs": (lora_dreambooth, (*SUBJECT, "--num_train_epochs", 0), "at least 1"),
     "rank": (lora_dreambooth, (*SUBJECT, "--lora_rank", "1.5"), "whole number"),
-    "rate": (lora_dreambooth, (*SUBJECT, "--learning_rate", "nan"), "at least 0"),
+    "rate": (lora_dreambooth, (*SUBJECT, "--learning_rate", "nan"), "finite number"),
     "half a name": (lora_dreambooth, (*SUBJECT, "--lora_ran", 4), "Did you mean --lora_rank?"),
     "resume file": (lora_dreambooth, (*SUBJECT, "--resume_unet", "absent.safetensors"), "absent.safetensors"),
     "schedule": (lora_ti, (*WORDS, "--output_dir", "x", "--lr_scheduler", "zigzag"), "invalid choice"),
@@ -293,6 +295,70 @@ def test_an_evaluation_saves_its_numbers(tmp_path):
           "--num_inference_steps", 1, "--output_dir", tmp_path, "--device", "cpu")
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert "subject_fidelity" in saved["metrics"] and saved["about"]["trigger"]
+
+
+NUMBERS = [(n, f) for n in NAMES for flags in COMMANDS[n].groups.values() for f in flags if f.kind in (int, float) and not f.place]
+BELOW_ZERO = {"scale", "lora_scale", "lora_alpha", "n_length", "seed", "temp", "zoom", "weight_decay_ti"}     # has a meaning, or is checked later
+
+
+@pytest.mark.parametrize("name, flag", NUMBERS, ids=lambda x: getattr(x, "name", x))
+def test_numbers_that_no_flag_takes(name, flag):
+    odd = ["x", "", "nan", "inf", "-inf", "1e999", "1" + "0" * 400] + ["1.5", "1e3"] * (flag.kind is int)
+    odd += [str(flag.least - 1)] if flag.least is not None else []
+    assert flag.least is not None or flag.name in BELOW_ZERO, f"{name} --{flag.name} takes -3"
+    for text in odd: assert f"--{flag.name}" in refused(COMMANDS[name], f"--{flag.name}={text}")
+
+
+@pytest.mark.parametrize("text, said", [("0x64", "1024x768"), ("0", "1024x768"), ("-64", "1024x768"), ("64x", "1024x768"), ("9" * 9, "1024x768")])
+def test_sizes_that_no_picture_has(text, said): assert said in refused(lora_generate, "--prompt", "x", f"--size={text}")
+
+
+def test_a_picture_is_its_own_recipe_and_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bear = tmp_path / "bear.safetensors"; bear.write_bytes(PUMPKIN.read_bytes())
+    one = ("--device", "cpu", "--num_images", 1, "--output_dir", ".")
+    works(lora_generate, *one, "--prompt", "a <neon> {cat}", "--negative_prompt", "dog", "--lora", "neon:ramp:0:1",
+          "--lora", "bear.safetensors:0.5", "--num_inference_steps", 3, "--seed", 7, "--size", "72x64")
+    first = Image.open("000007.png"); kept = Path("000007.png").read_bytes()
+    s = read_settings("000007.png")
+    assert (s.prompt, s.negative_prompt, s.seed, s.steps, s.size, s.base) == ("a <neon> {cat}", "dog", 7, 3, (72, 64), "tiny-sd")
+    assert [(x.source, x.schedule) for x in s.loras] == [("neon", "ramp:0:1"), ("bear.safetensors", "0.5")]
+    works(lora_generate, *one, "--from_png", "000007.png")
+    assert Path("000007.png").read_bytes() == kept and Image.open("000007-2.png").tobytes() == first.tobytes()
+    works(lora_generate, *one, "--from_png", "000007.png", "--seed", 8, "--prompt", "a dog")
+    assert read_settings("000008.png") == replace(s, seed=8, prompt="a dog")
+    exec(python_of(s).replace('image.save("picture.png")', ""), space := {})
+    assert space["image"].tobytes() == first.tobytes()
+    before = sorted(tmp_path.iterdir())
+    for words, said in ((("--from_png", "000007.png", "--lora", "neon"), "its own LoRAs"), (("--from_png", "gone.png"), "cannot read"),
+                        (("--prompt", "x", "--lora", "noen"), "Did you mean 'neon'"), ((), "--from_png"),
+                        (("--prompt", "x", "--seed", 10**30), "18 digits")):
+        assert said in refused(lora_generate, *one, *words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_studio_and_the_command_read_each_other(tmp_path):
+    from lora_nb.studio import Studio
+    studio = Studio("tiny-sd", ["neon"], tmp_path, background=False)
+    studio.steps.value, studio.compare.value = 2, "without"; studio.draw()
+    png = studio.save()[0]
+    works(lora_generate, "--from_png", png, "--device", "cpu", "--output_dir", tmp_path / "again")
+    assert Image.open(tmp_path / "again" / f"{studio.seed.value:06d}.png").tobytes() == studio.now.image.tobytes()
+    studio.compare.value = "one"; studio.recall(tmp_path / "again" / f"{studio.seed.value:06d}.png")
+    assert studio.compare.value == "without"; studio.close()
+
+
+def test_a_similarity_is_called_one(tmp_path):
+    "Pictures of one's own: the judge does not know them, and compares."
+    own = tmp_path / "own"; own.mkdir()
+    for i in range(2): (own / f"{i}.jpg").write_bytes((BEAR / f"{i}.jpg").read_bytes())
+    text = works(lora_evaluate, "--lora", NEON, "--instance_data_dir", own, "--num_images", 2, "--num_inference_steps", 1, "--kind", "toy",
+                 "--trigger", "sks toy", "--output_dir", tmp_path / "e", "--device", "cpu")
+    line = next(x for x in text.splitlines() if x.startswith("subject_fidelity"))
+    assert "likeness" in line and "the picture shows" not in text and "change" in text.splitlines()[0]
+    known = works(lora_evaluate, "--lora", NEON, "--subject", "neon", "--instance_data_dir", data_path("styles", "neon"), "--num_images", 2,
+                  "--num_inference_steps", 1, "--output_dir", tmp_path / "e", "--device", "cpu")
+    assert "the picture shows the subject" in known
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -1,3 +1,4 @@
+import math
 import numpy as np
 import pytest
 import torch
@@ -111,3 +112,30 @@ def test_a_sibling_does_not_cast_the_weights():
 
 def test_a_nine_channel_unet_draws_from_nothing(bases):
     assert bases["sd_inpaint"].generate(["a", "b"], steps=1)[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("odd, says", [
+    (dict(loras=["neon"]), "no argument 'loras'.*apply_lora"), (dict(nonsense=1), "no argument 'nonsense'"), (dict(seed=3), "use seeds"),
+    (dict(num_inference_steps=3), "use steps"), (dict(sizes=64), "Did you mean 'size'"), (dict(kwargs=1), "no argument"),
+    (dict(steps=0), "at least 1"), (dict(steps=-3), "at least 1"), (dict(steps=2.5), "at least 1"), (dict(steps=True), "at least 1"),
+    (dict(guidance_scale=math.nan), "finite"), (dict(guidance_scale=-1.), "0 or more"), (dict(guidance_scale="much"), "finite number"),
+    (dict(size=0), "size = 0"), (dict(size=(64, -64)), "expected a whole number"), (dict(size=(64, 64, 3)), "expected"),
+    (dict(size="64"), "expected"), (dict(size=64.), "expected"), (dict(seeds=1.5), "seeds = 1.5"), (dict(seeds=[0.5]), "expected a whole"),
+    (dict(seeds=2**70), "64 bits"), (dict(batch_size=0), "batch_size"), (dict(negative_prompt=["a"]), "are texts")])
+def test_what_generate_does_not_know_is_refused(bases, tiny, odd, says):
+    for b in (tiny, bases["sd3"]):
+        with pytest.raises(LoraError, match=says): b.generate("a", **odd)
+    if "seeds" in odd: return
+    for draw in (lambda: tiny.img2img(Image.new("RGB", (64, 64)), "a", **odd),
+                 lambda: tiny.inpaint(Image.new("RGB", (64, 64)), Image.new("L", (64, 64)), "a", **odd)):
+        with pytest.raises(LoraError, match=says): draw()
+
+
+def test_numbers_of_numpy_are_numbers(tiny):
+    n = np.int64
+    assert tiny.generate("a", seeds=n(1), steps=n(1), size=(n(64), n(64)))[0].tobytes() == tiny.generate("a", seeds=[1], steps=1)[0].tobytes()
+
+
+@pytest.mark.parametrize("strength, steps", [(0, 10), (-.1, 10), (1.1, 10), (math.nan, 10), (.6, 1)])
+def test_strengths_that_draw_nothing(tiny, strength, steps):
+    with pytest.raises(LoraError, match="strength"): tiny.img2img(Image.new("RGB", (64, 64)), "a", strength, steps=steps)

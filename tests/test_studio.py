@@ -1,8 +1,12 @@
 "The studio: edge cases of settings, easel, code, panel, training tab and of the studio itself."
+import ast
 import contextlib
 import html
+import http.client
 import io
+import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -80,7 +84,10 @@ def test_frames():
     with pytest.raises(LoraError, match="found teapot"): replace(CAT, compare="scale", over="teapot").frames()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "nonsense", '{"size": 3}', '{"loras": [{"nam": "x"}]}', '{"promt": "a"}'])
+@pytest.mark.parametrize("text", ["", "[]", "nonsense", '{"size": 3}', '{"loras": [{"nam": "x"}]}', '{"promt": "a"}', '{"steps": 0}',
+                                  '{"steps": "__import__(1)"}', '{"seed": 1.5}', '{"guidance_scale": NaN}', '{"size": [8, "x()"]}',
+                                  '{"loras": [{"name": "a", "scale": Infinity}]}', '{"loras": [{"name": "a", "on": 1}]}', "[" * 10**5,
+                                  '{"loras": [{"name": "a"}, {"name": "a"}]}', '{"compare": "else"}', '{"prompt": null}'])
 def test_what_is_not_settings(text):
     with pytest.raises(DataError, match="not settings of the studio"): settings_from(text)
 
@@ -103,6 +110,33 @@ def test_settings_are_read_from_json_and_from_nothing_else(tmp_path):
 def test_code_of_a_lora_from_a_file_and_without_loras():
     assert "Lora.load('mine.safetensors', base=base)" in python_of(replace(CAT, loras=(Wear("mine"),)))
     assert "scheduled" not in python_of(replace(CAT, loras=(replace(NEON, on=False),)))
+
+
+HOSTILE = ["{__import__('os').system('x')}", "'+__import__('os')+'", "\"\"\"\n__import__('os')", "a\\",
+           "{scale!r:{x}}", "\x1b[2J\u2028\udc80", "<b>%s"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("how", [dict(), dict(compare="without"), dict(compare="scale"), dict(method="ties"), dict(method="switch"),
+                                 dict(method="composite", compare="scale")])
+def test_names_and_prompts_are_literals_in_the_program(name, how):
+    worn = (Wear(name, name, schedule=name), Wear("neon", "neon", .5))
+    s = Settings(name, name, loras=worn, base=name, over=name, **how)
+    program = ast.parse(code := python_of(s, name))
+    called = {n.func.id if isinstance(n.func, ast.Name) else n.func.attr for n in ast.walk(program) if isinstance(n, ast.Call)}
+    names = {n.id for n in ast.walk(program) if isinstance(n, ast.Name)}
+    inside = [ast.unparse(v.value) for n in ast.walk(program) if isinstance(n, ast.JoinedStr) for v in n.values
+              if isinstance(v, ast.FormattedValue)]
+    ours = {"Lora", "LoraComposite", "compose", "data_path", "grid", "load_base", "parse_schedule", "scheduled", "turbo_settings",
+            "turbo_scheduler", "replace", "dict"}
+    assert called <= ours | {"load", "scaled", "generate", "save", "append"} and set(inside) <= {"scale"}
+    assert names <= ours | {"base", "loras", "how", "plan", "image", "images", "scale", "without"} and code.encode()
+    assert name in {n.value for n in ast.walk(program) if isinstance(n, ast.Constant)}
+
+
+@pytest.mark.parametrize("odd", [dict(steps="__import__('os')"), dict(seed=float("nan")), dict(loras=(Wear("a", scale=float("inf")),))])
+def test_what_is_no_plain_data_makes_no_program(odd):
+    with pytest.raises(DataError, match="not settings"): python_of(replace(CAT, **odd), "neon")
 
 
 # ------------------------------------------------------------------------------------------ easel
@@ -238,7 +272,65 @@ def test_another_family_refuses_what_does_not_fit_and_its_program_draws_the_same
     assert space["image"].tobytes() == flow.now.image.tobytes()
 
 
+def test_a_name_from_a_file_stays_inside_the_folder(studio, tmp_path):
+    folder = tmp_path / "a" / "b"; studio.folder = folder
+    for concept in ("../../x", "/etc/x", "<img src=x>", "..", "x" * 300):
+        lora, _ = find_lora("neon", studio.base)
+        lora = Lora(lora.layers, lora.embeddings, {**lora.metadata, "concept": concept})
+        strip = studio.load(lora); studio._write_lora(strip.name)
+        assert Path(strip.source).parent == folder and Path(strip.source).is_file() and "<" not in strip.name
+        studio.remove(strip.name)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted(p.name for p in folder.iterdir())
+
+
+def test_nothing_saved_is_overwritten(studio, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *a: "20260101-000000")
+    studio.steps.value = 1
+    lora, _ = find_lora("neon", studio.base)
+    studio.load(lora, "mine"); studio.draw()
+    (tmp_path / "mine.safetensors").write_bytes(b"another")
+    first, second = studio.save(), studio.save()
+    assert not {*first} & {*second} and all(p.is_file() for p in first + second)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"another" and Path(studio.strips["mine"].source).name == "mine-2.safetensors"
+
+
+def test_settings_that_the_panel_cannot_show_change_nothing(studio):
+    was = studio.settings
+    for odd in (dict(seed=2**40), dict(steps=10**6), dict(guidance_scale=1e3), dict(method="sumsum")):
+        with pytest.raises(DataError, match="cannot show|no way"): studio.show(replace(was, **odd))
+        assert studio.settings == was
+
+
+def test_a_saved_picture_brings_its_own_lora(studio, tmp_path):
+    studio.load("neon", "same")
+    other = tmp_path / "other.safetensors"; find_lora("teapot", studio.base)[0].save(other)
+    studio.show(replace(CAT, loras=(Wear("same", str(other)),)))
+    assert studio.strips["same"].lora.content_hash() == Lora.load(other).content_hash()
+
+
 # ------------------------------------------------------------------------------------------ training tab
+def test_a_folder_is_never_taken_for_a_bundled_style(tmp_path, monkeypatch):
+    (tmp_path / "neon").mkdir(); monkeypatch.chdir(tmp_path)
+    for text, folder in ((str(tmp_path), tmp_path), (".", Path(".")), (str(tmp_path / "neon"), tmp_path / "neon"), ("./neon", Path("neon"))):
+        assert find_concept(text) == (folder, None, ""), text
+
+
+def test_subjects_of_one_name_have_folders_of_their_own(studio, base, tmp_path, monkeypatch):
+    tab, made = studio.training, []
+    for place in ("a", "b", "a"):
+        folder = tmp_path / place / "photos"; folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (9, 99, 9)).save(folder / "1.png")
+        out = tab.out(Lesson(str(folder)))
+        out.mkdir(parents=True, exist_ok=True); (out / "pictures.txt").write_text(str(folder.resolve()))
+        made.append(out)
+    assert made[0] == made[2] != made[1] and {p.parent for p in made} == {studio.folder / "training"}
+    (studio.folder / "training" / "of-before").mkdir()          # without a note: somebody's, but whose?
+    other = tmp_path / "of before"; other.mkdir()
+    assert tab.out(Lesson(str(other))).name == "of-before-2"
+    monkeypatch.setattr("lora_nb.studio.training.DreamBooth", lambda *a, **kw: kw)
+    assert Lesson(str(tmp_path / "a/photos"), noun="../../toy").start(base, made[0])["class_data"].parent == made[0]
+
+
 def test_concepts(tmp_path):
     assert find_concept(" Jack-O-Lantern ")[1:] == ("subject", "face") and find_concept("neon")[1] == "style"
     assert find_concept(str(tmp_path)) == (tmp_path, None, "")
@@ -289,6 +381,47 @@ def test_pivotal_tuning_in_the_tab(base, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ command
+def usage_error(*argv):
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit): lora_studio([str(a) for a in argv])
+    return err.getvalue()
+
+
+def test_what_can_be_known_is_checked_before_the_server_starts():
+    assert "Did you mean 'tiny-sd" in usage_error("--pretrained_model_name_or_path", "tiny-sdd")
+    for port in (0, 65536, -1, "http"): assert "expected a port" in usage_error("--port", port)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen()
+        assert "choose another" in usage_error("--port", s.getsockname()[1])
+
+
+def test_the_page_is_for_this_machine_and_those_who_have_its_address(tmp_path):
+    "Without the token, or under a foreign name, there is nothing; a kernel without a page ends."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    cell = dict(cell_type="code", id="a", metadata={}, execution_count=None, outputs=[], source="print('made')")
+    spec = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    (tmp_path / "n.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=spec, nbformat=4, nbformat_minor=5)))
+    code = f"from lora_nb.studio import page_server; page_server({str(tmp_path / 'n.ipynb')!r}, {port}, 'open-sesame', 2).start()"
+    log = open(tmp_path / "log", "w")
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+    def ask(path, host="127.0.0.1"):
+        door = http.client.HTTPConnection("127.0.0.1", port, timeout=60); door.request("GET", path, headers={"Host": f"{host}:{port}"})
+        answer = door.getresponse(); return answer.status, answer.read().decode()
+    def kernels(): return [c for c in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
+    def wait(until):
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                if until(): return True
+            time.sleep(.1)
+    try:
+        assert wait(lambda: ask("/login")), (tmp_path / "log").read_text()
+        assert ask("/")[0] in (302, 403) and ask("/?token=wrong")[0] in (302, 403) and not kernels()
+        assert ask("/?token=open-sesame", "evil.example")[0] == 403 and not kernels()
+        for host in ("127.0.0.1", "localhost"):
+            status, page = ask("/?token=open-sesame", host); assert status == 200 and "made" in page
+        assert kernels() and wait(lambda: not kernels())
+    finally: server.kill(); server.wait(); log.close()
+
+
 def test_a_misspelt_lora_is_an_error_of_the_command():
     with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit): lora_studio(["--lora", "noen"])
     assert "Did you mean 'neon'" in err.getvalue()

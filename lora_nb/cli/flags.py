@@ -7,7 +7,7 @@ Docs: https://lora-nb.github.io/lora_nb/cli_flags.html.md"""
 # %% auto #0
 __all__ = ['REQUIRED', 'COMMANDS', 'BASE_FLAGS', 'UsageError', 'stop', 'Parser', 'terminal', 'Flag', 'truth', 'number',
            'shown_default', 'help_of', 'add_flag', 'given', 'sets_instead', 'Old', 'OldFlag', 'old_help',
-           'asks_for_the_same', 'Command', 'stop_if_ours', 'command', 'flag_table', 'quiet_libraries',
+           'asks_for_the_same', 'Command', 'plain_warnings', 'stop_if_ours', 'command', 'flag_table', 'quiet_libraries',
            'available_device', 'open_base', 'base_of', 'writable', 'folder_of', 'check_file']
 
 # %% ../../nbs/52_cli_flags.ipynb #dc8c994d
@@ -67,7 +67,7 @@ class Flag:
     help: str = ""               # a phrase
     sets: str = ""               # the setting of the recipe that it replaces
     least: float | None = None   # the smallest number that makes sense
-    also: str = ""               # another spelling
+    also: str = ""               # other spellings, with blanks between them
     many: str = ""               # "list": several values after one flag; "again": the flag may be repeated
     place: str = ""              # a positional argument, and what --help calls it
     usual: Any = None            # shown as the default where `default` is None
@@ -109,7 +109,7 @@ def add_flag(
     flag: Flag,   # what to add to it
 ):
     "Turn a row into an argument of argparse."
-    kind, dashes = flag.kind, [f"--{n}" for n in (flag.name, flag.also) if n]
+    kind, dashes = flag.kind, [f"--{n}" for n in (flag.name, *flag.also.split())]
     kw = dict(help=help_of(flag).replace("%", "%%"), default=flag.default)
     if isinstance(kind, tuple): kw |= dict(choices=kind)
     elif kind is None: kw |= dict(action="store_true")
@@ -187,13 +187,22 @@ class Command:
         return p
     def __call__(self, argv: Sequence[object] | None = None) -> None:
         a = self.parser().parse_args(sys.argv[1:] if argv is None else [str(x) for x in argv])
-        try: self.work(a)
+        try:
+            with plain_warnings(self.name): self.work(a)
         except UsageError as e: stop(self.name, f"{e} See {self.name} --help.")
-        except KeyboardInterrupt: stop(self.name, "stopped", 130)
+        except KeyboardInterrupt as e: stop(self.name, str(e) or "stopped", 128 + int(getattr(e, "signal", 2)))
         except OSError as e: stop(self.name, f"{e.filename or ''}: {e.strerror or e}".lstrip(": "))
         except ValueError as e: stop_if_ours(self.name, e)
 
 # %% ../../nbs/52_cli_flags.ipynb #747af3b7
+@contextlib.contextmanager
+def plain_warnings(name: str):  # of the command
+    "Warnings as lines for people, without the place in our code"
+    import warnings
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *a, **kw: print(f"{name}: warning: {message}", file=sys.stderr)
+        yield
+
 COMMANDS: dict[str, Command] = {}        # every command by its name, in the order of the chapters
 
 def stop_if_ours(name: str, error: ValueError) -> NoReturn:
@@ -220,7 +229,7 @@ def flag_table(c: Command) -> str:  # a command
     for f in (f for flags in c.groups.values() for f in flags):
         kinds = {str: "text", int: "whole number", float: "number", bool: "True, False", None: ""}
         values = ", ".join(map(str, f.kind)) if isinstance(f.kind, tuple) else kinds.get(f.kind, "text")
-        name = f.place or " ".join(f"`--{n}`" for n in (f.name, f.also) if n)
+        name = f.place or " ".join(f"`--{n}`" for n in (f.name, *f.also.split()))
         cells = name, values, shown_default(f), f.help, f"`{f.sets}`" if f.sets else ""
         rows.append("| " + " | ".join(x.replace("|", "\\|").replace("<", "&lt;") for x in cells) + " |")
     return "\n".join(rows)
@@ -246,11 +255,14 @@ def quiet_libraries():
 def available_device(
     name: str | None,  # what a flag says
 ) -> str | None:       # the same, or None for the best there is
-    "A device that this machine has; a missing GPU is replaced, with a line on stderr."
+    "The same, if this machine has it; a `UsageError` that says what it has"
     import torch
-    if not name or not name.startswith("cuda") or torch.cuda.is_available(): return name
-    print(f"{name} is not there: using the best device of this machine.", file=sys.stderr)
-    return None
+    kind, _, index = str(name or "cpu").partition(":")
+    have = ["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *(["cuda"] if torch.cuda.is_available() else [])]
+    if kind not in have: raise UsageError(f"--device {name}: this machine has {', '.join(have)}. Leave the flag out for the best one.")
+    if kind == "cuda" and index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise UsageError(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
+    return name
 
 # %% ../../nbs/52_cli_flags.ipynb #c7ecd814
 def open_base(
