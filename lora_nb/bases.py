@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 # %% ../nbs/09_bases.ipynb #5270b340
-from .core import LoraError, patch_to
+from .core import LoraError, Markup, escaped, patch_to, table
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/09_bases.ipynb #ec0fea23
@@ -356,10 +356,9 @@ def encoders_apart(
 @patch_to(Base)
 def _repr_markdown_(self) -> str:
     "A table of the parts."
-    rows = [f"| {n} | {type(m).__name__} | {sum(p.numel() for p in m.parameters())/1e6:,.2f} M |"
-            for n, m in self.parts().items()]
-    head = f"**{self.name}** (family {self.family}, {self.prediction} prediction, {self.resolution} px, {self.dtype})"
-    return "\n".join([head, "", "| part | class | parameters |", "|---|---|---|", *rows])
+    rows = [[n, type(m).__name__, f"{sum(p.numel() for p in m.parameters())/1e6:,.2f} M"] for n, m in self.parts().items()]
+    head = f"**{escaped(self.name)}** (family {self.family}, {self.prediction} prediction, {self.resolution} px, {self.dtype})"
+    return Markup(f"{head}\n\n" + table(["part", "class", "parameters"], rows))
 
 @patch_to(Base)
 def __repr__(self) -> str:

@@ -12,15 +12,15 @@ Docs: https://lora-nb.github.io/lora_nb/conversion.html.md"""
 __all__ = ['frequent_tags', 'trigger_words', 'FileInfo', 'lora_file_info', 'text_bars', 'short', 'coarse', 'Conversion',
            'fit_format', 'convert_lora']
 
-# %% ../nbs/21_conversion.ipynb #b45d3c31
-import json, re
+# %% ../nbs/21_conversion.ipynb #d4c8caab
+import html, json, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architectures import family_of
-from .core import FormatError, human, patch_to, some, table
+from .core import FormatError, human, patch_to, printable, some, table
 from .formats import FORMATS, format_of, load_lora, lora_files, read_file, save_lora
 from .lora import Factors, Lora
 from .peft_files import fold_alpha
@@ -173,12 +173,13 @@ def __repr__(self) -> str:
     "The facts, and a bar for each block"
     lines = [f"{k:<8} {v}" for k, v in _facts(self)]
     chart = ["", "norm of the change by block", text_bars({short(b): v for b, v in self.norms.items()})]
-    return "\n".join([Path(self.path).name, *lines, *(chart if self.norms else [])])
+    return printable("\n".join([Path(self.path).name, *lines, *(chart if self.norms else [])]))
 
 @patch_to(FileInfo)
 def _repr_markdown_(self) -> str:
     "The same as a table"
-    return table(["", Path(self.path).name], _facts(self)) + "\n\n```\n" + text_bars(coarse(self.norms)) + "\n```"
+    chart = html.escape(printable(text_bars(coarse(self.norms))))        # of <pre>, which no name of a layer can close
+    return table(["", Path(self.path).name], _facts(self)) + f"\n\n<pre>\n{chart}\n</pre>"
 
 @patch_to(FileInfo)
 def plot(self,
@@ -199,7 +200,7 @@ class Conversion:
 
     def __repr__(self):
         said = [*(f"lost: {s}" for s in self.lost), *(f"note: {s}" for s in self.notes)]
-        return "\n".join([f"{self.path}: {self.format}", repr(self.lora), *(said or ["nothing was lost"])])
+        return printable("\n".join([f"{self.path}: {self.format}", repr(self.lora), *(said or ["nothing was lost"])]))
 
 # %% ../nbs/21_conversion.ipynb #c5649fbc
 def _without(lora, names):

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/32_dataset.ipynb #448d239c
-from .core import DataError, LoraError, atomic_path, patch_to, quiet
+# %% ../nbs/32_dataset.ipynb #4deb53e5
+from .core import DataError, LoraError, Markup, atomic_path, patch_to, quiet, table
 from .bases import Base, Cond
 from .families import spelled
 from .pictures import (bucket_sizes, can_read, find_pictures, folder_words, mask_owner, masks_beside, nearest_bucket, read_mask,
@@ -207,16 +207,14 @@ def _read_all(files, masks, sizes, keep):
 
 def _some(names): return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-# %% ../nbs/32_dataset.ipynb #b26942d8
+# %% ../nbs/32_dataset.ipynb #42c03b88
 @patch_to(ConceptDataset)
 def _repr_markdown_(self):
-    rows = [f"| {n} | {c} |" for n, c in list(zip(self.names, self.captions))[:12]]
-    more = [f"| ... and {len(self) - 12} more | |"] if len(self) > 12 else []
+    rows = [*zip(self.names[:12], self.captions), *([(f"... and {len(self) - 12} more", "")] if len(self) > 12 else [])]
     sizes, masked = sorted(set(self.shapes)), sum(self.sources.masked)
     what = [", ".join(f"{w}x{h}" for w, h in sizes) + " px" if len(sizes) > 1 else f"{self.size} px",
             "mirrored too" if self.flip else "", f"{masked} with a mask" if masked else ""]
-    return "\n".join([f"**{len(self)} pictures**, {', '.join(filter(None, what))}", "",
-                      "| picture | caption |", "|---|---|", *rows, *more])
+    return Markup(f"**{len(self)} pictures**, {', '.join(filter(None, what))}\n\n" + table(["picture", "caption"], rows))
 
 # %% ../nbs/32_dataset.ipynb #0d0c5a09
 @dataclass

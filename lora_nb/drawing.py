@@ -9,21 +9,26 @@ __all__ = []
 
 # %% ../nbs/10_drawing.ipynb #f0632cb3
 import inspect, math, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image, ImageOps
 
 # %% ../nbs/10_drawing.ipynb #8fa31083
-from .core import LoraError, generators, patch_to, quiet
+from .core import LoraError, closest, finite_number, generators, patch_to, quiet
 from .bases import SAMPLING, Base
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/10_drawing.ipynb #97a0da5f
+def _whole(x, least=1): return isinstance(x, Integral) and not isinstance(x, bool) and x >= least
+
 def _size(base, size):
     "(width, height) in pixels: a number is a square, None the base's own."
-    w, h = (size, size) if isinstance(size, int) else tuple(size or (base.resolution,) * 2)
-    step, most, name = base.size_step, base.max_size, base.name
+    sides = (base.resolution,) * 2 if size is None else (size, size) if isinstance(size, Integral) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(map(_whole, sides)):
+        raise LoraError(f"size = {size!r}: expected a whole number of pixels, or (width, height).")
+    w, h = sides; step, most, name = base.size_step, base.max_size, base.name
     near = " x ".join(str(max(step, round(x / step) * step)) for x in (w, h))
     if w % step or h % step or min(w, h) < step:
         raise LoraError(f"{w} x {h} pixels: {name} draws in multiples of {step}, such as {near}.")
@@ -38,21 +43,51 @@ def _size(base, size):
 # %% ../nbs/10_drawing.ipynb #adf617d4
 def _seed_list(seeds, n):
     "`n` seeds: None counts from 0, an int from there, a list is taken as it is."
-    if seeds is None or isinstance(seeds, int): seeds = range(seeds or 0, (seeds or 0) + n)
+    given = seeds
+    if seeds is None or isinstance(seeds, Integral): seeds = range(seeds or 0, (seeds or 0) + n)
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [None]
+    if not all(_whole(s, -2**63) and s < 2**64 for s in seeds):
+        raise LoraError(f"seeds = {given!r}: expected a whole number, or a list of them, of at most 64 bits.")
     seeds = [int(s) for s in seeds]
     if len(seeds) != n: raise LoraError(f"{len(seeds)} seeds for {n} prompts: give one seed a picture, or one number.")
     return seeds
 
-def _steps_and_guidance(base, steps, guidance_scale):
-    "Steps and guidance; where they are None, as the base's authors set them."
+_OURS = dict(num_inference_steps="steps", generator="seeds", seed="seeds", prompt="prompts", width="size", height="size",
+             image="images", mask_image="masks", num_images_per_prompt="seeds", return_dict="a list of pictures, always")
+
+def _refuse_unknown(options):
+    "An error for arguments that a pipeline has, but we call otherwise."
+    for k in options:
+        if k in _OURS: raise LoraError(f"{k}= is not taken here: use {_OURS[k]}.")
+
+def _steps_and_guidance(base, steps, guidance_scale, options=(), batch_size=1):
+    "Steps and guidance, checked; where they are None, as the base's authors set them."
     own = base.sampling
-    return (own["steps"] if steps is None else steps,
-            own["guidance_scale"] if guidance_scale is None else guidance_scale)
+    steps, scale = own["steps"] if steps is None else steps, own["guidance_scale"] if guidance_scale is None else guidance_scale
+    for name, n in dict(steps=steps, batch_size=batch_size).items():
+        if not _whole(n): raise LoraError(f"{name} = {n!r}: expected a whole number, at least 1.")
+    if finite_number(scale, "guidance_scale") < 0: raise LoraError(f"guidance_scale = {scale}: expected 0 or more; 1 switches it off.")
+    _refuse_unknown(options)
+    return steps, scale
+
+def _strength(steps, strength):
+    "How far back to noise, checked."
+    if not 0 <= finite_number(strength, "strength") <= 1: raise LoraError(f"strength = {strength}: expected 0 to 1.")
+    if int(steps * strength) < 1:
+        raise LoraError(f"strength = {strength} of {steps} steps is not one step: give more steps, or more strength.")
+    return strength
 
 # %% ../nbs/10_drawing.ipynb #02e68af2
 def _in_batches(base, pipe, prompts, negative, seeds, batch_size, each, options):
     "Call a pipeline on a few pictures at a time; `each` holds lists with an entry for each picture."
-    seeds, out = _seed_list(seeds, len(prompts)), []
+    takes, seeds, out = inspect.signature(pipe).parameters, _seed_list(seeds, len(prompts)), []
+    known = {*takes, *(("callback", "callback_steps") if "kwargs" in takes else ())}    # diffusers still reads these two
+    for k in options:
+        if k not in known - {"self", "kwargs"}:
+            raise LoraError(f"no argument {k!r}: {type(base).__name__} would draw as if it were not there. LoRAs are put on by "
+                            f"apply_lora or scheduled.{closest(k, [*known, *_OURS.values()])}")
+    if not isinstance(negative, str) or not all(isinstance(p, str) for p in prompts):
+        raise LoraError("prompts and the negative prompt are texts: expected str, or a list of str for prompts.")
     texts, options = base.prompt_arguments(list(prompts), options)
     each = {**texts, **each}
     for i in range(0, len(prompts), batch_size):
@@ -81,8 +116,8 @@ def generate(
     "Draw pictures, each of which depends on its own prompt and seed only."
     if skip_layers: options = {**self.skipping(skip_layers, guidance_scale), **options}
     guidance_scale = options.pop("guidance_scale", guidance_scale)
-    steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale)
-    if isinstance(prompts, str): prompts = [prompts] * (1 if seeds is None or isinstance(seeds, int) else len(seeds))
+    steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale, options, batch_size)
+    if isinstance(prompts, str): prompts = [prompts] * (len(seeds) if hasattr(seeds, "__len__") else 1)
     w, h = _size(self, size)
     if self.inpainting:                            # draws from nothing if all is a hole
         gray = Image.new("RGB", (w, h), (128,) * 3)
@@ -134,17 +169,17 @@ def img2img(
     self,
     images: Image.Image | Sequence[Image.Image],  # a picture, or a list of them
     prompts: str | Sequence[str],                 # a text, or one for each picture
-    strength: float = .6,                         # how far back to noise: 0 keeps the picture, 1 forgets it
+    strength: float = .6,                         # how far back to noise: near 0 keeps the picture, 1 forgets it
     negative_prompt: str = "", seeds: int | Sequence[int] | None = None, steps: int | None = None,   # as `generate`
     guidance_scale: float | None = None, size: int | tuple[int, int] | None = None, batch_size: int = 24,
     **options,                                    # anything else the pipeline's call takes
 ) -> list[Image.Image]:
     "Draw pictures over pictures."
-    w, h = _size(self, size); steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale)
+    w, h = _size(self, size); steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale, options, batch_size)
     if self.inpainting:
         return self.inpaint(images, Image.new("L", (w, h), 255), prompts, negative_prompt, seeds, steps, guidance_scale,
                             strength, size, batch_size=batch_size, **options)
-    images, _, prompts = _alike(images, Image.new("L", (w, h)), prompts, (w, h))
+    images, _, prompts = _alike(images, Image.new("L", (w, h)), prompts, (w, h)); _strength(steps, strength)
     pipe = self.sibling("Img2Img")
     if "width" in inspect.signature(pipe.__call__).parameters: options |= dict(width=w, height=h)   # SD3's wants them
     options |= dict(num_inference_steps=steps, guidance_scale=guidance_scale, strength=strength)
@@ -160,7 +195,9 @@ def _overwriting(base, images, masks, seeds) -> Callable[..., Any]:
         later = pipe.scheduler.timesteps[pipe.scheduler.timesteps < t]
         noised = pipe.scheduler.add_noise(known, noise.to(known), later[:1].expand(len(known))) if len(later) else known
         return dict(latents=(hole * now["latents"] + (1 - hole) * noised.to(now["latents"])).to(now["latents"].dtype))
-    return lambda **kwargs: pipe(callback_on_step_end=step, **kwargs)
+    def redraw(**kwargs): return pipe(callback_on_step_end=step, **kwargs)
+    redraw.__signature__ = inspect.signature(pipe)
+    return redraw
 
 # %% ../nbs/10_drawing.ipynb #563bc666
 @patch_to(Base)
@@ -178,9 +215,10 @@ def inpaint(
     batch_size: int = 24, **options,
 ) -> list[Image.Image]:
     "Redraw the white part of the mask in pictures."
-    w, h = _size(self, size); steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale)
+    w, h = _size(self, size); steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale, options, batch_size)
     images, masks, prompts = _alike(images, masks, prompts, (w, h))
-    each, options = dict(image=images), dict(options, num_inference_steps=steps, guidance_scale=guidance_scale)
+    each, strength = dict(image=images), _strength(steps, strength)
+    options = dict(options, num_inference_steps=steps, guidance_scale=guidance_scale)
     if self.overwrites: pipe, batch_size = _overwriting(self, images, masks, seeds), len(prompts)
     else:
         pipe = self.sibling("Inpaint")

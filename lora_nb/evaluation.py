@@ -9,7 +9,8 @@ Docs: https://lora-nb.github.io/lora_nb/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['GROUPS', 'PROMPTS', 'METRICS', 'Question', 'pick_groups', 'prompt_exam', 'answers', 'Examiner', 'bundled_judge',
-           'score_pictures', 'marks', 'bootstrap', 'paired_bootstrap', 'wearing', 'summary', 'Evaluation', 'evaluate']
+           'score_pictures', 'marks', 'bootstrap', 'paired_bootstrap', 'wearing', 'summary', 'meaning', 'Evaluation',
+           'evaluate']
 
 # %% ../nbs/28_evaluation.ipynb #dc330158
 import contextlib, json, re
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .bases import Base
-from .core import DataError, atomic_path, closest, data_path
+from .core import DataError, Markup, atomic_path, closest, data_path, table
 from .injection import apply_lora, remove_lora
 from .loading import load_base
 from .lora import Lora
@@ -269,6 +270,15 @@ METRICS = dict(
     diversity="distance between pictures of the noun", leak="the noun alone draws it (0 is best)",
     prior_drift="other pictures have moved away from the base's (0 is best)")
 
+def meaning(
+    metric: str,
+    subject_known: bool = True,  # False: the judge has never seen it, and compares features instead
+) -> str:
+    "What a number of an evaluation says, in a phrase; empty for metrics of others."
+    if subject_known or metric not in ("subject_fidelity", "product"): return METRICS.get(metric, "")
+    if metric == "product": return "prompt_fidelity times that likeness"
+    return "mean likeness to the given pictures: no share of pictures; read its change"
+
 # %% ../nbs/28_evaluation.ipynb #edeacc31
 class Evaluation(dict):
     "Metric -> {before, after, before_ci, after_ci, change, change_ci, n}, with the pictures and marks behind it."
@@ -300,10 +310,10 @@ class Evaluation(dict):
 def _table(evaluation):
     "An `Evaluation` as a Markdown table."
     ci = lambda m, k: "<br>{:.2f} to {:.2f}".format(*m[f"{k}_ci"]) if f"{k}_ci" in m else ""
-    span = lambda m, k: f"{m[k]:.2f}{ci(m, k)}"
-    rows = [f"| {k} | {span(m, 'before')} | {span(m, 'after')} | {span(m, 'change') if 'change' in m else ''} "
-            f"| {m['n']} | {METRICS.get(k, '')} |" for k, m in evaluation.items()]
-    return "\n".join(["| metric | before | after | change | n | meaning |", "|---|---|---|---|---|---|", *rows])
+    span = lambda m, k: Markup(f"{m[k]:.2f}{ci(m, k)}") if k in m else ""
+    rows = [[k, *(span(m, x) for x in ("before", "after", "change")), m["n"], meaning(k, evaluation.about.get("subject_known", True))]
+            for k, m in evaluation.items()]
+    return table(["metric", "before", "after", "change", "n", "meaning"], rows)
 
 # %% ../nbs/28_evaluation.ipynb #7ca9a7a1
 def _models(base, lora):
@@ -357,6 +367,11 @@ def _with_drift(was, now, old, new, eye):
     d = drift(see(ims(old)), see(ims(new)))
     return {**was, "prior_drift": np.zeros(len(d))}, {**now, "prior_drift": d}
 
+def _known(judge, exam):
+    "Can the judge name the subject or style of an exam?"
+    q = next(iter(exam.get("subject", ())), None)
+    return bool(judge and q and (q.style in judge.styles if q.style else q.obj in judge.names))
+
 def _plain(kw): return {k: v for k, v in kw.items() if isinstance(v, (str, int, float, bool, type(None)))}
 
 # %% ../nbs/28_evaluation.ipynb #a6155a6f
@@ -400,5 +415,5 @@ def evaluate(
     was, old, now, new = _sit(base, tuned, lora, scale, exam, before, look, kw)
     was, now = _with_drift(was, now, old, new, dino or clip)
     about = dict(base=base.name, trigger=trigger, subject=subject, kind=kind or (judge.classes.get(subject) if judge else None),
-                 scale=scale, seed=seed, n=n, **_plain(kw))
+                 subject_known=_known(judge, exam), scale=scale, seed=seed, n=n, **_plain(kw))
     return Evaluation(summary(was, now), exam, dict(before=old, after=new), dict(before=was, after=now), about)

@@ -12,7 +12,7 @@ __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_prod
            'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation',
            'distillation', 'distill']
 
-# %% ../nbs/22_extraction.ipynb #0dbe9c9f
+# %% ../nbs/22_extraction.ipynb #c6e1d16c
 import json, os, re, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from .core import (LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, some,
-                          working_dtype)
+from .core import (LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, printable,
+                          some, working_dtype)
 from .names import canonical
 from .layers import LoraLayer
 from .lora import Factors, Lora
@@ -576,7 +576,7 @@ class Distillation:
     def __repr__(self):
         head = f"{self.lora}\nmisses {self.error:.1%} of the change of {len(self.layers)} weights"
         if not self.lost: return head
-        return f"{head}\n{len(self.lost)} tensors changed that a LoRA cannot hold: {some(self.lost)}"
+        return printable(f"{head}\n{len(self.lost)} tensors changed that a LoRA cannot hold: {some(self.lost)}")
 
 # %% ../nbs/22_extraction.ipynb #097f49e3
 def distillation(

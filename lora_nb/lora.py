@@ -13,7 +13,7 @@ Docs: https://lora-nb.github.io/lora_nb/lora.html.md"""
 __all__ = ['PAIR_LIMIT', 'Factors', 'add_factors', 'Lora', 'limit_pairs', 'gather', 'join_words', 'same_word', 'triggers_of',
            'added', 'join_metadata', 'same_tensor']
 
-# %% ../nbs/04_lora.ipynb #f9de4299
+# %% ../nbs/04_lora.ipynb #99919328
 import hashlib, json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core import DataError, LoraError, ShapeError, finite, human, patch_to, row_norms, some, table, working_dtype
+from .core import (DataError, LoraError, Markup, ShapeError, code, escaped, finite, human, patch_to, printable, row_norms, some,
+                          table, working_dtype)
 from .names import COMPONENTS, block_of
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ def norms(self) -> dict[str, float]:
 # %% ../nbs/04_lora.ipynb #e322c7a0
 @patch_to(Lora)
 def __repr__(self):
-    words = f", tokens {', '.join(self.embeddings)}" if self.embeddings else ""
+    words = f", tokens {printable(', '.join(self.embeddings))}" if self.embeddings else ""
     return (f"Lora: {len(self)} layers of {', '.join(self.components) or 'nothing'}, rank {self.rank}, "
             f"{self.num_parameters:,} parameters, {human(self.bytes)}{words}")
 
@@ -339,9 +340,9 @@ def _repr_markdown_(self):
         total = sum(x * x for x in part.norms().values())**.5
         rows.append([c, len(part), "-".join(str(r) for r in sorted({*ranks[:1], *ranks[-1:]})) or "none",
                      f"{part.num_parameters:,}", human(part.bytes), f"{total:.3g}",
-                     ", ".join(f"`{t}`" for t in part.embeddings)])
+                     Markup(", ".join(map(code, part.embeddings)))])
     head = ["part", "layers", "rank", "parameters", "size", "norm of delta", "tokens"]
-    about = "\n".join(f"- {k}: {v[:100]}" for k, v in self.metadata.items())
+    about = "\n".join(f"- {escaped(k)}: {escaped(str(v)[:100])}" for k, v in self.metadata.items())
     return table(head, rows) + ("\n\n" + about if about else "")
 
 # %% ../nbs/04_lora.ipynb #9dd9a5dd

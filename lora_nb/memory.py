@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/13_memory.ipynb #18c72e8b
-from .core import LoraError, closest, data_path, patch_to, quiet
+from .core import LoraError, Markup, closest, data_path, escaped, patch_to, quiet
 from .core import table as as_table
 from .families import HUB, as_base
 from .injection import inject_lora
@@ -270,9 +270,9 @@ class Memory:
         names = list(dict.fromkeys(n for rows in self.phases.values() for n in rows))
         gib = lambda x: f"{x / 2**30:.2f}" if x else ""
         rows = [[n, *(gib(r.get(n)) for r in self.phases.values())] for n in names]
-        rows.append(["**sum**", *(f"**{gib(x)}**" for x in self.sums.values())])
+        rows.append([Markup("**sum**"), *(Markup(f"**{gib(x)}**") for x in self.sums.values())])
         card = f"fits cards of {self.fits[0]} GiB and more" if self.fits else f"fits no card of {SIZES[-1]} GiB"
-        return "\n\n".join([f"**{self.title}**", as_table(["GiB", *self.phases], rows),
+        return "\n\n".join([f"**{escaped(self.title)}**", as_table(["GiB", *self.phases], rows),
                             f"{self.total / 2**30:.1f} GiB in the phase {self.peak!r}: {card}."])
 
 # %% ../nbs/13_memory.ipynb #fb8d02f0

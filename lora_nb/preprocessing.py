@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
 
-# %% ../nbs/31_preprocessing.ipynb #9b2a34d9
-from .core import DataError, LoraError, atomic_path, closest, patch_to, progress
+# %% ../nbs/31_preprocessing.ipynb #b77d92b2
+from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, progress, table
 from .show import grid, save_jpeg
 from .pictures import (CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, list_sources,
                               measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary)
@@ -129,8 +129,7 @@ def settings_for(
 
 @patch_to(PreprocessSettings)
 def _repr_markdown_(self):
-    rows = [f"| {f.name} | {getattr(self, f.name)!r} | {f.metadata['doc']} |" for f in fields(self)]
-    return "\n".join(["| setting | value | what it does |", "|---|---|---|", *rows])
+    return table(["setting", "value", "what it does"], [[f.name, repr(getattr(self, f.name)), f.metadata["doc"]] for f in fields(self)])
 
 # %% ../nbs/31_preprocessing.ipynb #d077d2ce
 def faults(
@@ -365,27 +364,25 @@ class PreprocessReport:
                 (f"; {self.changed} files changed" if self.changed else "; nothing had to be changed"))
     def _repr_markdown_(self): return report_table(self.rows)
 
-# %% ../nbs/31_preprocessing.ipynb #d426598f
+# %% ../nbs/31_preprocessing.ipynb #0be4d566
 def report_table(
     rows: list[dict[str, Any]],   # of a report
 ) -> str:
     "The rows of a report as a Markdown table"
-    def cell(v): return str(v).replace("|", "\\|").replace("\n", " ")
     def line(r):
-        done = ", ".join(r["files"]) if not r["why"] else "**left out**: " + "; ".join(r["why"])
+        done = ", ".join(r["files"]) if not r["why"] else Markup("**left out**: " + escaped("; ".join(r["why"])))
         size = lambda k: "x".join(map(str, r[k])) if k in r else ""
         crop = str(r["crop"]) if "crop" in r and not r["why"] else ""
         return [r["source"], done, size("original_size"), crop, "; ".join(r["notes"]), r.get("text", "")]
-    head = ["original", "became", "its size", "crop", "notes", "caption"]
-    return "\n".join("| " + " | ".join(map(cell, l)) + " |" for l in (head, ["---"] * 6, *map(line, rows)))
+    return table(["original", "became", "its size", "crop", "notes", "caption"], map(line, rows))
 
 def _report_text(report, s):
     "The file report.md"
     changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
     said = ", ".join(f"{k} = {v!r}" for k, v in changed.items()) or "the defaults"
-    return (f"# Preprocessing\n\n{len(report.kept)} of {len(report.rows)} pictures kept. Settings: {said}.\n\n"
+    return (f"# Preprocessing\n\n{len(report.kept)} of {len(report.rows)} pictures kept. Settings: {escaped(said)}.\n\n"
             f"![originals and results](report/contact_sheet.jpg)\n\n{report_table(report.rows)}\n" +
-            "".join(f"\nNot read: {n} ({why})\n" for n, why in report.unread.items()))
+            "".join(f"\nNot read: {escaped(str(n))} ({escaped(why)})\n" for n, why in report.unread.items()))
 
 # %% ../nbs/31_preprocessing.ipynb #567f172d
 def _strip(images, places=1):

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
-# %% ../nbs/35_recipe.ipynb #358dd6db
+# %% ../nbs/35_recipe.ipynb #439525b4
 from .loading import load_base
-from .core import LoraError, TargetError, closest, patch_to
+from .core import LoraError, Markup, TargetError, closest, escaped, patch_to, printable, table
 from .bases import Base
 from .dataset import HOLES
 
@@ -178,12 +178,11 @@ def to_json(self) -> str:
 
 @patch_to(Recipe)
 def _repr_markdown_(self):
-    rows = [f"| {f.name} | {getattr(self, f.name)} | {f.metadata['doc']} |" for f in fields(self)]
-    return "\n".join(["| setting | value | what it does |", "|---|---|---|", *rows])
+    return table(["setting", "value", "what it does"], [[f.name, getattr(self, f.name), f.metadata["doc"]] for f in fields(self)])
 
 @patch_to(Recipe)
 def __str__(self):
-    return "\n".join(f"{f.name:>22} = {str(getattr(self, f.name)):<12} {f.metadata['doc']}" for f in fields(self))
+    return "\n".join(f"{f.name:>22} = {printable(getattr(self, f.name)):<12} {f.metadata['doc']}" for f in fields(self))
 
 # %% ../nbs/35_recipe.ipynb #b983fd18
 LARGE = dict(batch_size=(1, "what fits the memory of a common GPU"), prior_batch=(1, "as many as of the subject"),
@@ -241,8 +240,8 @@ class Card:
         "The values by name"
         return {k: v for k, (v, _) in self.rows.items()}
     def _repr_markdown_(self):
-        return "\n".join([f"**{self.title}**", "", "| setting | value | why |", "|---|---|---|",
-                          *(f"| {k} | {v} | {why} |" for k, (v, why) in self.rows.items())])
+        rows = [[k, v, why] for k, (v, why) in self.rows.items()]
+        return Markup(f"**{escaped(self.title)}**\n\n" + table(["setting", "value", "why"], rows))
 
 def card_name(base: Base) -> str:
     "The name in `CARDS` for a base, by its family and size"
@@ -276,10 +275,9 @@ class Cards:
     def _repr_markdown_(self):
         names = list(dict.fromkeys(k for rows in CARDS.values() for k in rows))
         cell = lambda rows, k: f"{rows[k][0]}" if k in rows else f"({getattr(Recipe(), k)})"
-        lines = [f"| {k} | {' | '.join(cell(rows, k) for rows in CARDS.values())} |" for k in names]
-        changes = [f"| {i} | {k} = {v} | {why} |" for i, rows in INTENTS.items() for k, (v, why) in rows.items()]
-        return "\n".join([f"| | {' | '.join(CARDS)} |", f"|---|{'---|' * len(CARDS)}", *lines, "",
-                          "| intent | sets | why |", "|---|---|---|", *changes])
+        lines = [[k, *(cell(rows, k) for rows in CARDS.values())] for k in names]
+        changes = [[i, f"{k} = {v}", why] for i, rows in INTENTS.items() for k, (v, why) in rows.items()]
+        return Markup(table(["", *CARDS], lines) + "\n\n" + table(["intent", "sets", "why"], changes))
 
 # %% ../nbs/35_recipe.ipynb #184116f1
 RATES = dict(small=(1e-6, .1), sd=(1e-7, 2e-3), sdxl=(1e-7, 2e-3), sd3=(1e-7, 1e-3))   # full fine-tuning included

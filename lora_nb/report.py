@@ -7,13 +7,13 @@ Docs: https://lora-nb.github.io/lora_nb/report.html.md"""
 # %% auto #0
 __all__ = ['Report', 'make_report']
 
-# %% ../nbs/07_report.ipynb #d3f3174c
+# %% ../nbs/07_report.ipynb #b13a03fb
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from .core import DataError, patch_to, table
+from .core import DataError, Markup, code, escaped, patch_to, printable, table
 from .lora import Factors, Lora
 from .names import block_of, canonical_name, kind_of
 from .products import Change
@@ -37,7 +37,7 @@ class Report:
 
     def __repr__(self):
         counts = ", ".join(f"{len(getattr(self, k))} {k}" for k in ("matched", "missing", "unexpected", "misshaped"))
-        return "\n".join([counts, *(f"{b}: {d:.3g} on {w:.3g}" for b, (d, w) in self.norms.items()), *self.advice])
+        return printable("\n".join([counts, *(f"{b}: {d:.3g} on {w:.3g}" for b, (d, w) in self.norms.items()), *self.advice]))
 
 # %% ../nbs/07_report.ipynb #064e47ee
 def _sort_names(lora, parts):
@@ -150,7 +150,7 @@ def make_report(
 @patch_to(Report)
 def _repr_markdown_(self):
     lists = {k: getattr(self, k) for k in ("matched", "missing", "unexpected", "misshaped")}
-    rows = [[k, len(v), ", ".join(f"`{n}`" for n in v[:2])] for k, v in lists.items()]
-    blocks = [[f"`{b}`", f"{d:.3g}", f"{w:.3g}", f"{d / (w or 1):.2%}"] for b, (d, w) in self.norms.items()]
-    return "\n\n".join([table(["", "layers", "such as"], rows), "\n".join(f"- {a}" for a in self.advice),
+    rows = [[k, len(v), Markup(", ".join(map(code, v[:2])))] for k, v in lists.items()]
+    blocks = [[code(b), f"{d:.3g}", f"{w:.3g}", f"{d / (w or 1):.2%}"] for b, (d, w) in self.norms.items()]
+    return "\n\n".join([table(["", "layers", "such as"], rows), "\n".join(f"- {escaped(a)}" for a in self.advice),
                         table(["block", "norm of delta", "norm of weights", "change"], blocks)])

@@ -475,10 +475,9 @@ def test_distilling_does_not_depend_on_the_device(tmp_path, monkeypatch):
 
 
 def test_pictures_of_an_earlier_run_are_kept(tmp_path, no_base):
-    (tmp_path / "000001.png").write_text("mine"); (tmp_path / "evaluation.json").write_text("mine")
-    assert "--overwrite" in refused(lora_generate, "--prompt", "x", "--num_images", 2, "--output_dir", tmp_path)
+    (tmp_path / "before_after.jpg").write_text("mine"); (tmp_path / "evaluation.json").write_text("mine")
     assert "--overwrite" in refused(lora_evaluate, "--lora", NEON, "--instance_data_dir", BEAR, "--output_dir", tmp_path)
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"000001.png": "mine", "evaluation.json": "mine"}
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"before_after.jpg": "mine", "evaluation.json": "mine"}
 
 
 # ------------------------------------------------------------------------------------------ the door

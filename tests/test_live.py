@@ -179,8 +179,12 @@ def test_what_the_page_taught_draws_the_same_in_python_and_diffusers(live, tmp_p
     assert any(f.up.abs().max() > 0 for f in lora.layers.values())
     how = dict(seeds=[5], steps=4, guidance_scale=3.)
     plain = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int)
-    apply_lora(base.pipe, lora); ours = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int); remove_lora(base.pipe)
-    base.pipe.load_lora_weights(str(path)); theirs = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int); base.pipe.unload_lora_weights()
+    apply_lora(base.pipe, lora)
+    ours = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int)
+    remove_lora(base.pipe)
+    base.pipe.load_lora_weights(str(path))
+    theirs = np.asarray(base.generate(["a sks toy"], **how)[0]).astype(int)
+    base.pipe.unload_lora_weights()
     found = np.array(whole["pixels"]).reshape(size, size, 4)[..., :3]
     assert np.abs(ours - plain).max() > 3, "what was learned shows"
     assert np.abs(found - ours).max() <= 2 and np.abs(theirs - ours).max() <= 2
@@ -194,7 +198,8 @@ def test_pictures_given_become_numbers_as_in_python(live):
     found = page.evaluate("""async ([bytes, size]) => { const {ground, numbers, pictureOf} = await import('/pictures.js')
         const c = await pictureOf(new Blob([Uint8Array.from(bytes)]), 'a.jpg', size), plain = document.createElement('canvas')
         plain.width = plain.height = size
-        const k = plain.getContext('2d'); k.fillStyle = '#34a046'; k.fillRect(0, 0, size, size); k.fillStyle = '#d62828'; k.fillRect(20, 20, 24, 24)
+        const k = plain.getContext('2d')
+        k.fillStyle = '#34a046'; k.fillRect(0, 0, size, size); k.fillStyle = '#d62828'; k.fillRect(20, 20, 24, 24)
         return {x: Array.from(numbers(c)), said: ground(plain)} }""", [list(path.read_bytes()), base.resolution])
     x = np.array(found["x"]).reshape(3, base.resolution, base.resolution)
     assert np.abs(x - to_tensor(path, base.resolution).numpy()).mean() < .04 and found["said"] == "on a green background"

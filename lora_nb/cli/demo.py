@@ -38,7 +38,7 @@ DEMO = {
         Flag("seed", int, 0, "of the training", "seed"),
         Flag("num_class_images", int, 24, "class pictures that protect the prior", least=1)],
     "measurement": [
-        Flag("pictures", int, 24, "pictures in each group of the measurement", least=1),
+        Flag("pictures", int, 24, "pictures in each group of the measurement", least=2),
         Flag("num_inference_steps", int, 25, "denoising steps of a picture", least=1)],
     "base": BASE_FLAGS,
 }
@@ -103,7 +103,7 @@ def show_demo(
 ):
     "Write the pictures and the numbers, and say where to look."
     from lora_nb.core import atomic_path
-    from lora_nb.evaluation import METRICS
+    from lora_nb.evaluation import METRICS, meaning
     from lora_nb.show import before_after, save_jpeg
     steps, columns = zip(*run.log.previews)
     titles = ["base", *(f"step {s}" for s in steps[1:-1]), f"final ({steps[-1]} steps)"]
@@ -113,6 +113,7 @@ def show_demo(
     print("\nTrained {steps} steps in {train_seconds} s; {trainable_parameters:,} parameters, ".format(**metrics) +
           f"{metrics['lora_bytes'] / 1e6:.1f} MB, peak memory {metrics['peak_rss_mb']} MB.")
     print(f"\n{'':18}{'before':>8}{'after':>8}")
+    known = metrics.get("subject_fidelity_is", "share").startswith("share")
     for k in (k for k in METRICS if k in metrics and k not in ("size", "right", "down")):
-        print(f"{k:18}{metrics[k]['before']:8.2f}{metrics[k]['after']:8.2f}  {METRICS[k]}")
+        print(f"{k:18}{metrics[k]['before']:8.2f}{metrics[k]['after']:8.2f}  {meaning(k, known)}")
     print(f"\nLook at {out / 'before_after.jpg'}; the LoRA is {out / 'lora.safetensors'}, the numbers are {out / 'metrics.json'}.")

@@ -88,6 +88,7 @@ def number(
         try: value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a {'whole ' * (kind is int)}number, found {text!r}") from None
+        if not -1e18 < value < 1e18: raise argparse.ArgumentTypeError(f"expected a finite number, found {text}")
         if least is not None and not value >= least:
             raise argparse.ArgumentTypeError(f"expected at least {least:g}, found {text}")
         return value

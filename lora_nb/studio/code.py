@@ -53,19 +53,22 @@ def python_of(
     turbo: str = "",  # the name of a turbo LoRA among those worn
 ) -> str:
     "The Python that makes the same picture."
+    s = settings_from(s.to_json())                  # plain data, or an error
     worn = [x for x in s.loras if x.on or (s.compare == "scale" and x.name == s.over)]
     how = dict(negative_prompt=s.negative_prompt, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale,
                size=s.size)
+    if s.skip_layers: how["skip_layers"] = True
+    t5 = "" if s.t5 == "keep" else ", t5=" + ("'8bit'" if s.t5 == "8bit" else "False")
     files = ",\n         ".join(f"{x.name!r}: {_load_code(x, s.base)}" for x in worn)
-    lines = [f"base = load_base({s.base!r})", *([f"loras = {{{files}}}"] if worn else []),
+    lines = [f"base = load_base({s.base!r}{t5})", *([f"loras = {{{files}}}"] if worn else []),
              "how = dict(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")"]
     if s.compare == "without": lines += [*_draw_code(replace(s, loras=())), "without = image"]
     if turbo: lines += [f"base.pipe.scheduler = turbo_scheduler(base.pipe, loras[{turbo!r}])",
-                        f"how = {{**turbo_settings(loras[{turbo!r}], {s.steps}), **how}}"]
+                        f"how = {{**turbo_settings(loras[{turbo!r}], {s.steps!r}), **how}}"]
     if s.compare == "scale":
         body = [f"    {l}" for l in _draw_code(s, s.over)]
         lines += ["images = []", f"for scale in {SCALES}:", *body, "    images.append(image)",
-                  f"image = grid(images, titles=[f{(s.over + ' {scale:g}')!r} for scale in {SCALES}], cols=4)"]
+                  f"image = grid(images, titles=[{s.over + ' '!r} + f'{{scale:g}}' for scale in {SCALES}], cols=4)"]
     else: lines += _draw_code(s)
     if s.compare == "without": lines.append('image = grid([without, image], titles=["without", "with"], cols=2)')
     return _with_imports([*lines, 'image.save("picture.png")'])
@@ -109,8 +112,11 @@ def read_settings(
 ) -> Settings:
     "The settings that a saved picture carries."
     path = Path(path)
-    try: text = path.read_text("utf-8") if path.suffix == ".json" else Image.open(path).info.get("lora_nb")
-    except OSError as e: raise DataError(f"cannot read {path} ({e}): expected a picture that the studio saved") from e
+    try:
+        if path.suffix == ".json": text = path.read_text("utf-8")
+        else:
+            with Image.open(path) as im: text = im.info.get("lora_nb")
+    except (OSError, ValueError) as e: raise DataError(f"cannot read {path} ({e}): expected a picture that the studio saved") from e
     if text: return settings_from(text)
     raise DataError(f"{path} holds no settings: expected a PNG that the studio saved. Programs that re-save a picture "
                     "often drop metadata that they do not know.")

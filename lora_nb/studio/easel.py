@@ -159,6 +159,7 @@ def draw(self,
         if on_step: on_step(i + 1, look)
         return now
     with self.wearing(plan), sampler_of(self.base, [self.lora(x) for x in s.loras if x.on], s.steps) as how:
+        if s.skip_layers: how = {**how, "skip_layers": True}
         image, = self.base.generate([s.prompt], s.negative_prompt, [s.seed], s.steps, s.guidance_scale, s.size,
                                     callback_on_step_end=step, **how)
     self.drawn[key] = image

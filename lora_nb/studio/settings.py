@@ -8,9 +8,9 @@ Docs: https://lora-nb.github.io/lora_nb/studio_settings.html.md"""
 __all__ = ['SCALES', 'SCHEDULE_PRESETS', 'Wear', 'Settings', 'settings_from', 'sparkline']
 
 # %% ../../nbs/44_studio_settings.ipynb #969f9fe1
-import json
+import json, math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 # %% ../../nbs/44_studio_settings.ipynb #2c6954e9
@@ -46,6 +46,8 @@ class Settings:
     compare: Literal["one", "without", "scale"] = "one"  # without: the same seed without LoRAs beside it; scale: a grid
     over: str = ""                     # the LoRA whose scale varies in the grid
     base: str = "tiny-sd"
+    t5: str = "keep"                   # SD3's third text encoder: keep, drop or 8bit; the studio keeps it
+    skip_layers: bool = False          # skip-layer guidance, as the authors of SD3.5 Medium set it; only `lora_generate` has it
 
 # %% ../../nbs/44_studio_settings.ipynb #2e702926
 @patch_to(Settings)
@@ -53,16 +55,30 @@ def to_json(self) -> str:
     "The settings as JSON."
     return json.dumps(asdict(self))
 
+def _checked(x):
+    "Settings or a `Wear` in which every value is of its kind and in its range"
+    for f in fields(x):
+        kind, v = type(f.default), getattr(x, f.name)
+        if kind is float and type(v) is int: v = float(v); object.__setattr__(x, f.name, v)      # JSON writes 4.0 as 4, too
+        if f.name == "name": kind = str
+        if type(v) is not kind or (kind is float and not math.isfinite(v)): raise ValueError(f"{f.name} is {v!r}")
+    return x
+
 def settings_from(
     text: str,  # JSON as `Settings.to_json` writes it
 ) -> Settings:
     "Read settings from their JSON."
     try:
         found = json.loads(text)
-        loras = tuple(Wear(**x) for x in found.pop("loras", ()))
-        return Settings(**{**found, "size": tuple(found.get("size", (64, 64))), "loras": loras})
-    except (TypeError, ValueError, AttributeError) as e:
+        loras = tuple(_checked(Wear(**x)) for x in found.pop("loras", ()))
+        s = _checked(Settings(**{**found, "size": tuple(found.get("size", (64, 64))), "loras": loras}))
+        if [type(v) for v in s.size] != [int, int] or min(*s.size, s.steps) < 1:
+            raise ValueError(f"{s.size} pixels, {s.steps} steps")
+        if len({w.name for w in loras}) < len(loras): raise ValueError("two LoRAs have one name")
+        if s.compare not in ("one", "without", "scale"): raise ValueError(f"compare is {s.compare!r}")
+    except (TypeError, ValueError, AttributeError, RecursionError) as e:
         raise DataError(f"these are not settings of the studio ({e}): expected the JSON that it saves.") from e
+    return s
 
 # %% ../../nbs/44_studio_settings.ipynb #7c73272c
 SCALES = (-1., -.5, 0., .5, 1., 1.25, 1.5, 2.)   # of the grid

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 # %% ../../nbs/48_studio_training.ipynb #6fadb681
-from ..core import LoraError, data_path, patch_to
+from ..core import LoraError, atomic_path, data_path, file_name, free_name, patch_to
 from ..dreambooth import DreamBooth
 from ..pictures import find_pictures
 from ..pti import PivotalTuning, pivotal_recipe_for
@@ -84,7 +84,7 @@ def start(self,
     draw = dict(how, batch_size=4, **(dict(callback_on_step_end=on_step) if on_step else {}))
     views = dict(prompts=[self.preview] * 4, seeds=self.seed, **how) if self.preview else None
     prior = dict(class_prompt=None if style or not self.noun else an(f"a {self.noun}"), num_class_images=12,
-                 class_data=Path(out, f"class {self.noun}"), sampling=draw)
+                 class_data=Path(out, file_name(f"class {self.noun}")), sampling=draw)
     shared = dict(prior, recipe=self.recipe(base), output_dir=out, callback=callback, previews=views)
     if self.method == "pti": return PivotalTuning(base, folder, self.trigger, self.noun or "<rand>", **shared)
     prompt = f"a picture in {self.words} style" if style else f"a {self.words}"
@@ -270,6 +270,7 @@ def _learn(self, job, lesson, resume):
     out, self.shown, self.cost, self.run = self.out(lesson), time.perf_counter(), .1, None
     def on_step(pipe, i, t, now): job.check(); return now
     if not resume: self._forget(out)
+    with atomic_path(out / "pictures.txt") as note: Path(note).write_text(str(find_concept(lesson.pictures)[0].resolve()), "utf-8")
     self.say("Encoding the pictures, and drawing some of their class ...")
     self.run = lesson.start(self.studio.base, out, lambda trainer: self._after_step(job, trainer), on_step)
     r = self.run.recipe
@@ -288,8 +289,15 @@ def _learn(self, job, lesson, resume):
 @patch_to(Training)
 def out(self,
         lesson: Lesson) -> Path:
-    "The folder of a lesson."
-    return self.studio.folder / "training" / re.sub(r"\W+", "-", Path(lesson.pictures or "mine").name).strip("-")
+    "The folder of a lesson: called like that of its pictures, and never shared with pictures from another place."
+    source, root = str(find_concept(lesson.pictures)[0].resolve()), self.studio.folder / "training"
+    def others(name): return (root / name).exists() and _source_of(root / name) != source
+    return root / free_name(re.sub(r"\W+", "-", file_name(Path(source).name, "mine")).strip("-"), others, first=2)
+
+def _source_of(folder):
+    "Where the pictures of a training folder lie, as its note says; None without a note."
+    try: return (folder / "pictures.txt").read_text("utf-8")
+    except OSError: return None
 
 @patch_to(Training)
 def _forget(self, out):
