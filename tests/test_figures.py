@@ -127,14 +127,17 @@ def test_slider_shows_the_picture_of_each_value(visit):
 def test_several_pictures_and_two_rows(visit):
     many = {str(i): flat(COLOURS[i % 4]) for i in range(13)}
     pairs = {str(i): [flat(COLOURS[i]), flat(COLOURS[3 - i])] for i in range(4)}
-    page = visit(figure(many, "step"), figure(pairs, "pair"))
-    page.wait_for_function("document.querySelectorAll('.moving').length == 2")
+    sixes = {str(i): [flat(COLOURS[(i + j) % 4]) for j in range(6)] for i in range(3)}
+    page = visit(figure(many, "step"), figure(pairs, "pair"), figure(sixes, "six"))
+    page.wait_for_function("document.querySelectorAll('.moving').length == 3")
     for i in (0, 6, 7, 12):
         move(page, i)
         assert near(pixel(page), COLOURS[i % 4]), i
     for i in range(4):
         move(page, i, 1)
         assert near(pixel(page, .25, .5, 1), COLOURS[i]) and near(pixel(page, .75, .5, 1), COLOURS[3 - i]), i
+    move(page, 1, 2)
+    for j in range(6): assert near(pixel(page, (j % 3 + .5) / 3, (j // 3 + .5) / 2, 2), COLOURS[(1 + j) % 4]), j
 
 
 @needs_browser

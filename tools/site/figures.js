@@ -18,9 +18,10 @@ const element = (tag, props = {}, ...children) => { const e = Object.assign(docu
 /** @param {HTMLElement} figure with data-note, around the image of a strip */
 function upgrade(figure) {
   const strip = figure.querySelector('img'), note = JSON.parse(figure.dataset.note), [, , w, h] = note.boxes[0][0], n = note.boxes[0].length
-  const all = n * w + (n - 1) * GAP, scale = Math.min(Math.max(2, 256 / all), 520 / all)
-  const place = j => [j * (w + GAP), 0, w, h].map(x => x * scale)
-  const canvas = element('canvas', {width: Math.round(all * scale), height: Math.round(h * scale)})
+  const cols = n > 4 ? Math.ceil(n / 2) : n, all = cols * (w + GAP) - GAP, scale = Math.min(Math.max(2, 256 / all), 520 / all)
+  const [wide, high, gap] = [w, h, GAP].map(x => Math.round(x * scale))              // whole pixels: no seams
+  const place = j => [j % cols * (wide + gap), Math.floor(j / cols) * (high + gap), wide, high]
+  const canvas = element('canvas', {width: cols * (wide + gap) - gap, height: Math.ceil(n / cols) * (high + gap) - gap})
   const slider = element('input', {type: 'range', min: 0, max: note.values.length - 1, step: 1, value: 0}), said = element('output')
   const live = note.live && element('button', {type: 'button', textContent: 'Draw what lies between'}), state = element('span', {role: 'status'})
   const box = element('div', {className: 'moving'}, canvas, element('div', {}, element('label', {}, `${note.label} `, said, slider), live ?? '', state))
@@ -28,7 +29,7 @@ function upgrade(figure) {
     said.textContent = value; slider.setAttribute('aria-valuetext', value); canvas.setAttribute('aria-label', `${note.label} ${value}`)
   }
   const frame = () => {
-    note.boxes[+slider.value].forEach((b, j) => canvas.getContext('2d').drawImage(strip, ...b, ...place(j)))
+    note.boxes[+slider.value].forEach(([x, y], j) => canvas.getContext('2d').drawImage(strip, x + .5, y + .5, w - 1, h - 1, ...place(j)))
     say(note.values[+slider.value])
   }
   canvas.setAttribute('role', 'img'); slider.oninput = frame
