@@ -235,10 +235,12 @@ from .lora_diffusion import swin_ir_sr as swin_ir_sr
 from .lora_diffusion import load_and_save_masks_and_captions as load_and_save_masks_and_captions
 
 # modules
+from . import architectures as architectures
 from . import bases as bases
 from . import captions as captions
 from . import checkpoints as checkpoints
 from . import cli as cli
+from . import comfy as comfy
 from . import composition as composition
 from . import containers as containers
 from . import conversion as conversion
@@ -251,6 +253,7 @@ from . import extraction as extraction
 from . import families as families
 from . import formats as formats
 from . import injection as injection
+from . import kinds as kinds
 from . import kohya as kohya
 from . import layers as layers
 from . import lessons as lessons
@@ -263,10 +266,13 @@ from . import masks as masks
 from . import memory as memory
 from . import mixing as mixing
 from . import names as names
+from . import optimizers as optimizers
 from . import peft_files as peft_files
 from . import pictures as pictures
 from . import positional as positional
 from . import preprocessing as preprocessing
+from . import processes as processes
+from . import products as products
 from . import pti as pti
 from . import random_pipes as random_pipes
 from . import recipe as recipe
@@ -278,10 +284,15 @@ from . import scheduling as scheduling
 from . import sd3 as sd3
 from . import show as show
 from . import similarity as similarity
+from . import states as states
+from . import stopping as stopping
 from . import studio as studio
 from . import textual_inversion as textual_inversion
+from . import tracking as tracking
 from . import training as training
 from . import turbo as turbo
+from . import vocabulary as vocabulary
+from . import weight_cache as weight_cache
 from . import words as words
 from . import worn as worn
 from . import zoo as zoo

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 import torch
-from .core import LoraError, patch_to
+from .core import LoraError, Markup, escaped, patch_to, table
 from diffusers import DiffusionPipeline
 from collections.abc import Sequence
 from PIL import Image

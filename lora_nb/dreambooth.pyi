@@ -1,29 +1,33 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import itertools, json, re
+import contextlib, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from .loading import load_base
 from .core import DataError, LoraError, atomic_path, patch_to, progress
 from .bases import Base
 from .lora import Lora
-from .dataset import ConceptDataset, encode
-from .pictures import find_pictures
+from .dataset import ConceptDataset, encode, says
+from .pictures import find_pictures, is_junk
+from .captions import own_captions, read_text
 from .recipe import Recipe, recipe_for
+from .processes import main_process_first
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Stream
 from typing import Any
 from collections.abc import Callable
 from .training import Trainer
 
-__all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'subject_stream', 'prior_stream', 'Concept', 'load_concepts', 'concept_streams', 'DreamBooth', 'check_prior', 'train_dreambooth']
+__all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'swapped', 'subject_stream', 'prior_stream', 'Concept', 'load_concepts', 'concept_streams', 'DreamBooth', 'check_prior', 'train_dreambooth']
 def trigger_of(prompt: str) -> str: ...
 def class_pictures(base: Base, prompts: str | list[str], n: int=24, folder: str | Path | None=None, seed: int=0, batch_size: int=24, **kw: Any) -> tuple[list, list[str]]: ...
 PRIORS: tuple[Any, ...]
 PriorKind = Literal['images', 'prediction'] | None
 Prior = Literal['images', 'prediction', 'auto'] | None
+def swapped(caption: str, trigger: str, noun: str) -> str: ...
 def subject_stream(base: Base, source: Any, prompt: str, recipe: Recipe, trigger: str | None=None, size: int | None=None, name: str='subject', **data: Any) -> Stream: ...
-def prior_stream(base: Base, kind: PriorKind, source: Any, prompts: str | list[str], recipe: Recipe, n: int=24, size: int | None=None, name: str='prior', buckets: Any=None, **kw: Any) -> Stream: ...
+def prior_stream(base: Base, kind: PriorKind, source: Any, prompts: str | list[str], recipe: Recipe, n: int=24, size: int | None=None, name: str='prior', buckets: Any=None, trigger: str='', **kw: Any) -> Stream: ...
 @dataclass
 class Concept:
     data: Any
@@ -40,10 +44,10 @@ class DreamBooth(TrainingRun):
     prior: Any
     streams: Any
     trainer: Any
-    def __init__(self, base: Base, instance_data: Any, instance_prompt: str | None=None, class_prompt: str | list[str] | None=None, class_data: str | Path | None=None, prior: Prior='auto', recipe: Recipe | None=None, output_dir: str | Path | None=None, trigger: str | None=None, start: Lora | None=None, masks: Any=None, held_back: Any=None, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, resolution: int | None=None, buckets: Any=None, num_class_images: int=24, sampling: dict[str, Any] | None=None, **options: Any) -> None: ...
+    def __init__(self, base: Base, instance_data: Any, instance_prompt: str | None=None, class_prompt: str | list[str] | None=None, class_data: str | Path | None=None, prior: Prior='auto', recipe: Recipe | None=None, output_dir: str | Path | None=None, trigger: str | None=None, start: Lora | str | Path | None=None, masks: Any=None, held_back: Any=None, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, report_to: Any=None, resolution: int | None=None, buckets: Any=None, num_class_images: int=24, sampling: dict[str, Any] | None=None, **options: Any) -> None: ...
     def _held(self, pictures): ...
     def phases(self) -> dict[str, Any]: ...
     def lora(self) -> Lora: ...
 
 def check_prior(prior: Prior, class_prompt: str | list[str] | None) -> PriorKind: ...
-def train_dreambooth(base: Base, instance_data: Any, instance_prompt: str | None=None, class_prompt: str | list[str] | None=None, class_data: str | Path | None=None, recipe: Recipe | None=None, output_dir: str | Path | None=None, prior: Prior='auto', resume: bool=False, *, held_back: Any=None, masks: Any=None, start: Lora | None=None, trigger: str | None=None, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, resolution: int | None=None, buckets: Any=None, num_class_images: int=24, sampling: dict[str, Any] | None=None, **options: Any) -> Lora: ...
+def train_dreambooth(base: Base, instance_data: Any, instance_prompt: str | None=None, class_prompt: str | list[str] | None=None, class_data: str | Path | None=None, recipe: Recipe | None=None, output_dir: str | Path | None=None, prior: Prior='auto', resume: bool=False, *, held_back: Any=None, masks: Any=None, start: Lora | str | Path | None=None, trigger: str | None=None, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, report_to: Any=None, resolution: int | None=None, buckets: Any=None, num_class_images: int=24, sampling: dict[str, Any] | None=None, **options: Any) -> Lora: ...

@@ -1,21 +1,21 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import copy
-import re
+import re, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 import torch
 from torch import nn
-from .core import DataError, LoraError, ShapeError, TargetError, closest, free_name, patch_to, quick, some
+from .core import LoraError, ShapeError, TargetError, closest, finite, finite_number, free_name, patch_to, quick, some, working_dtype
 from .core import table as as_table
-from .layers import LoraLayer, check_rank, set_scales
-from .lora import Factors, Lora, add_factors
+from .layers import LoraLayer, branch_dtype, check_rank, set_scales
+from .lora import Factors, Lora, add_factors, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
-from .worn import Place, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, component_of, detach_branches, layer_factors, original_weight, places, remerge, resolve_components, root_module, stack_of, summed_weight, wears, worn_names, worn_state
+from .worn import Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_stores, component_of, device_of, foreign_adapters, is_offloaded, layer_factors, places, remerge, resolve_components, root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state
+from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
 
-__all__ = ['TARGETS', 'MMDIT_TARGETS', 'find_targets', 'Injected', 'inject_lora', 'freeze_base', 'disabled', 'remove_lora', 'remove_from_model', 'vector_tokens', 'add_words', 'apply_lora', 'place_lora', 'word_rows', 'set_scale', 'extract_lora']
+__all__ = ['TARGETS', 'MMDIT_TARGETS', 'find_targets', 'Injected', 'inject_lora', 'freeze_base', 'disabled', 'remove_lora', 'remove_from_model', 'apply_lora', 'place_lora', 'set_scale', 'extract_lora']
 TARGETS: dict[Any, Any]
 MMDIT_TARGETS: dict[Any, Any]
 def find_targets(model: nn.Module, targets: str | list[str] | Callable='attention', component: str | None=None) -> dict[str, nn.Module]: ...
@@ -41,10 +41,7 @@ def freeze_base(model: nn.Module) -> None: ...
 def disabled(handle_or_model: 'Injected | Wearer') -> Iterator[None]: ...
 def remove_lora(pipe_or_model: 'Wearer', name: str | None=None) -> None: ...
 def remove_from_model(model: nn.Module, name: str | None, words: bool=True) -> None: ...
-def vector_tokens(token: str, n: int) -> list[str]: ...
-def add_words(model: nn.Module, tokenizer: Any, words: dict[str, torch.Tensor], name: str) -> None: ...
 def apply_lora(pipe_or_model: 'Wearer', lora: Lora | str | Path, scale: float | dict[str, float]=1.0, mode: Literal['merge', 'inject']='merge', name: str | None=None) -> str: ...
 def place_lora(pipe_or_model: 'Wearer', lora: Lora) -> dict[str, dict[str, tuple[Place, Factors]]]: ...
-def word_rows(e: torch.Tensor) -> torch.Tensor: ...
 def set_scale(pipe_or_model: 'Wearer', scale: float | dict[str, float], name: str | None=None) -> None: ...
 def extract_lora(pipe_or_model: 'Wearer', name: str | None=None) -> Lora: ...

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
-from .core import LoraError, ShapeError, patch_to, row_norms
+from .core import LoraError, ShapeError, patch_to, row_norms, working_dtype
 
-__all__ = ['LoraLayer', 'set_scales', 'init_factors', 'pissa_factors', 'check_rank', 'LoraInjectedLinear', 'LoraInjectedConv2d']
+__all__ = ['LoraLayer', 'set_scales', 'branch_dtype', 'init_factors', 'pissa_factors', 'check_rank', 'LoraInjectedLinear', 'LoraInjectedConv2d']
 class LoraLayer(nn.Module):
     base_name: str
     r: int
@@ -62,6 +62,7 @@ class LoraLayer(nn.Module):
     def _pissa(self, x, y, h): ...
 
 def set_scales(layers: list[LoraLayer], scales: list[float]) -> None: ...
+def branch_dtype(weight: torch.dtype, factors: torch.dtype | None=None) -> torch.dtype: ...
 def init_factors(weight: torch.Tensor, r: int, init: Literal['gaussian', 'kaiming', 'pissa']='gaussian', dtype: torch.dtype | None=None) -> tuple[torch.Tensor, torch.Tensor]: ...
 def pissa_factors(weight: torch.Tensor, r: int, dtype: torch.dtype | None=None) -> tuple[torch.Tensor, torch.Tensor]: ...
 def check_rank(r: int, n_in: int, n_out: int) -> None: ...

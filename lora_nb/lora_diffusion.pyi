@@ -7,10 +7,11 @@ import safetensors
 import torch
 from torch import nn
 from .core import DataError, FormatError, LoraError, ShapeError, TargetError, atomic_path, closest, free_name, patch_to, some
-from .injection import add_words, apply_lora, freeze_base, place_lora, remove_from_model, remove_lora, set_scale, word_rows
+from .injection import apply_lora, freeze_base, place_lora, remove_from_model, remove_lora, set_scale
+from .vocabulary import add_words, word_rows
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
 from .lora import Factors, Lora, gather, triggers_of
-from .worn import Place, Wearer, adapted_class, branches, detach_branches, resolve_components, root_module, summed_weight, wears
+from .worn import Place, Wearer, adapted_class, adapters, branches, detach_branches, resolve_components, root_module, summed_weight, wears
 from .positional import WORD_FLAG, index_key, legacy_order, fitting_walk, pt_paths, split_index, walks
 from .containers import check_tensors, find_file, read_safetensors, unpickle, write_safetensors
 from .peft_files import group_parts, to_factors

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-from .core import LoraError, closest, data_path, patch_to, quiet
+from .core import LoraError, Markup, closest, data_path, escaped, patch_to, quiet
 from .core import table as as_table
 from .families import HUB, as_base
 from .injection import inject_lora

@@ -1,16 +1,16 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import contextlib, hashlib, json, os, tempfile
+import contextlib, hashlib, json, os, tempfile, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace as replaced
 from pathlib import Path
 from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
-from .core import DataError, LoraError, atomic_path, closest, patch_to, progress
+from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, progress, table
 from .show import grid, save_jpeg
 from .pictures import CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, list_sources, measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary
 from .masks import MASKS, Masker, mask_center, mask_extent, masker_for
-from .captions import METADATA, Captioner, captioner_for, edited_captions, give_captions, own_caption
+from .captions import METADATA, Captioner, captioner_for, edited_captions, give_captions, own_captions
 
 __all__ = ['PREPROCESS_PRESETS', 'PreprocessSettings', 'check_settings', 'settings_for', 'faults', 'prepare_picture', 'metadata_lines', 'PreprocessReport', 'report_table', 'contact_sheet', 'preprocess']
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class PreprocessReport:
     rows: list[dict[str, Any]]
     folder: Any
     changed: int
-    def __init__(self, rows: list[dict[str, Any]], folder: str | Path, changed: int=0) -> None: ...
+    unread: Any
+    def __init__(self, rows: list[dict[str, Any]], folder: str | Path, changed: int=0, unread: dict[str, str] | None=None) -> None: ...
     @property
     def kept(self) -> list[dict[str, Any]]: ...
     @property
@@ -82,4 +83,4 @@ class PreprocessReport:
 
 def report_table(rows: list[dict[str, Any]]) -> str: ...
 def contact_sheet(rows: list[dict[str, Any]], small: dict[str, list], most: int=60) -> Image.Image: ...
-def preprocess(source: str | Path | Iterable[str | Path], output: str | Path, settings: PreprocessSettings | None=None, overwrite: bool=False, captioner: Captioner | None=None, masker: Masker | None=None, **changes) -> PreprocessReport: ...
+def preprocess(source: str | Path | Iterable[str | Path], output: str | Path, settings: PreprocessSettings | None=None, overwrite: bool=False, captioner: Captioner | None=None, masker: Masker | None=None, recursive: bool=False, **changes) -> PreprocessReport: ...

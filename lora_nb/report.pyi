@@ -3,9 +3,10 @@ from typing import Any, Iterator
 from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
-from .core import DataError, patch_to, table
-from .lora import Lora
+from .core import DataError, Markup, code, escaped, patch_to, printable, table
+from .lora import Factors, Lora
 from .names import block_of, canonical_name, kind_of
+from .products import Change
 from .worn import Wearer, places, resolve_components, root_module, stack_of, worn_state
 
 __all__ = ['Report', 'make_report']

@@ -9,7 +9,7 @@ from .core import LoraError, TargetError, closest, finite_number, patch_to, some
 from .names import COMPONENTS, fits_block, named_positions, parse_blocks
 from .lora import Lora
 
-__all__ = ['Moment', 'LoraSchedule', 'interpolate', 'ramp', 'rank_at', 'trained_schedule', 'parse_schedule', 'as_schedule', 'parse_lora', 'lora_switch', 'LoraComposite']
+__all__ = ['Moment', 'LoraSchedule', 'interpolate', 'ramp', 'rank_at', 'trained_schedule', 'parse_schedule', 'as_schedule', 'parse_lora', 'lora_switch', 'LoraComposite', 'as_plan']
 class Moment(NamedTuple):
     progress: float
     step: int
@@ -51,3 +51,5 @@ def lora_switch(loras: Iterable[Any], every: int=1, **more) -> dict[Any, LoraSch
 class LoraComposite(dict):
     shares: list[float] | None
     def __init__(self, loras: Any=..., shares: list[float] | None=None, **more) -> None: ...
+
+def as_plan(loras: Any) -> dict[Any, Any]: ...

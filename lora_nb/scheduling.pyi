@@ -1,6 +1,5 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,15 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 import torch
 from torch import nn
-from .core import LoraError, TargetError, closest, free_name, patch_to
+from .core import LoraError, TargetError, closest, finite, free_name, patch_to
 from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
-from .worn import Wearer, adapters, branches, layer_factors, original_weight, places, resolve_components, root_module, summed_weight, worn_state
+from .worn import Wearer, adapters, branches, changing, check_stores, layer_factors, locked, original_weight, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state
 from .injection import apply_lora, place_lora, remove_lora, set_scale
-from .schedule import LoraComposite, LoraSchedule, Moment, as_schedule, rank_at
+from .schedule import LoraComposite, LoraSchedule, Moment, as_plan, as_schedule, rank_at
+from .weight_cache import WeightCache, cache_budget
 
-__all__ = ['Vector', 'Clock', 'Site', 'WeightCache', 'ScheduledLora', 'LayerGroup', 'ScheduleState', 'ScheduleStats', 'Scheduled', 'Branches', 'scheduled', 'RankMask', 'rank_masked']
+__all__ = ['Vector', 'Clock', 'Site', 'ScheduledLora', 'LayerGroup', 'ScheduleState', 'ScheduleStats', 'Scheduled', 'Branches', 'scheduled', 'RankMask', 'rank_masked']
 @dataclass
 class Clock:
     pipe: Any = ...
@@ -52,18 +52,6 @@ class Site:
     def hold(self, model: nn.Module, names: list[str]) -> None: ...
     def put_back(self, model: nn.Module) -> None: ...
     def move(self) -> None: ...
-
-class WeightCache:
-    budget: int
-    bytes: int
-    kept: OrderedDict[tuple, torch.Tensor]
-    free: dict[tuple, list[torch.Tensor]]
-    def __init__(self, budget: int) -> None: ...
-    def get(self, key: tuple) -> torch.Tensor | None: ...
-    def put(self, key: tuple, weight: torch.Tensor, used: Callable[[str], torch.Tensor]) -> None: ...
-    def release(self, weight: torch.Tensor) -> None: ...
-    def buffer(self, like: torch.Tensor) -> torch.Tensor: ...
-    def clear(self) -> None: ...
 
 @dataclass
 class ScheduledLora:
@@ -110,11 +98,12 @@ class Scheduled:
     state: Any
     stats: Any
     cache: Any
+    sized: bool
     sites: dict[str, Site | Branches]
     undo: list[Any]
     hooks: list[Any]
     room: torch.Tensor | None
-    def __init__(self, pipe: 'Wearer', loras: dict[Any, Any], budget: int, mode: Literal['merge', 'inject']='merge') -> None: ...
+    def __init__(self, pipe: 'Wearer', loras: Any, budget: int | None, mode: Literal['merge', 'inject']='merge') -> None: ...
     def __repr__(self): ...
     def _put_on(self): ...
     def _merge_sites(self, layers): ...
@@ -145,7 +134,7 @@ class Branches:
     def turn(self, vector: Vector) -> list[tuple[LoraLayer, float]]: ...
 
 @contextmanager
-def scheduled(pipe: 'Wearer', loras: dict[Any, Any], budget: int=..., mode: Literal['merge', 'inject']='merge') -> Iterator[Scheduled]: ...
+def scheduled(pipe: 'Wearer', loras: Any, budget: int | None=None, mode: Literal['merge', 'inject']='merge') -> Iterator[Scheduled]: ...
 class RankMask(nn.Module):
     rank: int
     conv: bool

@@ -228,10 +228,10 @@ def before_after(
 
 # %% ../nbs/01_show.ipynb #b1d6ec6a
 class Frames(Jpeg):
-    "A strip of pictures, one for each value of something that moves"
+    "A strip of pictures, some for each value of something that moves"
     def __init__(self,
         image: "Picture",     # the strip
-        note: dict[str, Any], # `label`, `values`, `boxes` (left, top, width, height) and `live`
+        note: dict[str, Any], # `label`, `values`, for each value its `boxes` (left, top, width, height), and `live`
         limit: float = 90,    # KB; a strip has more in it than a picture
     ):
         super().__init__(image, limit=limit)
@@ -239,22 +239,40 @@ class Frames(Jpeg):
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {"image/jpeg": self.data, "text/plain": repr(self)}, {"lora_nb_frames": self.note}
 
+# %% ../nbs/01_show.ipynb #f1a35000
+def _groups(pictures):
+    "Values as text, and for each its list of RGB pictures; all of one shape"
+    listed = [list(p) if isinstance(p, (list, tuple)) else [p] for p in pictures.values()]
+    if len(listed) < 3: raise DataError(f"found {len(listed)} pictures, expected at least 3: fewer do not move.")
+    counts = [len(g) for g in listed]
+    if len({*counts}) > 1 or not counts[0]: raise DataError(f"found {counts} pictures, expected as many for each value.")
+    groups = [[to_image(x) for x in g] for g in listed]
+    if len(sizes := {x.size for g in groups for x in g}) > 1:
+        raise DataError(f"found pictures of sizes {sorted(sizes)}, expected one size.")
+    return [str(v) for v in pictures], groups
+
 # %% ../nbs/01_show.ipynb #7b348828
 def frames(
-    pictures: Mapping[Any, "Picture"],  # value -> what it gives; all of one shape
+    pictures: Mapping[Any, "Picture | Sequence[Picture]"],  # value -> what it gives: a picture, or a list of them; all of one shape
     label: str,                         # what moves, e.g. "strength"
-    live: dict[str, Any] | None = None, # what the page draws: `wish`, and `set`, the path in it of the value that moves, with `range`
+    live: dict[str, Any] | None = None, # what the page draws: `wish`, `set` (the path in it of the value), `range` (least, most, step), `loras`
     size: int | None = None,            # width of one picture in the strip
 ) -> Frames:
     "Pictures of a movement, as a strip here and as a slider on the site"
-    values, tiles = [str(v) for v in pictures], [to_image(x) for x in pictures.values()]
-    if len(tiles) < 3: raise DataError(f"found {len(tiles)} pictures, expected at least 3: fewer do not move.")
-    if len({t.size for t in tiles}) > 1: raise DataError(f"found pictures of sizes {sorted({t.size for t in tiles})}, expected one size.")
-    width = size or max(min(tiles[0].width, 64), min(max(tiles[0].width, 160), WIDTH // len(tiles) - PAD))
-    strip = grid(tiles, cols=len(tiles), col_titles=[f"{label} {v}" if i == 0 else v for i, v in enumerate(values)], size=width)
-    top = strip.height - round(tiles[0].height * width / tiles[0].width)
-    boxes = [[i * (width + PAD), top, width, strip.height - top] for i in range(len(tiles))]
-    return Frames(strip, dict(label=label, values=values, boxes=boxes, **(dict(live=live) if live else {})))
+    values, groups = _groups(pictures)
+    if live and not {"wish", "set", "range"} <= live.keys():
+        raise DataError(f"found live with {', '.join(live)}, expected wish, set and range.")
+    n, k = len(groups), len(groups[0])
+    cols = n if k > 1 or n <= 10 else math.ceil(n / 2)                   # many single pictures take two rows
+    tiles, titles = [g[j] for j in range(k) for g in groups], [f"{label} {v}" if i == 0 else v for i, v in enumerate(values)]
+    own, names = tiles[0].width, {"titles" if k == 1 else "col_titles": titles}
+    width = size or max(min(own, 64), min(max(own, 160), WIDTH // cols - PAD))
+    high = round(tiles[0].height * width / own)
+    caption, tops, _ = _layout([_tile(t, width) for t in tiles], cols, width, PAD, 0, names.get("titles"), names.get("col_titles"))
+    box = lambda p: [p % cols * (width + PAD), tops[p // cols] + caption, width, high]
+    boxes = [[box(j * n + i) for j in range(k)] for i in range(n)]
+    note = dict(label=label, values=values, boxes=boxes, **(dict(live=live) if live else {}))
+    return Frames(grid(tiles, cols=cols, **names, size=width), note)
 
 # %% ../nbs/01_show.ipynb #6f6215a3
 _RC = {"svg.fonttype": "none", "svg.hashsalt": "lora_nb", "font.family": ["DejaVu Sans", "sans-serif"], "font.size": 10,

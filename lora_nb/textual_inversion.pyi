@@ -1,16 +1,19 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import hashlib
+import hashlib, math, random, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
 from torch import nn
-from .core import DataError, LoraError, TargetError, generator, patch_to
+from .loading import load_base
+from .core import DataError, LoraError, TargetError, closest, generator, patch_to, quiet, some
 from .bases import Base
+from .families import spelled
 from .lora import Lora
-from .injection import apply_lora, remove_lora, vector_tokens
+from .vocabulary import vector_tokens
+from .injection import apply_lora, remove_lora
 from .dataset import ConceptDataset, encode
 from .recipe import Intent, Recipe, learning_encoders, recipe_for, setting
 from .run import RunOptions, TrainingRun, delegates
@@ -19,7 +22,7 @@ from typing import Any
 from collections.abc import Callable
 from .training import Trainer
 
-__all__ = ['SENTENCES', 'INVERSION_CARDS', 'KEPT', 'WordTable', 'first_vectors', 'NewWords', 'fingerprint', 'wording_of', 'InversionRecipe', 'extended_recipe', 'inversion_recipe_for', 'concepts_of', 'word_streams', 'WordOptions', 'TextualInversion', 'trigger_words_of', 'pulled', 'train_textual_inversion', 'neighbours']
+__all__ = ['INITIALISERS', 'SENTENCES', 'INVERSION_CARDS', 'KEPT', 'WordTable', 'first_vectors', 'random_size', 'NewWords', 'fingerprint', 'wording_of', 'InversionRecipe', 'extended_recipe', 'inversion_recipe_for', 'concepts_of', 'word_streams', 'check_said', 'WordOptions', 'TextualInversion', 'trigger_words_of', 'pulled', 'train_textual_inversion', 'neighbours']
 class WordTable(nn.Module):
     weight: Any
     table: nn.Embedding
@@ -29,6 +32,8 @@ class WordTable(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor: ...
 
 def first_vectors(encoder: nn.Module, tokenizer: Any, init: str | torch.Tensor, n: int=1, seed: int=0) -> torch.Tensor: ...
+INITIALISERS: tuple[Any, ...]
+def random_size(init: str) -> float | None: ...
 class NewWords:
     base: Base
     name: str
@@ -61,6 +66,7 @@ def extended_recipe(kind: type[Recipe], card: Recipe, keep: tuple[str, ...], own
 def inversion_recipe_for(base: Base, intent: Intent='subject', **changes: Any) -> InversionRecipe: ...
 def concepts_of(instance_data: Any, placeholder_token: str | None, initializer_token: Any) -> tuple[dict[str, Any], dict[str, Any]]: ...
 def word_streams(base: Base, data: dict[str, Any], recipe: InversionRecipe, prompt: str='a photo of a {trigger}', size: int | None=None, noun: str='', buckets: Any=None) -> list[Stream]: ...
+def check_said(words: NewWords, data: dict[str, Any], streams: list[Stream], recipe: Recipe) -> None: ...
 @dataclass
 class WordOptions(RunOptions):
     prompt: str = ...
@@ -72,11 +78,11 @@ class TextualInversion(TrainingRun):
     words: Any
     streams: Any
     trainer: Any
-    def __init__(self, base: Base, instance_data: Any, placeholder_token: str | None='<subject>', initializer_token: Any='<rand>', recipe: InversionRecipe | None=None, output_dir: str | Path | None=None, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, resolution: int | None=None, buckets: Any=None, prompt: str='a photo of a {trigger}', class_noun: str='', components: list[str] | None=None, **options: Any) -> None: ...
+    def __init__(self, base: Base, instance_data: Any, placeholder_token: str | None='<subject>', initializer_token: Any='<rand>', recipe: InversionRecipe | None=None, output_dir: str | Path | None=None, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, report_to: Any=None, resolution: int | None=None, buckets: Any=None, prompt: str='a photo of a {trigger}', class_noun: str='', components: list[str] | None=None, **options: Any) -> None: ...
     def phases(self) -> dict[str, Any]: ...
     def lora(self) -> Lora: ...
 
 def trigger_words_of(data: dict[str, Any], noun: str='') -> str: ...
 def pulled(words: NewWords, strength: float, callback: Callable[[Trainer], Any] | None=None) -> Callable[[Trainer], Any]: ...
-def train_textual_inversion(base: Base, instance_data: Any, placeholder_token: str | None='<subject>', initializer_token: Any='<rand>', recipe: InversionRecipe | None=None, output_dir: str | Path | None=None, resume: bool=False, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, resolution: int | None=None, buckets: Any=None, prompt: str='a photo of a {trigger}', class_noun: str='', components: list[str] | None=None, **options: Any) -> Lora: ...
+def train_textual_inversion(base: Base, instance_data: Any, placeholder_token: str | None='<subject>', initializer_token: Any='<rand>', recipe: InversionRecipe | None=None, output_dir: str | Path | None=None, resume: bool=False, *, previews: dict[str, Any] | None=None, callback: Callable[[Trainer], Any] | None=None, report_to: Any=None, resolution: int | None=None, buckets: Any=None, prompt: str='a photo of a {trigger}', class_noun: str='', components: list[str] | None=None, **options: Any) -> Lora: ...
 def neighbours(base: Base, vectors: torch.Tensor, k: int=6, component: str='text_encoder') -> list[list[tuple[str, float]]]: ...

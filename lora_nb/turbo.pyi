@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 import torch
-from .core import DataError, LoraError, generators, patch_to
+from .loading import load_base
+from .core import DataError, LoraError, free_name, generators, patch_to
 from .bases import Base, Cond
 from .composition import compose
 from .dataset import Examples
 from .injection import apply_lora, inject_lora, remove_lora
+from .worn import adapters
 from .lora import Lora
 from .training import Batch, Stream, Trainer
 from .recipe import Recipe, recipe_for
@@ -57,7 +59,7 @@ class TurboPlan:
 def turbo_plan(base: Base, **changes) -> TurboPlan: ...
 def turbo_recipe(base: Base, **changes) -> Recipe: ...
 class TurboRun:
-    base: Base
+    base: Any
     plan: Any
     recipe: Any
     paths: Any

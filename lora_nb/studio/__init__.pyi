@@ -1,17 +1,18 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import argparse, contextlib, html, io, json, os, random, tempfile, time, traceback
+import argparse, contextlib, html, io, json, os, random, secrets, socket, tempfile, threading, time, traceback, webbrowser
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from PIL import Image
-from ..core import LoraError, atomic_path, closest, patch_to
-from ..loading import load_base
+from ..core import DataError, LoraError, atomic_path, closest, file_name, free_name, patch_to
+from ..loading import HUB, embedded_bases, load_base
 from ..lora import Lora, triggers_of
 from ..turbo import turbo_settings
 import ipywidgets as widgets
+from voila.app import Voila
 from lora_nb.bases import Base
 from .settings import Wear, Settings, settings_from, SCALES, SCHEDULE_PRESETS, sparkline
 from .easel import Easel, LIVE, MIXES, weights_id, sampler_of, Glimpse, bundled_files, bundled_loras, find_lora
@@ -19,7 +20,7 @@ from .code import described_loras, python_of, parameters_of, png_bytes, read_set
 from .panel import Stopped, Job, Worker, style_sheet, labelled, boxed, button, report_html, Strip, with_trigger
 from .training import find_concept, Lesson, card_html, pictures_html, Training
 
-__all__ = ['COMPARISONS', 'Entry', 'page_png', 'data_link', 'Studio', 'setting_fields', 'draw_page', 'studio_notebook', 'studio_parser', 'lora_studio']
+__all__ = ['COMPARISONS', 'IDLE', 'Entry', 'page_png', 'data_link', 'Studio', 'setting_fields', 'draw_page', 'studio_notebook', 'port_number', 'studio_parser', 'page_server', 'lora_studio']
 @dataclass
 class Entry:
     image: Image.Image
@@ -106,5 +107,8 @@ COMPARISONS: dict[Any, Any]
 def setting_fields(base: 'Base') -> 'tuple[widgets.Widget, ...]': ...
 def draw_page(studio: 'Studio') -> 'widgets.Box': ...
 def studio_notebook(base: str, loras: Iterable[str], folder: str) -> dict: ...
+def port_number(text: str) -> int: ...
 def studio_parser() -> argparse.ArgumentParser: ...
+IDLE: int
+def page_server(notebook: Path, port: int, token: str, idle: int=...) -> 'Voila': ...
 def lora_studio(argv: list[str] | None=None): ...

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from ..core import LoraError, data_path, patch_to
+from ..core import LoraError, atomic_path, data_path, file_name, free_name, patch_to
 from ..dreambooth import DreamBooth
 from ..pictures import find_pictures
 from ..pti import PivotalTuning, pivotal_recipe_for
