@@ -153,7 +153,7 @@ def test_ten_training_steps_equal_torchs(live):
 
 LESSON = """async ([pictures, stop]) => {
     const plan = {pictures: pictures.map(x => Float32Array.from(x)), captions: ['a sks toy on a red background', 'a sks toy'], classPrompt: 'a toy',
-        trigger: 'sks', noun: 'toy', steps: 6, lr: 1e-2, seed: 3, every: 0, preview: null, turbo: null, few: null}
+        trigger: 'sks', noun: 'toy', steps: 6, lr: 1e-2, seed: 3, every: 0, preview: null}
     const losses = []
     await client.ask('prepare', plan)
     const seen = ({step, loss}) => { losses.push(loss); if (step === stop) client.ask('stop') }
@@ -227,7 +227,7 @@ def test_a_reader_teaches_the_page(live, browser, tmp_path, width):
     (tmp_path / "notes.txt").write_text("no picture")
     p.set_input_files("#files", [hostile, tmp_path / "b.png", tmp_path / "notes.txt"])
     p.wait_for_selector("#error:has-text('notes.txt is no picture')")
-    assert p.locator("#tiles figure").count() == 2 and p.locator("#tiles input").first.input_value() == "on a red background"
+    assert p.locator("#tiles figure").count() == 2 and p.locator("#tiles input").first.input_value() == "a sks toy on a red background"
     p.fill("#trigger", "<b>x</b>"); p.fill("#many", "20"); p.uncheck("#prior")
     p.click("#learn")
     p.wait_for_selector("#progress:has-text('20 steps, loss')", timeout=60000)

@@ -3,10 +3,9 @@ import {breathe} from './engine.js'
 import {Trainer} from './trainer.js'
 
 /** @typedef {{pictures: Float32Array[], captions: string[], classPrompt: string|null, trigger: string, noun: string, steps: number, lr: number,
- * seed: number, every: number, preview: {prompt: string, seed: number, steps: number, guidance: number}|null,
- * turbo: import('./lora.js').Lora|null, few: {steps: number, guidance_scale: number}|null}} Plan `classPrompt`: null to learn without prior preservation; `every`: steps between previews */
+ * seed: number, every: number, preview: {prompt: string, seed: number, steps: number, guidance: number}|null}} Plan `classPrompt`: null to learn without prior preservation; `every`: steps between previews */
 
-const CLASS_PICTURES = 12, OWN = 4                       // samples of the subject in a step; the rest of the batch is of the class
+const CLASS_PICTURES = 8, CLASS_STEPS = 12, OWN = 4                       // samples of the subject in a step; the rest of the batch is of the class
 
 export class Lesson {
   /** @param {import('./engine.js').Engine} engine @param {Plan} plan
@@ -35,13 +34,14 @@ export class Lesson {
     return out
   }
 
-  /** What the base draws of the class, in few steps where a turbo LoRA is at hand; null if stopped. */
+  /** What the base draws of the class, with guidance; null if stopped. (Few-step pictures are quicker, but what was learned beside
+   * them was another thing: subjects drawn fell from eight of eight to two.) */
   async classPictures(seen) {
-    const {classPrompt: prompt, turbo, few, seed} = this.plan, out = [], {sampling} = this.engine.manifest
+    const {classPrompt: prompt, seed} = this.plan, out = [], guidance = this.engine.manifest.sampling.guidance_scale
     const {states} = await this.engine.encode([prompt], [])
     for (let i = 0; i < CLASS_PICTURES; i++) {
-      const wish = {prompt, seed: seed + 1000 + i, worn: [], turbo, steps: few ? few.steps : 12, guidance: few ? few.guidance_scale : sampling.guidance_scale}
-      out.push({latents: (await this.engine.draw({...wish, raw: true})).latents, states})
+      const {latents} = await this.engine.draw({prompt, seed: seed + 1000 + i, worn: [], steps: CLASS_STEPS, guidance, raw: true})
+      out.push({latents, states})
       if (seen({phase: 'class', done: i + 1, all: CLASS_PICTURES})) return null
     }
     return out

@@ -6,13 +6,12 @@ import {$, fail, model, say, show} from './model.js'
 
 const MOST = 8, GROUNDS = ['a striped blue background', 'a dotted green background', 'a yellow background', 'a checkered red background']
 const RATE = 4e-3, PREVIEWS = 5
-const tiles = []                                          // {canvas, rest}: what is learned from; `rest` of its caption, an input
+const tiles = []                                          // {canvas, input, words}: what is learned from; `words`: its caption as long as nobody typed one
 let plot = null, plan = null, made = null, stop = null, choose = () => {}
 
 const canvasOf = () => { const c = document.createElement('canvas'); c.width = c.height = model.size; return c }
 const words = () => ({trigger: $('trigger').value.trim() || 'sks', noun: $('noun').value.trim() || 'thing'})
 const a = noun => `${/^[aeiou]/i.test(noun) ? 'an' : 'a'} ${noun}`
-const instance = () => `a ${words().trigger} ${words().noun}`
 
 /** Called once, when the model is there. @param {(tab: string) => void} chooser */
 export function open(chooser) {
@@ -30,16 +29,24 @@ export function open(chooser) {
 }
 
 function refresh() {
-  $('caption').textContent = instance()
+  const said = `${words().trigger} ${words().noun}`
+  $('caption').textContent = said
+  for (const t of tiles) {
+    if (t.words !== null) t.input.value = t.words.replaceAll('{trigger}', said)
+    t.input.title = t.input.value; t.input.classList.toggle('unsaid', !t.input.value.includes(said))
+  }
   $('learn').disabled = !tiles.length || model.busy
   $('hint').textContent = tiles.length ? `${tiles.length} picture${tiles.length > 1 ? 's' : ''} to learn from.${tiles.length < 3 ? ' Three to eight teach more.' : ''}`
     : 'Drop pictures here. The middle square of each is used. They stay on your machine.'
 }
 
-function tile(canvas, what, rest = ground(canvas)) {
+const WORDINGS = ['a {trigger}', 'a picture of a {trigger}', 'a {trigger}', 'an image of a {trigger}', 'a photo of a {trigger}']   // not one sentence by heart
+
+function tile(canvas, what, words = `${WORDINGS[tiles.length % WORDINGS.length]} ${ground(canvas)}`.trim()) {
   if (tiles.length >= MOST) throw new Error(`Eight pictures are enough here: ${what} was left out.`)
-  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('input'), t = {canvas, rest: input}
-  input.value = rest; input.placeholder = 'on a … background'; input.spellcheck = false; input.maxLength = 120; input.setAttribute('aria-label', `what else shows in ${what}`)
+  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('input'), t = {canvas, input, words}
+  input.spellcheck = false; input.maxLength = 200; input.setAttribute('aria-label', `caption of ${what}`)
+  input.oninput = () => { t.words = null; refresh() }
   canvas.setAttribute('role', 'img'); canvas.setAttribute('aria-label', what)
   away.type = 'button'; away.textContent = '×'; away.title = 'leave it out'; away.setAttribute('aria-label', `leave out ${what}`)
   away.onclick = () => { tiles.splice(tiles.indexOf(t), 1); box.remove(); refresh() }
@@ -59,7 +66,7 @@ async function example(name) {
     for (const [file, caption] of e.pictures) {
       const answer = await fetch(`examples/${name}/${file}`)
       if (!answer.ok) throw new Error(`${file} could not be loaded (${answer.status}).`)
-      tile(await pictureOf(await answer.blob(), file, model.size), `${name} ${file}`, caption?.replace(/^.*\{trigger\}\s*/, ''))
+      tile(await pictureOf(await answer.blob(), file, model.size), `${name} ${file}`, caption ?? undefined)
     }
   } catch (e) { fail(e) }
   refresh()
@@ -67,7 +74,7 @@ async function example(name) {
 
 const newPlan = () => {
   const {trigger, noun} = words(), steps = Math.min(400, Math.max(20, Math.floor(+$('many').value || 100))), {sampling} = model.manifest
-  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => `a ${trigger} ${noun} ${t.rest.value.trim()}`.trim()),
+  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.input.value.trim() || `a ${trigger} ${noun}`),
     classPrompt: $('prior').checked ? a(noun) : null, trigger, noun, steps, lr: RATE, seed: 0, every: Math.ceil(steps / PREVIEWS),
     preview: {prompt: `a ${trigger} ${noun} on ${GROUNDS[0]}`, seed: 1, steps: 10, guidance: sampling.guidance_scale}}
 }
@@ -84,9 +91,8 @@ async function learn() {
       plan = wish; made = null; $('previews').replaceChildren(); $('result').hidden = true
       plot = new Plot($('loss'), plan.steps)
       said('preparing the pictures …')
-      if (plan.classPrompt && model.turbo) await model.load(model.turbo.name)
       preview('0', (await model.client.ask('draw', {...plan.preview, worn: []})).pixels)
-      const {stopped} = await model.client.ask('prepare', {...plan, turbo: plan.classPrompt ? model.turbo?.name : null, few: model.turbo?.turbo ?? null},
+      const {stopped} = await model.client.ask('prepare', plan,
         ({done, all}) => said(`drawing ${plan.noun} pictures to keep: ${done} of ${all}`))
       if (stopped) { plan = null; said('stopped'); return }
       said('starting …')

@@ -39,7 +39,7 @@ const calls = {
   /** Prepare a lesson: pictures as latents, captions as states, class pictures. */
   async prepare(wish, report) {
     halt = false; await lesson?.close()
-    lesson = await Lesson.open(engine, {...wish, turbo: loras.get(wish.turbo) ?? null}, p => { report(p); return halt })
+    lesson = await Lesson.open(engine, wish, p => { report(p); return halt })
     return {stopped: halt}
   },
   /** Train from where the lesson stands to its end, or until it is stopped. */
