@@ -23,6 +23,7 @@ import torch
 from .core import (LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, printable,
                           some, working_dtype)
 from .names import canonical
+from .peft_files import component_config
 from .layers import LoraLayer
 from .lora import Factors, Lora
 from .worn import Wearer, places, resolve_components
@@ -342,6 +343,14 @@ def _entry(name):
     "Bytes that a layer's two tensors take in the header of a peft file, at most"
     return 2 * (len(name) + len(".text_model.lora_A.weight") + 84)
 
+def _configured(ranks):
+    "Bytes of the configuration in a peft file whose layers have these ranks"
+    flat = {}
+    for c in dict.fromkeys(n.split(".")[0] for n in ranks):
+        layers = {n.split(".", 1)[1]: (r, False) for n, r in ranks.items() if n.startswith(c + ".")}
+        flat |= {f"{c}.{k}": v for k, v in component_config(layers).items()}
+    return len(json.dumps(json.dumps(flat)))
+
 def _overhead(lora):
     "Bytes of a peft file beside its layers, at most"
     words = sum(2 * len(json.dumps(t)) + 100 + e.numel() * e.element_size() * 4 // 3 + 4
@@ -351,8 +360,11 @@ def _overhead(lora):
 # %% ../nbs/27_extraction.ipynb #fe7b07e9
 def _fit(spectra, costs, size, lora):
     "name -> rank for a file of `size` bytes; layers that get none are left out"
-    room, first = size - _overhead(lora), {n: _entry(n) for n in spectra}
-    ranks = {n: r for n, r in allocate(spectra, costs, room, first).items() if r}
+    room, first, said = size - _overhead(lora), {n: _entry(n) for n in spectra}, 0
+    for _ in range(8):                                     # what the file says about ranks takes room, too, and depends on them
+        ranks = {n: r for n, r in allocate(spectra, costs, room - said, first).items() if r}
+        if (now := _configured(ranks)) <= said: break
+        said = now
     if ranks: return ranks
     least = size - room + min(costs[n] + first[n] for n in costs)
     raise LoraError(f"a file of {human(size)} cannot hold one rank of one layer: expected {human(least)} or more")
@@ -373,7 +385,7 @@ def resize(
     lora: Lora,
     rank: int | None = None,      # of every layer, at most
     energy: float | None = None,  # or the share of each layer's energy to keep
-    bytes: int | None = None,     # or the size of its file in peft's format
+    bytes: int | None = None,     # or the size of its file in peft's format, saved with `pad=False`
     dtype: torch.dtype | None = None,  # of the factors; None: as they are
 ) -> Lora:
     "The best approximation of a LoRA by a smaller one; embeddings and metadata stay"
@@ -584,7 +596,7 @@ def distillation(
     tuned: "Wearer | str | Path",         # as `changes` takes it
     rank: int | None = None,              # of every layer
     energy: float | None = None,          # or the share of each layer's energy to keep
-    bytes: int | None = None,             # or the size of the file in peft's format
+    bytes: int | None = None,             # or the size of the file in peft's format, saved with `pad=False`
     targets: Any = None,                  # what may be carried; None: every linear and convolution
     clamp_quantile: float | None = None,  # cut off entries of the factors beyond this quantile of their absolute values
     device: str | torch.device | None = None,  # to compute on; None: the best there is
@@ -633,7 +645,7 @@ def distill(
     tuned: "Wearer | str | Path",  # as `changes` takes it
     rank: int | None = None,       # of every layer
     energy: float | None = None,   # or the share of each layer's energy to keep
-    bytes: int | None = None,      # or the size of the file in peft's format
+    bytes: int | None = None,      # or the size of the file in peft's format, saved with `pad=False`
     **kw,                          # of `distillation`
 ) -> Lora:
     "A LoRA from the difference of two models; warns of what it cannot carry (`distillation` says more)"

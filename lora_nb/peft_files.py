@@ -7,7 +7,7 @@ Docs: https://lora-nb.github.io/lora_nb/peft_files.html.md"""
 # %% auto #0
 __all__ = ['split_key', 'StrayKeys', 'label', 'group_parts', 'to_factors', 'fold_alpha', 'unfold_alpha', 'with_note',
            'adapter_config', 'fits_pattern', 'config_alpha', 'base_start', 'read_peft', 'not_pairs', 'peft_faults',
-           'refuse', 'peft_key', 'pad_rank', 'write_peft', 'base_layers', 'fit_base']
+           'refuse', 'peft_key', 'pad_rank', 'component_config', 'write_peft', 'base_layers', 'fit_base']
 
 # %% ../nbs/19_peft_files.ipynb #e666faa3
 import json, math, re
@@ -456,8 +456,10 @@ def pad_rank(
     more = lambda t, dim: torch.cat([t, t.new_zeros([*t.shape[:dim], rank - f.rank, *t.shape[dim + 1:]])], dim)
     return replace(f, up=more(f.up, 1), down=more(f.down, 0), alpha=None if f.scaling == 1 else f.scaling * rank)
 
-def _component_config(layers):
-    "The `LoraConfig` of a component whose factors need no alpha: path -> rank, and whether it is DoRA"
+def component_config(
+    layers: dict[str, tuple[int, bool]],  # path -> rank, and whether it is DoRA
+) -> dict[str, Any]:
+    "The `LoraConfig` of a component whose factors need no alpha"
     ranks = [r for r, _ in layers.values()]
     top = max(set(ranks), key=lambda r: (ranks.count(r), r))
     odd = {p if p.startswith("encoder.layers.") else f"^{p}": r for p, (r, _) in layers.items() if r != top}
@@ -489,7 +491,7 @@ def write_peft(
             tensors[f"{key}.lora_magnitude_vector"] = rows.view(1, -1, 1, 1) if f.down.ndim == 4 else rows
     metadata = note(lora, alphas, lora.embeddings)
     if ranks: metadata[NOTE]["ranks"] = ranks
-    flat = {f"{c}.{k}": v for c, layers in configs.items() for k, v in _component_config(layers).items()}
+    flat = {f"{c}.{k}": v for c, layers in configs.items() for k, v in component_config(layers).items()}
     return tensors, {**metadata, "lora_adapter_metadata": json.dumps(flat, sort_keys=True)} if flat else metadata
 
 # %% ../nbs/19_peft_files.ipynb #08fe1a69

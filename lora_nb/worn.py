@@ -6,10 +6,10 @@ Docs: https://lora-nb.github.io/lora_nb/worn.html.md"""
 
 # %% auto #0
 __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Places', 'places', 'foreign_adapters', 'root_module',
-           'stack_of', 'plain_modules', 'adapted_class', 'branches', 'branch_parameters', 'layer_factors', 'Worn',
-           'worn_state', 'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing',
-           'is_offloaded', 'stored_weight', 'store_weight', 'device_of', 'check_stores', 'original_weight',
-           'summed_weight', 'weight_state', 'remerge', 'detach_branches', 'unhang']
+           'stack_of', 'plain_modules', 'adapted_class', 'branches', 'branch_parameters', 'Worn', 'worn_state', 'wears',
+           'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded', 'stored_weight',
+           'store_weight', 'device_of', 'check_stores', 'layer_factors', 'original_weight', 'summed_weight',
+           'weight_state', 'remerge', 'detach_branches', 'unhang']
 
 # %% ../nbs/07_worn.ipynb #7d08bb07
 import threading, warnings, weakref
@@ -197,22 +197,6 @@ def branch_parameters(
     own = [layer.lora_down.weight, layer.lora_up.weight]
     return own if layer.magnitude is None else own + [layer.magnitude]
 
-# %% ../nbs/07_worn.ipynb #16bdefd2
-def layer_factors(
-    layer: LoraLayer,
-) -> Factors:
-    "A copy of the factors of one adapted layer, with its strength in `alpha`"
-    kept = dict(magnitude=layer.magnitude, groups=getattr(layer.root, "groups", 1))
-    if layer.magnitude is not None:
-        if layer.scale != 1: raise LoraError("a DoRA worn at another scale than 1 cannot be written as factors: "
-                                             "set its scale to 1 first")
-        kept["magnitude"] = layer.magnitude.detach().clone()
-    alpha = None if layer._gain == 1 else layer._gain * layer.r
-    if type(layer.selector) is nn.Identity and layer.start is None:
-        return Factors(stored_weight(layer.lora_up).clone(), stored_weight(layer.lora_down).clone(), alpha, **kept)
-    up, down = layer._shaped(*layer._pair())
-    return Factors(up, down, layer._gain * len(down), **kept)
-
 # %% ../nbs/07_worn.ipynb #ce9e2ab0
 @dataclass
 class Worn:
@@ -376,6 +360,22 @@ def check_stores(
     if any((h := _offload(m)) and h.place_submodules for m in plain_modules(model)):
         raise LoraError(f"{type(model).__name__} is offloaded in blocks of modules, so {what} is impossible: its layers have no store of "
                         "their own. Use enable_model_cpu_offload or enable_sequential_cpu_offload, or put the LoRA on first")
+
+# %% ../nbs/07_worn.ipynb #16bdefd2
+def layer_factors(
+    layer: LoraLayer,
+) -> Factors:
+    "A copy of the factors of one adapted layer, with its strength in `alpha`"
+    kept = dict(magnitude=layer.magnitude, groups=getattr(layer.root, "groups", 1))
+    if layer.magnitude is not None:
+        if layer.scale != 1: raise LoraError("a DoRA worn at another scale than 1 cannot be written as factors: "
+                                             "set its scale to 1 first")
+        kept["magnitude"] = layer.magnitude.detach().clone()
+    alpha = None if layer._gain == 1 else layer._gain * layer.r
+    if type(layer.selector) is nn.Identity and layer.start is None:
+        return Factors(stored_weight(layer.lora_up).clone(), stored_weight(layer.lora_down).clone(), alpha, **kept)
+    up, down = layer._shaped(*layer._pair())
+    return Factors(up, down, layer._gain * len(down), **kept)
 
 # %% ../nbs/07_worn.ipynb #b035c318
 def original_weight(

@@ -357,7 +357,7 @@ def test_a_similarity_is_called_one(tmp_path):
     line = next(x for x in text.splitlines() if x.startswith("subject_fidelity"))
     assert "likeness" in line and "the picture shows" not in text and "change" in text.splitlines()[0]
     known = works(lora_evaluate, "--lora", NEON, "--subject", "neon", "--instance_data_dir", data_path("styles", "neon"), "--num_images", 2,
-                  "--num_inference_steps", 1, "--output_dir", tmp_path / "e", "--device", "cpu")
+                  "--num_inference_steps", 1, "--output_dir", tmp_path / "k", "--device", "cpu")
     assert "the picture shows the subject" in known
 
 

@@ -152,8 +152,8 @@ def test_ten_training_steps_equal_torchs(live):
 
 
 LESSON = """async ([pictures, stop]) => {
-    const plan = {pictures: pictures.map(x => Float32Array.from(x)), captions: ['a sks toy on a red background', 'a sks toy'], classPrompt: 'a toy',
-        trigger: 'sks', noun: 'toy', steps: 6, lr: 1e-2, seed: 3, every: 0, preview: null}
+    const plan = {pictures: pictures.map(x => Float32Array.from(x)), captions: ['a sks toy on a red background', 'a sks toy'],
+        classPrompt: 'a toy', trigger: 'sks', noun: 'toy', steps: 6, lr: 1e-2, seed: 3, every: 0, preview: null}
     const losses = []
     await client.ask('prepare', plan)
     const seen = ({step, loss}) => { losses.push(loss); if (step === stop) client.ask('stop') }

@@ -281,7 +281,7 @@ def lora_resize(a):
         kind = kind if FORMATS[kind].write and Path(a.target).suffix in FORMATS[kind].ends else "peft"
         check_lora_output(a.target, kind, a.overwrite, [a.source])
         small = resize(lora, **sizes, dtype=a.dtype and getattr(torch, a.dtype))
-        small.save(a.target, kind, base=base, overwrite=a.overwrite)
+        small.save(a.target, kind, base=base, overwrite=a.overwrite, **({"pad": False} if kind == "peft" else {}))
     plain = {n: f for n, f in lora.layers.items() if f.magnitude is None}
     tails = {n: s.square() for n, s in spectra(Lora(plain)).items()}
     kept = {n: small.layers[n].rank if n in small.layers else 0 for n in plain}
@@ -313,7 +313,7 @@ def lora_distill(a):
     with flag_words():
         found = distillation(a.base_model, a.target_model, clamp_quantile=a.clamp_quantile, device=available_device(a.device),
                              targets=a.targets, min_difference=a.min_difference, config=a.config, **sizes)
-        found.lora.save(a.save_path, a.format, overwrite=a.overwrite)
+        found.lora.save(a.save_path, a.format, overwrite=a.overwrite, **({"pad": False} if a.format == "peft" else {}))
     print(f"{a.save_path}: {found}")
 
 # %% ../../nbs/66_cli_files.ipynb #8ae4fc94
