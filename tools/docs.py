@@ -150,7 +150,7 @@ LIVE = f"{SITE['site-url']}/live/"      # the page that draws; in Markdown its f
 def to_live(text, docname):
     "Links to the live page as plain HTML, which Sphinx does not take for a page of its own."
     return re.sub(r"\[([^\]]*)\]\(" + re.escape(LIVE) + r"([^)]*)\)",
-                  lambda m: f'<a href="{"../" * docname.count("/")}live/index.html{m[2]}">{html.escape(m[1])}</a>', text)
+                  lambda m: f'<a href="{"../" * docname.count("/")}live/index.html{m[2]}">{m[1] if m[1].startswith("<img ") else html.escape(m[1])}</a>', text)
 
 
 BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*colab-badge[^)]*\)\]\(([^)]*)\)")      # its picture would be missing offline
@@ -173,8 +173,8 @@ def stage():
             said = [(c, "source")] if c.cell_type == "markdown" else []
             said += [(o["data"], k) for o in c.get("outputs", []) for k in o.get("data", {}) if k == "text/markdown"]
             for place, k in said:
-                text = BADGE.sub(r"[Open in Colab](\1){.colab}", to_live("".join(place[k]), docname(p)))
-                place[k] = links.linkify(move(text))
+                text = BADGE.sub(r"[Open in Colab](\1){.colab}", "".join(place[k]))
+                place[k] = to_live(links.linkify(move(text)), docname(p))
         if p == pages[0]: nb.cells.append(mk_cell(tree(), "markdown"))
         (STAGE / docname(p)).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, (STAGE / docname(p)).with_suffix(".ipynb"))

@@ -12,6 +12,9 @@ export const show = (canvas, pixels) => {
 export const model = {
   client: null, manifest: null, cards: [], examples: {}, bytes: null, size: 64, busy: false,
 
+  /** The worker has nothing to do: tell those who wait for it. */
+  free() { this.busy = false; document.dispatchEvent(new Event('free')) },
+
   get turbo() { return this.cards.find(c => c.turbo) },
 
   /** What came with the page: LoRAs, examples to learn from, sizes. */

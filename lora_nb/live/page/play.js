@@ -54,7 +54,7 @@ export async function draw() {
     if ($('beside').checked && !out.stopped) { $('other').hidden = false; show('without', (await ask([], 'without')).pixels) } else $('other').hidden = true
     $('state').textContent = out.stopped ? 'stopped: this is a preview' : `${out.seconds.toFixed(1)} s`
   } catch (e) { fail(e) }
-  busy = model.busy = false; $('draw').disabled = false; $('stop').disabled = true
+  busy = false; model.free(); $('draw').disabled = false; $('stop').disabled = true
   if (again) draw()
 }
 

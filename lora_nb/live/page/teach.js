@@ -106,7 +106,7 @@ async function learn() {
     said(out.stopped ? `stopped after ${out.step} steps; Train goes on from here` : `${out.step} steps, loss ${plot.mean().toFixed(3)}. Looking at what it learned …`)
     await result(out.step)
     if (!out.stopped) said(`${out.step} steps, loss ${plot.mean().toFixed(3)}`)
-  } catch (e) { plan = null; fail(e); said('') } finally { model.busy = false; $('halt').disabled = true; refresh() }
+  } catch (e) { plan = null; fail(e); said('') } finally { model.free(); $('halt').disabled = true }
 }
 
 function preview(step, pixels) {
@@ -165,6 +165,7 @@ function taken(source, width, height, what) {
   try { tile(c, what) } catch (e) { fail(e) }
 }
 
+document.addEventListener('free', refresh)
 $('lesson').onsubmit = e => { e.preventDefault(); if (!$('learn').disabled) learn() }
 $('halt').onclick = () => model.client.ask('stop')
 $('pick').onclick = () => $('files').click()
