@@ -74,7 +74,8 @@ def test_the_prediction_prior_sees_the_same_pictures(made, kohya, tmp_path):
     (lora_dreambooth, ("--mask_floor", .1), "none of the 1 pictures has a mask")])
 def test_flags_without_effect_are_refused(command, words, said, kohya, tmp_path):
     need = ("--instance_prompt", "a sks toy") if command is lora_dreambooth else ()
-    code, text = terminal(command, "--instance_data_dir", kohya / "10_sks dog", "--device", "cpu", "--output_dir", tmp_path / "out", *need, *words)
+    code, text = terminal(command, "--instance_data_dir", kohya / "10_sks dog", "--device", "cpu",
+                          "--output_dir", tmp_path / "out", *need, *words)
     assert code == 2 and said in text, text
 
 
