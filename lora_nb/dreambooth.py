@@ -107,11 +107,14 @@ def subject_stream(
     trigger: str | None = None,  # words that fill the hole in captions; None: from the prompt
     size: int | None = None,     # pixels; None: the base's resolution
     name: str = "subject", # of its loss in the log
-    **data: Any,           # of `ConceptDataset`: masks, buckets
+    folder_words: bool = False,  # pictures without a caption get the words of their folder "10_sks dog", not the prompt
+    latent_cache: str | Path | None = None,  # folder that keeps latents for the next run
+    **data: Any,           # of `ConceptDataset`: masks, buckets, recursive, tags
 ) -> Stream:
     "The subject's pictures as a stream."
-    pictures = ConceptDataset(source, prompt, trigger or trigger_of(prompt), size or base.resolution, recipe.flip, **data)
-    return Stream(name, encode(base, pictures), recipe.batch_size)
+    said = None if folder_words else prompt
+    pictures = ConceptDataset(source, said, trigger or trigger_of(prompt), size or base.resolution, recipe.flip, **data)
+    return Stream(name, encode(base, pictures, cache=latent_cache), recipe.batch_size)
 
 # %% ../nbs/50_dreambooth.ipynb #3a3676f9
 def prior_stream(
@@ -125,6 +128,8 @@ def prior_stream(
     name: str = "prior",       # of its loss in the log
     buckets: Any = None,       # as `ConceptDataset` takes them
     trigger: str = "",         # for "prediction": the subject's words, in whose place captions name the class
+    recursive: bool = False,   # for "prediction": also read subfolders
+    latent_cache: str | Path | None = None,  # folder that keeps latents for the next run
     **kw: Any,         # to `class_pictures`
 ) -> Stream:
     "The stream that keeps the class as it was."
@@ -132,7 +137,7 @@ def prior_stream(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if kind == "prediction":
         noun = trigger_of(prompts[0])
-        data = ConceptDataset(source, prompts[0], noun, flip=recipe.flip, **shape)
+        data = ConceptDataset(source, prompts[0], noun, flip=recipe.flip, recursive=recursive, **shape)
         data.captions = [swapped(c, trigger, noun) if own else prompts[i % len(prompts)]
                          for i, (c, own) in enumerate(zip(data.captions, data.sources.own))]
         data.sources.trigger = ""
@@ -142,7 +147,7 @@ def prior_stream(
         data = ConceptDataset(pictures, "", captions=False, **shape)
         data.captions = captions
     batch, teacher = max(1, recipe.prior_batch), kind == "prediction"
-    return Stream(name, encode(base, data), batch, recipe.prior_weight, teacher)
+    return Stream(name, encode(base, data, cache=latent_cache), batch, recipe.prior_weight, teacher)
 
 # %% ../nbs/50_dreambooth.ipynb #82f73f32
 @dataclass
@@ -185,7 +190,7 @@ def concept_streams(
     n: int = 24,     # class pictures for each class
     size: int | None = None,  # pixels; None: the base's resolution
     sampling: dict[str, Any] | None = None,  # how class pictures are drawn: settings of `base.generate`
-    **data: Any,     # of `ConceptDataset`: masks, buckets
+    **data: Any,     # of `subject_stream`: masks, buckets, recursive, folder_words, tags, latent_cache
 ) -> list[Stream]:
     "The streams of all concepts, with weights that add up as if there were one."
     k, many = len(concepts), len(concepts) > 1
@@ -198,8 +203,8 @@ def concept_streams(
         c = alike[0]
         source = c.data if prior == "prediction" else c.class_data
         more = dict(trigger=c.trigger) if prior == "prediction" else dict(sampling or {})
-        s = prior_stream(base, prior, source, c.class_prompt, share, n, size, named("prior", c), data.get("buckets"),
-                         **more)
+        more |= {k: data[k] for k in ("buckets", "recursive", "latent_cache") if k in data}
+        s = prior_stream(base, prior, source, c.class_prompt, share, n, size, named("prior", c), **more)
         out.append(replace(s, batch=s.batch * len(alike), weight=s.weight * len(alike) / k))
     return out
 
@@ -237,7 +242,7 @@ class DreamBooth(TrainingRun):
         self.concepts = _concepts(instance_data, instance_prompt, class_prompt, class_data, trigger)
         self.prior = _prior_of(prior, self.concepts)
         self.streams = concept_streams(base, self.concepts, self.prior, self.recipe, o.num_class_images, o.resolution,
-                                       o.sampling, masks=masks, buckets=o.buckets)
+                                       o.sampling, masks=masks, **o.pictures)
         _warn_of_silence(self.streams, self.recipe)
         held = {} if held_back is None else self._held(held_back)
         with self.whole():
@@ -249,7 +254,7 @@ class DreamBooth(TrainingRun):
 def _held(self, pictures):
     "Pictures held back, as `Trainer` takes them"
     c, o = self.concepts[0], self.options
-    stream = subject_stream(self.base, pictures, c.prompt, self.recipe, c.trigger, o.resolution, buckets=o.buckets)
+    stream = subject_stream(self.base, pictures, c.prompt, self.recipe, c.trigger, o.resolution, **{**o.pictures, "tags": None})
     return {self.streams[0].name: stream.examples}
 
 @patch_to(DreamBooth)

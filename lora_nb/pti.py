@@ -93,7 +93,7 @@ class PivotalTuning(TrainingRun):
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = trigger_words_of(data, o.class_noun), list(inits)
         self.prior, self.class_prompt = check_prior(prior, class_prompt), class_prompt
-        self.streams = word_streams(base, data, self.recipe, o.prompt, o.resolution, o.class_noun, o.buckets)
+        self.streams = word_streams(base, data, self.recipe, o.prompt, o.resolution, o.class_noun, **o.pictures)
         if self.prior: self.streams.append(self._class_stream(*next(iter(data.items())), class_data))
         if isinstance(start, (str, Path)): start = Lora.load(start, base=base.pipe)
         if start is not None: inits = {**inits, **{w: e for w, e in start.embeddings.items() if w in inits}}
@@ -108,9 +108,9 @@ class PivotalTuning(TrainingRun):
 def _class_stream(self, trigger, pictures, class_data):
     "The stream that keeps the class as it was"
     o, drawn = self.options, self.prior == "images"
-    more = dict(n=o.num_class_images, **(o.sampling or {})) if drawn else dict(trigger=f"{trigger} {o.class_noun}".strip())
+    more = dict(n=o.num_class_images, **(o.sampling or {})) if drawn else dict(trigger=f"{trigger} {o.class_noun}".strip(), recursive=o.recursive)
     return prior_stream(self.base, self.prior, class_data if drawn else pictures, self.class_prompt, self.recipe,
-                        size=o.resolution, buckets=o.buckets, **more)
+                        size=o.resolution, buckets=o.buckets, latent_cache=o.latent_cache, **more)
 
 # %% ../nbs/52_pti.ipynb #9de47789
 @patch_to(PivotalTuning)

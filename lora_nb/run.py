@@ -41,8 +41,18 @@ class RunOptions:
     report_to: Any = setting(None, "Trackers of accelerate that get the log as it grows: 'tensorboard', 'wandb', or both.")
     resolution: int | None = setting(None, "Size of the training pictures in pixels; None: the base's own.")
     buckets: Any = setting(None, "Shapes of the pictures, as `ConceptDataset` takes them; None: squares.")
+    recursive: bool = setting(False, "Also read subfolders of the pictures' folder.")
+    folder_words: bool = setting(False, "Pictures without a caption get the words of their folder '10_sks dog', not the prompt.")
+    tags: Callable[..., str] | None = setting(None, "Rewords a caption at each draw, such as `TagWording()`.")
+    latent_cache: str | Path | None = setting(None, "Folder that keeps latents for the next run.")
+    @property
+    def pictures(self) -> dict[str, Any]:
+        "How the pictures are read, for `subject_stream`"
+        return {k: getattr(self, k) for k in ("buckets", "recursive", "folder_words", "tags", "latent_cache")}
     def __post_init__(self):
         r, p = self.resolution, self.previews
+        if self.tags is not None and not callable(self.tags):
+            raise LoraError(f"tags = {self.tags!r}: expected a function of a caption and a random.Random, such as TagWording().")
         if r is not None and (not isinstance(r, int) or r < 8 or r % 8):
             raise LoraError(f"resolution = {r!r}: expected a whole number of pixels, a multiple of 8.")
         if p is not None and not (isinstance(p, dict) and p.get("prompts")):
@@ -51,6 +61,7 @@ class RunOptions:
         if self.callback is not None and not callable(self.callback):
             raise LoraError(f"callback = {self.callback!r}: expected a function of the trainer.")
 
+# %% ../nbs/49_run.ipynb #f1a90001
 @dataclass
 class PriorOptions(RunOptions):
     "Options of a run that can preserve a class"

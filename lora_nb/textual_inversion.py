@@ -289,6 +289,7 @@ def concepts_of(
         if inits[w] == "": raise LoraError(f"No initialiser for {w}: expected a word such as 'toy', or one of {', '.join(INITIALISERS)}.")
     return {w: inits[w] for w in words}, {t.replace("|", " "): d for t, d in data.items()}
 
+# %% ../nbs/51_textual_inversion.ipynb #f1a90002
 def word_streams(
     base: Base,
     data: dict[str, Any],           # trigger -> pictures
@@ -296,16 +297,21 @@ def word_streams(
     prompt: str = "a photo of a {trigger}",  # for pictures without a caption
     size: int | None = None,        # pixels; None: the base's resolution
     noun: str = "",                 # a class noun said after the word
-    buckets: Any = None,            # as `ConceptDataset` takes them; masks are read from the pictures' metadata
+    folder_words: bool = False,     # pictures without a caption get the words of their folder, not the prompt
+    latent_cache: str | Path | None = None,  # folder that keeps latents for the next run
+    **more: Any,                    # of `ConceptDataset`: buckets, recursive, tags; masks are read from the pictures' metadata
 ) -> list[Stream]:
     "A stream for each concept"
+    if more.get("tags") and recipe.template != "caption": raise LoraError(f"tags and template = {recipe.template!r}: sentences of a template have no "
+                                                             "tags, and take the place of captions. Leave one of them out.")
     streams = []
     for i, (trigger, source) in enumerate(data.items()):
         said = f"{trigger} {noun}".strip()
-        pictures = ConceptDataset(source, prompt, said, size or base.resolution, recipe.flip, buckets=buckets)
+        shown = None if folder_words else prompt
+        pictures = ConceptDataset(source, shown, said, size or base.resolution, recipe.flip, **more)
         name = "subject" if len(data) == 1 else f"subject {i}"
         wording = wording_of(recipe.template, said)
-        streams.append(Stream(name, encode(base, pictures), recipe.batch_size, wording=wording))
+        streams.append(Stream(name, encode(base, pictures, cache=latent_cache), recipe.batch_size, wording=wording))
     return streams
 
 # %% ../nbs/51_textual_inversion.ipynb #2a1f99eb
@@ -370,7 +376,7 @@ class TextualInversion(TrainingRun):
         self.trigger = trigger_words_of(data, o.class_noun)
         with self.whole():
             self.words = NewWords(base, inits, r.vectors, o.components or learning_encoders(base, r.encoders), r.seed)
-            self.streams = word_streams(base, data, r, o.prompt, o.resolution, o.class_noun, o.buckets)
+            self.streams = word_streams(base, data, r, o.prompt, o.resolution, o.class_noun, **o.pictures)
             check_said(self.words, data, self.streams, r)
             self.trainer = self.train_on(self.words.params(), callback=pulled(self.words, r.norm_prior, self.after_step),
                                          rates=dict.fromkeys(self.words.params(), r.words_learning_rate))

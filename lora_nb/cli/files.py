@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PPIM_FLAGS = [
     Flag("instance_data_dir", str, REQUIRED, "folder of raw pictures, or files", also="files", many="list"),
     Flag("output_dir", str, REQUIRED, "folder for pictures, masks, metadata.jsonl and report"),
+    Flag("recursive", bool, False, "also read subfolders"),
     Flag("preset", ("photo", "sdxl", "embedded"), "photo", "sizes and captions for a kind of base"),
     Flag("target_size", int, None, "side of the pictures in pixels; without it, what the preset says", "size", 8),
     Flag("target_prompts", str, None, "what CLIPSeg should mask, such as 'a dog'"),
@@ -100,7 +101,7 @@ def lora_ppim(a):
     s = ppim_settings(a)
     from lora_nb.pictures import list_sources
     from lora_nb.preprocessing import preprocess
-    files = list_sources(a.instance_data_dir[0] if len(a.instance_data_dir) == 1 else a.instance_data_dir)
+    files = list_sources(a.instance_data_dir[0] if len(a.instance_data_dir) == 1 else a.instance_data_dir, a.recursive)
     quiet_libraries()
     done = preprocess(files if a.n_length < 0 else files[:a.n_length], a.output_dir, s, overwrite=a.overwrite)
     for row in done.left_out: print(f"left out {row['source']}: {'; '.join(row['why'])}")

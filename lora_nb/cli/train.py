@@ -8,10 +8,10 @@ Docs: https://lora-nb.github.io/lora_nb/cli_train.html.md"""
 __all__ = ['OPTIMIZER_CHOICES', 'SCHEDULES', 'ENCODERS', 'DATA_FLAGS', 'RUN_FLAGS', 'LORA_FLAGS', 'FORMAT', 'PRIOR_FLAGS',
            'SCALED_RATES', 'OUTPUT_FORMATS', 'DREAMBOOTH_FLAGS', 'OLD_TRAINING', 'OLD_DREAMBOOTH', 'WORD_FLAGS',
            'TI_FLAGS', 'TUNING_FLAGS', 'PTI_FLAGS', 'OLD_PTI', 'layer_rates', 'settings_of', 'finished', 'check_data',
-           'check_flag_settings', 'previews_of', 'base_with_vae', 'save_formats', 'dtype_of', 'try_formats', 'conclude',
-           'dreambooth_recipe', 'start_from', 'check_dreambooth', 'lora_dreambooth', 'check_words', 'check_inversion',
-           'masked', 'check_tuning', 'words_recipe', 'intent_of', 'pti_recipe', 'prepare', 'save_words', 'lora_ti',
-           'lora_pti']
+           'check_flag_settings', 'picture_options', 'check_masks', 'previews_of', 'base_with_vae', 'save_formats',
+           'dtype_of', 'try_formats', 'publish', 'repo_of', 'conclude', 'dreambooth_recipe', 'start_from',
+           'check_dreambooth', 'lora_dreambooth', 'check_words', 'check_inversion', 'masked', 'check_tuning',
+           'words_recipe', 'intent_of', 'pti_recipe', 'prepare', 'save_words', 'lora_ti', 'lora_pti']
 
 # %% ../../nbs/64_cli_train.ipynb #9ae8c07a
 import argparse, json, math
@@ -47,7 +47,15 @@ DATA_FLAGS = [
     Flag("resolution", int, None, "side of the training pictures in pixels, a multiple of 8", least=8),
     Flag("buckets", bool, False, "train on pictures in several shapes, not cut to squares", also="enable_bucket"),
     Flag("flip", bool, None, "also train on mirror images", "flip", also="random_flip flip_aug"),
+    Flag("recursive", bool, False, "also read subfolders"),
+    Flag("folder_words", bool, False, "pictures without a caption get the words of their folder '10_sks dog'"),
+    Flag("shuffle_tags", bool, False, "shuffle the tags of captions at each draw", also="shuffle_caption"),
+    Flag("keep_tokens", int, None, "with shuffle_tags or tag_dropout: first tags that stay", least=0, usual=1),
+    Flag("tag_dropout", float, 0., "chance of each tag to be left out", also="caption_tag_dropout_rate", least=0),
+    Flag("cache_latents_dir", str, None, "folder that keeps latents for the next run"),
 ]
+
+# %% ../../nbs/64_cli_train.ipynb #f1a90003
 RUN_FLAGS = [
     Flag("train_batch_size", int, None, "pictures in a batch", "batch_size", 1),
     Flag("gradient_accumulation_steps", int, None, "batches whose gradients make one step", "accumulate", 1),
@@ -60,13 +68,16 @@ RUN_FLAGS = [
     Flag("optimizer", OPTIMIZER_CHOICES, None, "AdamW, or another from its own package", "optimizer", also="optimizer_type"),
     Flag("use_8bit_adam", bool, False, "the same as --optimizer adamw8bit"),
     Flag("ema", float, None, "decay of a moving average of what learns, which becomes the result; 0.99 for short runs", "ema", 0),
-    Flag("snr_gamma", float, None, "Min-SNR weighting of timesteps; 5 is usual", "snr_gamma", also="min_snr_gamma"),
+    Flag("snr_gamma", float, None, "Min-SNR weighting of timesteps; 5 is usual", "snr_gamma", 0, "min_snr_gamma"),
     Flag("offset_noise", float, None, "strength of noise that is constant over a channel", "offset_noise", 0, "noise_offset"),
     Flag("caption_dropout", float, None, "share of samples trained without a caption", "caption_dropout", 0, "caption_dropout_rate"),
     Flag("validation_steps", int, None, "steps between losses on fixed samples, 0 for none", "validate_every", 0),
     Flag("save_steps", int, 0, "steps between checkpoints, each with a LoRA that can be used; 0 for none", "checkpoint_every", 0,
          "checkpointing_steps save_every_n_steps"),
     Flag("save_precision", ("auto", "fp32", "fp16"), "auto", "precision of the files; auto: fp16 for bases in fp16 or bf16"),
+    Flag("model_card", bool, False, "write a README.md for the Hub into output_dir"),
+    Flag("push_to_hub", bool, False, "upload the files and their card, with the login of huggingface_hub"),
+    Flag("hub_model_id", str, None, "where to: person/name; without it, the name of output_dir"),
     Flag("resume", bool, False, "continue from the newest checkpoint in output_dir"),
     Flag("preview_prompt", str, None, "draw this prompt while training", also="validation_prompt"),
     Flag("report_to", str, None, "send the log to tensorboard or wandb, or to both, with a comma"),
@@ -78,7 +89,7 @@ LORA_FLAGS = [
     Flag("lora_alpha", float, None, "the update is scaled by alpha / rank; without it, alpha = rank", "alpha", also="network_alpha"),
     Flag("use_dora", bool, None, "DoRA: learn the lengths of the weights' rows too", "dora"),
     Flag("use_rslora", bool, None, "rsLoRA: scale by alpha / sqrt(rank)", "rslora"),
-    Flag("loraplus_lr_ratio", float, None, "LoRA+: how many times faster the up factors learn", "lora_plus"),
+    Flag("loraplus_lr_ratio", float, None, "LoRA+: how many times faster the up factors learn", "lora_plus", 0),
     Flag("layer_rates", layer_rates, None, "factors of the learning rate for layers by parts of their names: down_blocks=0.5,mid_block=0",
          "layer_rates"),
     Flag("targets", str, None, "layers to adapt: attention, extended, all-linear, or a regular expression", "targets"),
@@ -125,6 +136,13 @@ def check_data(a: argparse.Namespace):
     "Refuse a missing folder of pictures, and a resolution that is not a multiple of 8."
     folder_of(a.instance_data_dir, "pictures of the subject or style")
     if a.resolution is not None and a.resolution % 8: raise UsageError(f"--resolution {a.resolution}: expected a multiple of 8.")
+    if a.hub_model_id and not a.push_to_hub: raise UsageError("--hub_model_id needs --push_to_hub.")
+    from lora_nb.model_card import check_card, check_repo
+    if a.push_to_hub: check_repo(repo_of(a))
+    if a.model_card or a.push_to_hub: check_card(a.output_dir)
+    if a.tag_dropout > 1: raise UsageError(f"--tag_dropout {a.tag_dropout}: expected a share of the tags, 0 to 1.")
+    if a.keep_tokens is not None and not (a.shuffle_tags or a.tag_dropout):
+        raise UsageError("--keep_tokens needs --shuffle_tags or --tag_dropout.")
     if a.use_8bit_adam and a.optimizer not in (None, "adamw8bit"):
         raise UsageError("--use_8bit_adam and --optimizer set the same thing: give one of them.")
     if a.lr_scheduler == "constant_with_warmup" and not a.lr_warmup_steps:
@@ -143,6 +161,26 @@ def check_flag_settings(
     if r.optimizer != "adamw": optimizer_class(r.optimizer)
     if a.report_to: tracker_names(a.report_to)
 
+# %% ../../nbs/64_cli_train.ipynb #f1a90004
+def picture_options(a: argparse.Namespace) -> dict[str, Any]:
+    "How the pictures are read, as options of a run."
+    from lora_nb.dataset import TagWording
+    tags = TagWording(a.shuffle_tags, 1 if a.keep_tokens is None else a.keep_tokens, a.tag_dropout)
+    return dict(buckets=a.buckets or None, recursive=a.recursive, folder_words=a.folder_words, resolution=a.resolution,
+                tags=tags if a.shuffle_tags or a.tag_dropout else None, latent_cache=a.cache_latents_dir)
+
+def check_masks(
+    flag: str,           # that asks for masks
+    pictures: list[Path],
+):
+    "Refuse a flag for masks where no picture has one."
+    from lora_nb.captions import rows_of
+    from lora_nb.pictures import masks_beside
+    if any(masks_beside(pictures)) or any(row.get("mask") for row, _ in rows_of(pictures)): return
+    raise UsageError(f"--{flag}: none of the {len(pictures)} pictures has a mask, such as {pictures[0].stem}.mask.png. Make them with "
+                     "lora_ppim --masks, or leave the flag out.")
+
+# %% ../../nbs/64_cli_train.ipynb #f1a90005
 def previews_of(a: argparse.Namespace) -> dict[str, Any] | None:
     "What to draw during training; None without `--preview_prompt`."
     return dict(prompts=[a.preview_prompt] * 4, seeds=a.seed) if a.preview_prompt else None
@@ -195,23 +233,42 @@ def try_formats(
     except BaseException: release(); raise
 
 # %% ../../nbs/64_cli_train.ipynb #b194dbef
+def publish(
+    a: argparse.Namespace,  # flags of a training
+    lora: "Lora",
+    made: list[Path],       # its files
+    out: Path,              # their folder
+):
+    "Write the card and upload, as the flags ask."
+    from lora_nb.model_card import push_to_hub, write_card
+    if a.model_card or a.push_to_hub: print(f"Card: {write_card(lora, out, made[0].name)}.")
+    if a.push_to_hub: print(f"Uploaded: {push_to_hub(out, repo_of(a), [p.name for p in made])}.")
+
+# %% ../../nbs/64_cli_train.ipynb #f1a90006
+def repo_of(a: argparse.Namespace) -> str:
+    "The repository that the flags name."
+    return a.hub_model_id or Path(a.output_dir).resolve().name
+
 def conclude(
     run: Any,                          # a finished training
     lora: "Lora",                      # what it made
     save: Callable[[], list[Path]],    # writes its files
     out: Path,                         # folder for the log
+    a: argparse.Namespace,             # flags: whether there is a card, and where it goes
 ):
     "Write LoRA and log, in the main process only, and say where everything is."
     from lora_nb.core import atomic_path, human
     from lora_nb.processes import is_main_process
     from lora_nb.show import save_jpeg
     if not is_main_process(): return
-    files = ", ".join(f"{p} ({human(p.stat().st_size)})" for p in save())
+    made = save()
+    files = ", ".join(f"{p} ({human(p.stat().st_size)})" for p in made)
     run.log.curve(out / "loss.svg")
     with atomic_path(out / "log.json") as tmp: Path(tmp).write_text(json.dumps(run.log.to_dict()))
     if run.log.previews: save_jpeg(run.log.preview_grid(), out / "previews.jpg")
     print(f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. "
           f"Trigger: {lora.metadata['trigger']!r}. Loss: {out / 'loss.svg'}.")
+    publish(a, lora, made, out)
 
 # %% ../../nbs/64_cli_train.ipynb #4a69cd1a
 DREAMBOOTH_FLAGS = {
@@ -244,8 +301,7 @@ OLD_TRAINING = {
 OLD_DREAMBOOTH = {
     **OLD_TRAINING,
     "tokenizer_name": Old("the base's own tokenizer is used, another would not fit its text encoder"),
-    "push_to_hub": Old("nothing is uploaded", "Upload output_dir yourself", (False,)),
-    "hub_token": Old("nothing is uploaded"),
+    "hub_token": Old("the login of huggingface_hub is used", "Log in with: hf auth login"),
     "logging_dir": Old("the log is output_dir/log.json and output_dir/loss.svg, and trackers write into output_dir/logs"),
     "adam_beta1": Old("AdamW's beta1 is 0.9", same=(.9,)),
     "adam_beta2": Old("AdamW's beta2 is 0.999", same=(.999,)),
@@ -297,16 +353,17 @@ def lora_dreambooth(a):
     from lora_nb.dreambooth import DreamBooth
     from lora_nb.pictures import find_pictures
     from lora_nb.processes import number_of_processes
-    start, pictures = start_from(a.resume_unet, a.resume_text_encoder), find_pictures(a.instance_data_dir)
+    start, pictures = start_from(a.resume_unet, a.resume_text_encoder), find_pictures(a.instance_data_dir, a.recursive)
+    if a.mask_floor is not None: check_masks("mask_floor", pictures)
     base = base_with_vae(a)
     recipe = dreambooth_recipe(a, base, len(pictures), number_of_processes())
     prior, sampling = a.prior if a.with_prior_preservation else None, dict(batch_size=a.sample_batch_size)
     run = DreamBooth(base, pictures, a.instance_prompt, a.class_prompt, a.class_data_dir, prior, recipe, out,
-                     num_class_images=a.num_class_images, previews=previews_of(a), sampling=sampling, buckets=a.buckets or None,
-                     resolution=a.resolution, start=start, report_to=a.report_to)
+                     num_class_images=a.num_class_images, previews=previews_of(a), sampling=sampling, start=start,
+                     report_to=a.report_to, **picture_options(a))
     try_formats(run, a.output_format, run.worn.remove)
     lora = run.fit(a.resume)
-    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, precision=a.save_precision), out)
+    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, precision=a.save_precision), out, a)
 
 # %% ../../nbs/64_cli_train.ipynb #d0839924
 WORD_FLAGS = [
@@ -439,11 +496,13 @@ def pti_recipe(
 def prepare(a: argparse.Namespace) -> tuple[Path, list[Path], "Base", dict[str, Any]]:
     "The output folder, the pictures, the base, and the keywords that both trainings take."
     from lora_nb.pictures import find_pictures
-    out, pictures, base = writable(a.output_dir), find_pictures(a.instance_data_dir), base_with_vae(a)
+    out, pictures = writable(a.output_dir), find_pictures(a.instance_data_dir, a.recursive)
+    if masked(a): check_masks("use_mask_captioned_data" if a.use_mask_captioned_data else "use_face_segmentation_condition", pictures)
+    base = base_with_vae(a)
     if a.train_inpainting and not base.inpainting:
         raise UsageError("--train_inpainting: the base's UNet has no channels for a hole. Name an inpainting base.")
-    return out, pictures, base, dict(output_dir=out, previews=previews_of(a), resolution=a.resolution, buckets=a.buckets or None,
-                                     report_to=a.report_to)
+    return out, pictures, base, dict(output_dir=out, previews=previews_of(a), report_to=a.report_to,
+                                     **picture_options(a))
 
 def save_words(
     lora: "Lora",  # with words
@@ -469,7 +528,7 @@ def lora_ti(a):
     recipe = words_recipe(a, settings_of(a, lora_ti), inversion_recipe_for(base, intent_of(a)))
     run = TextualInversion(base, pictures, a.placeholder_tokens, a.initializer_tokens, recipe, **kw)
     lora = run.fit(a.resume)
-    conclude(run, lora, lambda: save_words(lora, out, a.out_name or "learned_embeds", dtype_of(a.save_precision, base, lora)), out)
+    conclude(run, lora, lambda: save_words(lora, out, a.out_name or "learned_embeds", dtype_of(a.save_precision, base, lora)), out, a)
 
 @command(PTI_FLAGS, OLD_PTI)
 def lora_pti(a):
@@ -485,4 +544,4 @@ def lora_pti(a):
                         class_noun=a.class_noun, start=start, **prior, **kw)
     try_formats(run, a.output_format, run.remove)
     lora = run.fit(a.resume)
-    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, a.out_name or "lora", a.save_precision), out)
+    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, a.out_name or "lora", a.save_precision), out, a)
