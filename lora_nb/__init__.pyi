@@ -265,6 +265,7 @@ from . import lora_diffusion as lora_diffusion
 from . import masks as masks
 from . import memory as memory
 from . import mixing as mixing
+from . import model_card as model_card
 from . import names as names
 from . import optimizers as optimizers
 from . import peft_files as peft_files

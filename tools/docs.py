@@ -147,10 +147,13 @@ def moving(output):
 
 
 LIVE = f"{SITE['site-url']}/live/"      # the page that draws; in Markdown its full address, on the site a relative one
+
+
 def to_live(text, docname):
     "Links to the live page as plain HTML, which Sphinx does not take for a page of its own."
-    return re.sub(r"\[([^\]]*)\]\(" + re.escape(LIVE) + r"([^)]*)\)",
-                  lambda m: f'<a href="{"../" * docname.count("/")}live/index.html{m[2]}">{m[1] if m[1].startswith("<img ") else html.escape(m[1])}</a>', text)
+    here = "../" * docname.count("/") + "live/index.html"
+    def link(m): return f'<a href="{here}{m[2]}">{m[1] if m[1].startswith("<img ") else html.escape(m[1])}</a>'
+    return re.sub(r"\[([^\]]*)\]\(" + re.escape(LIVE) + r"([^)]*)\)", link, text)
 
 
 BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*colab-badge[^)]*\)\]\(([^)]*)\)")      # its picture would be missing offline
