@@ -23,7 +23,7 @@ import torch
 from .core import (LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, printable,
                           some, working_dtype)
 from .names import canonical
-from .peft_files import component_config
+from .peft_files import config_bytes
 from .layers import LoraLayer
 from .lora import Factors, Lora
 from .worn import Wearer, places, resolve_components
@@ -343,14 +343,6 @@ def _entry(name):
     "Bytes that a layer's two tensors take in the header of a peft file, at most"
     return 2 * (len(name) + len(".text_model.lora_A.weight") + 84)
 
-def _configured(ranks):
-    "Bytes of the configuration in a peft file whose layers have these ranks"
-    flat = {}
-    for c in dict.fromkeys(n.split(".")[0] for n in ranks):
-        layers = {n.split(".", 1)[1]: (r, False) for n, r in ranks.items() if n.startswith(c + ".")}
-        flat |= {f"{c}.{k}": v for k, v in component_config(layers).items()}
-    return len(json.dumps(json.dumps(flat)))
-
 def _overhead(lora):
     "Bytes of a peft file beside its layers, at most"
     words = sum(2 * len(json.dumps(t)) + 100 + e.numel() * e.element_size() * 4 // 3 + 4
@@ -363,7 +355,7 @@ def _fit(spectra, costs, size, lora):
     room, first, said = size - _overhead(lora), {n: _entry(n) for n in spectra}, 0
     for _ in range(8):                                     # what the file says about ranks takes room, too, and depends on them
         ranks = {n: r for n, r in allocate(spectra, costs, room - said, first).items() if r}
-        if (now := _configured(ranks)) <= said: break
+        if (now := config_bytes(ranks)) <= said: break
         said = now
     if ranks: return ranks
     least = size - room + min(costs[n] + first[n] for n in costs)

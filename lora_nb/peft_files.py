@@ -7,7 +7,8 @@ Docs: https://lora-nb.github.io/lora_nb/peft_files.html.md"""
 # %% auto #0
 __all__ = ['split_key', 'StrayKeys', 'label', 'group_parts', 'to_factors', 'fold_alpha', 'unfold_alpha', 'with_note',
            'adapter_config', 'fits_pattern', 'config_alpha', 'base_start', 'read_peft', 'not_pairs', 'peft_faults',
-           'refuse', 'peft_key', 'pad_rank', 'component_config', 'write_peft', 'base_layers', 'fit_base']
+           'refuse', 'peft_key', 'pad_rank', 'component_config', 'config_bytes', 'write_peft', 'base_layers',
+           'fit_base']
 
 # %% ../nbs/19_peft_files.ipynb #e666faa3
 import json, math, re
@@ -465,6 +466,16 @@ def component_config(
     odd = {p if p.startswith("encoder.layers.") else f"^{p}": r for p, (r, _) in layers.items() if r != top}
     return dict(r=top, lora_alpha=top, target_modules=sorted(layers), rank_pattern=odd, alpha_pattern=odd, lora_bias=False,
                 use_dora=any(dora for _, dora in layers.values()))
+
+def config_bytes(
+    ranks: dict[str, int],  # name of a layer, with its component -> rank
+) -> int:
+    "Bytes of the configuration in a file whose layers have these ranks"
+    flat = {}
+    for c in dict.fromkeys(n.split(".")[0] for n in ranks):
+        layers = {n.split(".", 1)[1]: (r, False) for n, r in ranks.items() if n.startswith(c + ".")}
+        flat |= {f"{c}.{k}": v for k, v in component_config(layers).items()}
+    return len(json.dumps(json.dumps(flat)))
 
 # %% ../nbs/19_peft_files.ipynb #221be1c4
 def write_peft(
