@@ -34,8 +34,7 @@ export class Lesson {
     return out
   }
 
-  /** What the base draws of the class, with guidance; null if stopped. (Few-step pictures are quicker, but what was learned beside
-   * them was another thing: subjects drawn fell from eight of eight to two.) */
+  /** What the base draws of the class, with guidance, as training in Python does; null if stopped. */
   async classPictures(seen) {
     const {classPrompt: prompt, seed} = this.plan, out = [], guidance = this.engine.manifest.sampling.guidance_scale
     const {states} = await this.engine.encode([prompt], [])
