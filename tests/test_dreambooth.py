@@ -215,3 +215,10 @@ def test_lists_of_concepts_in_other_encodings(tmp_path, kind):
     if kind != "cp1252": assert load_concepts(tmp_path / "c.json")[0].prompt == "ein Bär"
     else:
         with pytest.raises(DataError, match="c.json.*UTF-8"): load_concepts(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("rates", (dict(learning_rate=0.), dict(layer_rates={"unet": 0.}),
+                                   dict(learning_rate=0., train_text_encoder=True, text_learning_rate=0.)))
+def test_rates_with_which_nothing_is_learned(sd, rates):
+    with pytest.raises(LoraError, match="Nothing would be learned"):
+        train_dreambooth(sd, NOISE, "a sks toy", rank=2, steps=1, batch_size=1, **rates)
