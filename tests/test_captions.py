@@ -172,3 +172,28 @@ def test_captions_that_are_not_used_are_said(tmp_path):
     assert caption_notes(files) == ["metadata.jsonl gives no caption: it has file_name, label; captions are read from text, caption, prompt",
                                     "metadata.jsonl names c.jpg, not among the pictures", "no picture for caption.txt, z.txt"]
     assert own_captions(files) == ["", "x"]
+
+
+def test_endings_in_upper_case(tmp_path):
+    (tmp_path/"0.TXT").write_text("a"); (tmp_path/"Metadata.JSONL").write_text('{"file_name": "1.png", "text": "b"}')
+    assert own_captions([tmp_path/"0.png", tmp_path/"1.png"]) == ["a", "b"]
+    assert caption_notes([tmp_path/"0.png", tmp_path/"1.png"]) == []
+
+
+@pytest.mark.parametrize("name", ("captions.json", "captions.csv", "0.json", "0.tags", "metadata.json", "train.parquet"))
+def test_files_that_look_like_captions_and_are_not_read(name, tmp_path):
+    (tmp_path/name).write_text("[]")
+    note, = caption_notes([tmp_path/"0.png"])
+    assert note.startswith(f"not read as captions: {name};")
+
+
+@pytest.mark.parametrize("files, used, told", (
+    ({"0.txt": "a", "0.caption": "b"}, "a", "0.png has captions that differ: that of 0.txt is used, not that of 0.caption"),
+    ({"0.txt": "a", "metadata.jsonl": '{"file_name": "0.png", "text": "b"}'}, "b", "that of metadata.jsonl is used, not that of 0.txt"),
+    ({"metadata.jsonl": "".join('{"file_name": "0.png", "text": "%s"}\n' % t for t in "ab")}, "b", "several lines that differ for 0.png: the last"),
+    ({"0.txt": "a", "0.caption": "a\n"}, "a", "")))
+def test_two_captions_for_one_picture(files, used, told, tmp_path):
+    for n, text in files.items(): (tmp_path/n).write_text(text)
+    assert own_caption(tmp_path/"0.png") == used
+    notes = caption_notes([tmp_path/"0.png"])
+    assert told in notes[0] if told else notes == []

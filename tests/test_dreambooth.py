@@ -1,4 +1,4 @@
-import json
+import json, warnings
 from pathlib import Path
 
 import pytest
@@ -154,7 +154,9 @@ def test_a_class_picture_that_was_deleted_is_drawn_again(sd, tmp_path):
     ("a photo of a sks toy at night", "sks toy", "toy", "a photo of a toy at night"), ("A Sks Toy, red", "sks toy", "toy", "A toy, red"),
     ("sks, sitting", "sks toy", "toy", "toy, sitting"), ("a sks plush toy", "sks toy", "toy", "a toy plush toy"),
     ("desks and a sks", "sks", "toy", "desks and a toy"), ("a <s1> <s2> toy", "<s1> <s2> toy", "toy", "a toy"),
-    ("a <s1> on grass", "<s1> toy", "toy", "a toy on grass"), ("a wall", "sks toy", "toy", "a wall")))
+    ("a <s1> on grass", "<s1> toy", "toy", "a toy on grass"), ("a wall", "sks toy", "toy", "a wall"),
+    ("sks toys on a table", "sks toy", "toy", "toys on a table"), ("a sks-toy", "sks toy", "toy", "a toy"), ("a sks toyshop", "sks toy", "toy",
+                                                                                                   "a toy toyshop")))
 def test_the_subject_s_words_become_those_of_the_class(caption, trigger, noun, expected): assert swapped(caption, trigger, noun) == expected
 
 
@@ -174,6 +176,15 @@ def test_a_trigger_that_no_caption_says_is_warned_of(sd, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png"); (tmp_path / "0.txt").write_text("a red wall")
     with pytest.warns(UserWarning, match="No caption of the subject says 'sks wall' .0.png: 'a red wall'"):
         DreamBooth(sd, tmp_path, "a sks wall", rank=2, batch_size=1).remove()
+
+
+@pytest.mark.parametrize("before, warned", ((90, True), (3, False)))
+def test_a_trigger_beyond_what_is_read_is_warned_of(sd, before, warned, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png"); (tmp_path / "0.txt").write_text("red " * before + "sks wall" + " red" * 90)
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        DreamBooth(sd, tmp_path, "a sks wall", rank=2, batch_size=1).remove()
+    assert any("'sks wall' only beyond what the text encoder reads" in str(w.message) for w in got) == warned
 
 
 @pytest.mark.parametrize("left", (".DS_Store", ".ipynb_checkpoints/", "Thumbs.db", "class-0000.txt"))
@@ -204,3 +215,10 @@ def test_lists_of_concepts_in_other_encodings(tmp_path, kind):
     if kind != "cp1252": assert load_concepts(tmp_path / "c.json")[0].prompt == "ein Bär"
     else:
         with pytest.raises(DataError, match="c.json.*UTF-8"): load_concepts(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("rates", (dict(learning_rate=0.), dict(layer_rates={"unet": 0.}),
+                                   dict(learning_rate=0., train_text_encoder=True, text_learning_rate=0.)))
+def test_rates_with_which_nothing_is_learned(sd, rates):
+    with pytest.raises(LoraError, match="Nothing would be learned"):
+        train_dreambooth(sd, NOISE, "a sks toy", rank=2, steps=1, batch_size=1, **rates)

@@ -151,3 +151,21 @@ def test_names_of_text_encoders():
     assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
     assert kohya_name("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q") == "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     assert to_sgm("up_blocks_0_upsamplers_0_conv", attentive=(1, 2, 3)) == "output_blocks_2_1_conv"     # SD1
+
+
+def test_a_file_of_lora_te1_alone_is_of_sdxl(tmp_path):
+    "SD1 and SD2 have `lora_te_`"
+    key = "text_model_encoder_layers_0_self_attn_q_proj"
+    half = lambda te: {f"{te}{key}.lora_down.weight": torch.ones(2, 768), f"{te}{key}.lora_up.weight": torch.ones(768, 2)}
+    for te, family in (("lora_te1_", "SDXL"), ("lora_te_", "SD1")):
+        save_file(half(te), tmp_path/"x.safetensors")
+        lora = Lora.load(tmp_path/"x.safetensors")
+        assert family_of(lora) == family
+        lora.save(tmp_path/"y.safetensors", "kohya")
+        tensors, metadata = read_safetensors(tmp_path/"y.safetensors")
+        assert all(k.startswith(te) for k in tensors) and ("v1-5" in str(metadata) or "sd_v1" in str(metadata)) == (family == "SD1")
+        assert family_of(Lora.load(tmp_path/"y.safetensors")) == family
+    sd1 = {k.replace("lora_te_", "text_encoders.clip_l.transformer.").replace(key, "text_model.encoder.layers.0.self_attn.q_proj"): t
+           for k, t in half("lora_te_").items()}
+    save_file(sd1, tmp_path/"comfy.safetensors")
+    assert family_of(Lora.load(tmp_path/"comfy.safetensors")) == "SD1"

@@ -88,3 +88,9 @@ def test_encoders_that_learn():
     assert learning_encoders(sd3) == ["text_encoder", "text_encoder_2"] and learning_encoders(sd) == ["text_encoder"]
     assert learning_encoders(sd3, "text_encoder_3") == ["text_encoder_3"]
     with pytest.raises(LoraError, match="expected clips, all, or some of text_encoder."): learning_encoders(sd, ["text_encoder_3"])
+
+
+@pytest.mark.parametrize("bad, match", ((dict(seed=2**70), "seed = .*expected -2"), (dict(targets=[]), "targets = .*at least one name"),
+                                        (dict(targets=""), "targets = ")))
+def test_a_seed_and_targets_that_cannot_be(bad, match):
+    with pytest.raises(LoraError, match=match): Recipe(**bad)

@@ -119,7 +119,7 @@ def test_a_start_keeps_dora_magnitudes(base):
         torch.nn.init.constant_(m.lora_up.weight, .02)
         with torch.no_grad(): m.magnitude.mul_(1.3)
     taught = worn.lora(); worn.remove()
-    still = dict(QUICK, steps=1, learning_rate=0., weight_decay=0., targets="attention", guard=False)
+    still = dict(QUICK, steps=1, learning_rate=1e-30, weight_decay=0., targets="attention", guard=False)
     again = train_dreambooth(base, WALL, "a sks wall", start=taught, **still)
     for n, f in taught.layers.items():
         assert again.layers[n].magnitude.flatten().allclose(f.magnitude.flatten())
@@ -130,7 +130,7 @@ def test_a_start_keeps_dora_magnitudes(base):
 def test_a_start_of_other_layers_or_rank(base):
     first = train_dreambooth(base, WALL, "a sks wall", **QUICK)
     for rank in (3, 1):                                                 # higher: exact; lower: the best of rank 1
-        again = train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, rank=rank, steps=1, learning_rate=0.))
+        again = train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, rank=rank, steps=1, learning_rate=1e-30))
         best = first if rank == 3 else resize(first, rank=1)
         assert set(again.ranks.values()) == {rank}
         for n, f in best.layers.items(): assert again.layers[n].delta().allclose(f.delta(), atol=1e-5)
@@ -140,7 +140,7 @@ def test_a_start_of_other_layers_or_rank(base):
 
 def test_a_start_goes_on_where_it_was(base):
     first = train_dreambooth(base, WALL, "a sks wall", alpha=1., **QUICK)          # another strength than the run's
-    again = train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, steps=1, learning_rate=0.))
+    again = train_dreambooth(base, WALL, "a sks wall", start=first, **dict(QUICK, steps=1, learning_rate=1e-30))
     assert isinstance(again, Lora)
     for n, f in first.layers.items(): assert again.layers[n].delta().allclose(f.delta(), atol=1e-5)
 
@@ -267,3 +267,13 @@ def test_optimisers_of_other_packages(base, name, module, kind, monkeypatch):
     assert max(f.up.abs().max() for f in lora.layers.values()) > 0 and [g["name"] for g in groups] == ["unet", "text_encoder"]
     assert name != "prodigy" or ({g["lr"] for g in groups} == {1.} and kw["safeguard_warmup"])
     assert name != "adamw8bit" or [g["lr"] for g in groups] == [1., 1e-4]
+
+
+@pytest.mark.parametrize("folder, floor, told", (("masks", None, "masks: 1 of 2, not used (mask_floor is None)"), ("mask", .1, "masks: 1 of 2\n")))
+def test_the_start_report_says_whether_masks_count(base, folder, floor, told, tmp_path):
+    (tmp_path/folder).mkdir()
+    for i in range(2): Image.new("RGB", (64, 64), "red").save(tmp_path/f"{i}.png")
+    Image.new("L", (64, 64), 255).save(tmp_path/folder/"0.png")
+    run = DreamBooth(base, tmp_path, "a sks wall", rank=2, batch_size=1, mask_floor=floor)
+    assert told in str(run.start_report()) + "\n"
+    run.remove()

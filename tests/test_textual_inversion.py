@@ -168,3 +168,8 @@ def test_initialisers_that_are_none(base, init):
 def test_settings_of_words_that_are_impossible(wrong, match):
     from lora_nb.textual_inversion import InversionRecipe
     with pytest.raises(LoraError, match=match): InversionRecipe(**wrong)
+
+
+def test_words_at_a_rate_of_zero():
+    with pytest.raises(LoraError, match="Nothing would be learned: .*words"):
+        TextualInversion(random_pipe("sd"), [Image.new("RGB", (64, 64), "red")], "<zero>", words_learning_rate=0.)
