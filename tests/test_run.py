@@ -269,7 +269,8 @@ def test_optimisers_of_other_packages(base, name, module, kind, monkeypatch):
     assert name != "adamw8bit" or [g["lr"] for g in groups] == [1., 1e-4]
 
 
-@pytest.mark.parametrize("folder, floor, told", (("masks", None, "masks: 1 of 2, not used (mask_floor is None)"), ("mask", .1, "masks: 1 of 2\n")))
+@pytest.mark.parametrize("folder, floor, told", (("masks", None, "masks: 1 of 2, not used (mask_floor is None)"),
+                                                 ("mask", .1, "masks: 1 of 2\n")))
 def test_the_start_report_says_whether_masks_count(base, folder, floor, told, tmp_path):
     (tmp_path/folder).mkdir()
     for i in range(2): Image.new("RGB", (64, 64), "red").save(tmp_path/f"{i}.png")

@@ -178,3 +178,15 @@ def test_a_module_in_the_place_of_the_dictionary_runs_nothing(tmp_path):
     for held in (Evil(), torch.nn.Linear(2, 2), np.array([1, Evil()], dtype=object)):
         torch.save({"string_to_param": {"*": torch.ones(1, 8)}, "name": held}, tmp_path/"evil.pt")
         refused("holds code", Lora.load, tmp_path/"evil.pt")
+
+
+@pytest.mark.parametrize("names", (["prompt_embeddings"], ["768.0.linear1"], ["image_proj"], ["latents_mean", "latents_std"], ["mean", "std"]))
+def test_vectors_of_other_things_are_no_words(tmp_path, names):
+    save_file({n: torch.ones(2, 8) for n in names}, tmp_path/"x.safetensors")
+    with pytest.raises(LoraError, match=f"x.safetensors: .*{names[0]}"): Lora.load(tmp_path/"x.safetensors")
+
+
+def test_a_word_of_ours_may_have_any_name(tmp_path):
+    lora = Lora({}, {"mean": {"text_encoder": torch.ones(2, 8)}})
+    lora.save(tmp_path/"x.safetensors", "textual_inversion")
+    assert Lora.load(tmp_path/"x.safetensors") == lora
