@@ -102,7 +102,7 @@ def family_of(
     if "text_encoder_3" in lora.components: return "SD3"
     two = "text_encoder_2" in lora.components
     if (layers := part("unet")) and (family := _unet_family(layers, 0 if two else wide)): return family
-    if two: return "SDXL"
+    if two or (not layers and encoder and lora.metadata.get("ss_base_model_version", "").startswith("sdxl")): return "SDXL"
     if layers and wide == 768 and any(not n % 320 for f in layers.values() for n in f.shape[:2]): return "SD1 or SDXL"
     return {768: "SD1", 1024: "SD2"}.get(wide or max(words.values(), default=0), "unknown")
 

@@ -53,15 +53,22 @@ def metadata_rows(
     "The lines of a folder's metadata.jsonl or metadata.csv as dicts, by file name; none if there is no such file"
     return {Path(name).name: row for name, row in _sheet(Path(folder)).items()}
 
+def _metadata_files(folder):
+    "metadata.jsonl and metadata.csv of a folder, in upper case too"
+    return sorted(f for f in folder.iterdir() if f.name.lower() in METADATA_FILES and f.is_file()) if folder.is_dir() else []
+
 def _sheet(folder):
-    "The rows of a folder's metadata file by `file_name`"
-    there = [f for n in METADATA_FILES if (f := folder / n).is_file()]
+    "The rows of a folder's metadata file by `file_name`; the last of several"
+    return {Path(row["file_name"]).as_posix(): row for row in _sheet_rows(folder)}
+
+def _sheet_rows(folder):
+    "All rows of a folder's metadata file"
+    there = _metadata_files(folder)
     if len(there) > 1: raise DataError(f"{folder} has both {' and '.join(METADATA_FILES)}: keep the one that counts.")
-    if not there: return {}
+    if not there: return []
     text, path = read_text(there[0]), there[0]
-    rows = _table_rows(path, text) if path.suffix == ".csv" else [
+    return _table_rows(path, text) if path.suffix.lower() == ".csv" else [
         _row(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return {Path(row["file_name"]).as_posix(): row for row in rows}
 
 # %% ../nbs/35_captions.ipynb #c0c1d2ea
 def _table_rows(path, text):
@@ -135,14 +142,22 @@ def own_captions(
 ) -> list[str]:
     "What somebody wrote about each picture, in a metadata file, in NAME.txt or NAME.caption, or in caption.txt; else empty"
     lines = {d: _lines_of(d) for d in {f.parent for f in files}}
-    names = {d: {f.name for f in d.iterdir()} if d.is_dir() else set() for d in lines}
+    beside = {d: _text_files(d) for d in lines}
     def one(f, row):
         if said := row_caption(row, f"{f.parent}, {f.name}"): return said
-        beside = (f"{stem}{end}" for stem in (f.stem, f.name, f.stem.removesuffix(".src")) for end in (".txt", ".caption"))
-        for n in beside:
-            if n in names[f.parent] and (said := read_text(f.parent / n).strip()): return said
-        return _line_for(f, lines[f.parent])
+        return next((t for _, t in _texts_beside(f, beside[f.parent])), "") or _line_for(f, lines[f.parent])
     return [one(f, row) for f, (row, _) in zip(files, rows_of(files))]
+
+def _text_files(folder):
+    "Files that may be captions by (stem, ending in lower case)"
+    there = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    return {(f.stem, f.suffix.lower()): f for f in there if f.suffix.lower() in (".txt", ".caption")}
+
+def _texts_beside(f, there):
+    "(file, text) of the captions beside a picture, the one that counts first"
+    stems = dict.fromkeys((f.stem, f.name, f.stem.removesuffix(".src")))
+    files = (there.get((s, end)) for s in stems for end in (".txt", ".caption"))
+    return ((n, t) for n in files if n and (t := read_text(n).strip()))
 
 def own_caption(
     path: Path,  # of a picture
@@ -174,15 +189,39 @@ def caption_notes(
         stems = {s for f in used for s in (f.stem, f.name, f.stem.removesuffix(".src"))}
         numbered = any(re.fullmatch(r"\d+\.src", f.stem) for f in used)
         lost = [n for n in rows if n not in {f.name for f in used}]
-        name = next((n for n in METADATA_FILES if (d / n).is_file()), METADATA)
+        name = next((f.name for f in _metadata_files(d)), METADATA)
+        notes += _rivals(used, rows, d, name)
         if rows and not any(row_caption(rows[f.name], f.name) for f in used if f.name in rows):
             notes.append(f"{name} gives no caption: it has {', '.join(map(str, next(iter(rows.values()))))}; captions are read from "
                          f"{', '.join(CAPTION_FIELDS[:3])}")
         if lost: notes.append(f"{name} names {_some(lost)}, not among the pictures")
-        alone = [f.name for f in sorted(d.iterdir()) if f.suffix in (".txt", ".caption") and f.stem not in stems
+        alone = [f.name for f in sorted(d.iterdir()) if f.suffix.lower() in (".txt", ".caption") and f.stem not in stems
                  and not f.name.startswith(".") and not (f.name == "caption.txt" and numbered)]
         if alone: notes.append(f"no picture for {_some(alone)}")
+        unread = [f.name for f in sorted(d.iterdir()) if _unread(f, stems)]
+        if unread: notes.append(f"not read as captions: {_some(unread)}; read are NAME.txt, NAME.caption and {' or '.join(METADATA_FILES)}")
     return notes
+
+# %% ../nbs/35_captions.ipynb #5a1dc0df
+def _unread(f, stems):
+    "Whether a file looks like captions, in a form that is not read"
+    kind, name = f.suffix.lower(), f.name.lower()
+    sheet = kind in (".json", ".jsonl", ".csv") and name not in METADATA_FILES and re.match(r"(caption|metadata|prompt|tag|label)s?\b", name)
+    return not name.startswith(".") and bool(sheet or kind in (".tags", ".parquet") or kind in (".json", ".yaml", ".csv") and f.stem in stems)
+
+def _rivals(used, rows, folder, sheet):
+    "Notes on pictures with two captions that differ"
+    notes, there = [], _text_files(folder)
+    for f in used:
+        row = row_caption(rows.get(f.name, {}), f.name)
+        said = [(sheet, row)] * bool(row) + [(n.name, t) for n, t in _texts_beside(f, there)]
+        if other := [n for n, t in said if t != said[0][1]]:
+            notes.append(f"{f.name} has captions that differ: that of {said[0][0]} is used, not that of {_some(other)}")
+    said = {}
+    for row in _sheet_rows(folder): said.setdefault(Path(row["file_name"]).as_posix(), []).append(row_caption(row, sheet))
+    twice = [n for n, ts in said.items() if len(set(ts)) > 1]
+    if twice: notes.insert(0, f"{sheet} has several lines that differ for {_some(twice)}: the last one is used")
+    return notes if len(notes) <= 5 else [*notes[:5], f"{len(notes) - 5} more pictures have captions that differ"]
 
 def _some(names): return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .architectures import family_of
+from .containers import others
 from .core import FormatError, some
 from .kohya import kohya_faults, kohya_name, kohya_splitter, read_kohya, refuse_family, write_kohya
 from .lora import Factors, Lora
@@ -106,7 +107,9 @@ def read_comfy(
     for k, f in flat.items(): groups.setdefault(f, []).append(k)
     twice = next((ks for ks in groups.values() if len(ks) > 1), None)
     if twice: raise FormatError(f"{some(twice)} are the same tensor: expected it once. Get the file again.")
-    return read_kohya({flat[k]: _own_form(k, t) for k, t in tensors.items()}, metadata, base)
+    lora = read_kohya({flat[k]: _own_form(k, t) for k, t in tensors.items()}, metadata, base)
+    if not any(k.startswith("lora_te1") for k in tensors): lora.metadata = others(metadata)     # clip_l may be SD1's
+    return lora
 
 # %% ../nbs/21_comfy.ipynb #949a2cc0
 _WORDS = """input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed label_emb joint_blocks

@@ -518,6 +518,7 @@ class StartReport:
         self.cut = {n: {f: c[t] for f, t in zip(s.names, s.captions) if t in c}
                     for n, s in streams.items() if (c := cut_captions(base, s.captions)) or True}
         self.more: dict[str, str] = {}          # other lines: title -> text
+        self.unmasked = ""                      # why masks are not used, after their number
     @property
     def warnings(self) -> list[str]:
         "What will probably go wrong"
@@ -525,7 +526,7 @@ class StartReport:
     @property
     def lines(self) -> list[str]:
         "All of it, line by line"
-        out = [l for n, s in self.streams.items() for l in _told(n, s, self.cut[n], self.seen(n))]
+        out = [l for n, s in self.streams.items() for l in _told(n, s, self.cut[n], self.seen(n), self.unmasked)]
         return [_printable(l) for l in [*out, *(f"{k}: {v}" for k, v in self.more.items()), *(f"warning: {w}" for w in self.warnings)]]
     def seen(self, name: str) -> tuple[float, float] | None:
         "How often the pictures of a stream are seen: (least, most)"
@@ -544,13 +545,13 @@ def _sizes(shapes):
     n = Counter(shapes)
     return ", ".join(f"{w}x{h}" + (f" ({k})" if len(n) > 1 else "") for (w, h), k in n.most_common(6)) + (" ..." if len(n) > 6 else "")
 
-def _told(name, s, cut, seen):
+def _told(name, s, cut, seen, why_unmasked=""):
     "What a report says about one stream"
     n, own, masked, counted = len(s.names), sum(s.own), sum(s.masked), sum(says(c, s.trigger) for c in s.captions)
     out = [f"{name}: {n} picture{'s' * (n != 1)}, cut to {_sizes(s.shapes)}" + ", mirrored too" * s.flip]
     out.append(f"  captions: {own} of their own, {n - own} from the prompt" +
                (f"; {counted} of {n} say {s.trigger!r}" if s.trigger else ""))
-    if masked: out.append(f"  masks: {masked} of {n}")
+    if masked: out.append(f"  masks: {masked} of {n}" + why_unmasked)
     if max(s.repeats) > 1: out.append("  repeats: " + ", ".join(f"{k} pictures count {r} times" for r, k in sorted(Counter(s.repeats).items())))
     if seen: out.append(f"  each picture is seen {seen[0]:.3g} times" + (f" to {seen[1]:.3g}" if seen[1] > seen[0] * 1.001 else ""))
     out += [f"  left out: {f} ({why})" for f, why in list(s.left_out.items())[:20]]

@@ -120,6 +120,7 @@ class StartReport:
     batches: Any
     cut: dict[Any, Any]
     more: dict[str, str]
+    unmasked: str
     def __init__(self, base: Base, streams: dict[str, Sources], steps: int | None=None, batches: dict[str, int] | None=None) -> None: ...
     @property
     def warnings(self) -> list[str]: ...

@@ -9,7 +9,7 @@ __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'swap
            'load_concepts', 'concept_streams', 'DreamBooth', 'check_prior', 'train_dreambooth']
 
 # %% ../nbs/51_dreambooth.ipynb #d1206280
-import contextlib, itertools, json, re, warnings
+import bisect, contextlib, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from .loading import load_base
 from .core import DataError, LoraError, atomic_path, patch_to, progress
 from .bases import Base
 from .lora import Lora
-from .dataset import ConceptDataset, encode, says
+from .dataset import ConceptDataset, cut_captions, encode, says, tokenizers_of
 from .pictures import find_pictures, is_junk
 from .captions import own_captions, read_text
 from .recipe import Recipe, recipe_for
@@ -81,7 +81,7 @@ def _keep(folder, i, image, prompt):
     with atomic_path(path) as tmp: image.save(tmp, format="PNG")
     return path
 
-# %% ../nbs/51_dreambooth.ipynb #a77aa05a
+# %% ../nbs/51_dreambooth.ipynb #b708d57d
 PRIORS = ("images", "prediction", None)
 PriorKind = Literal["images", "prediction"] | None
 Prior = Literal["images", "prediction", "auto"] | None
@@ -96,6 +96,7 @@ def swapped(
     text = re.sub(whole(trigger), lambda m: noun, caption, flags=re.I) if trigger else caption
     for rare in [w for w in trigger.split() if w.lower() not in noun.lower().split()]:
         text = re.sub(rf"{whole(rare)}\s+(?={whole(noun)})", "", text, flags=re.I)
+        text = re.sub(rf"{whole(rare)}(?=\s+{re.escape(noun)}(?:e?s)?(?!\w)|-{re.escape(noun)})[\s-]+", "", text, flags=re.I)
         text = re.sub(whole(rare), lambda m: noun, text, flags=re.I)
     return text
 
@@ -217,7 +218,7 @@ def _of_a_class(concepts, prior):
         groups.setdefault(key, []).append(c)
     return list(groups.values())
 
-# %% ../nbs/51_dreambooth.ipynb #d757a4cf
+# %% ../nbs/51_dreambooth.ipynb #a739c40f
 class DreamBooth(TrainingRun):
     "A DreamBooth run: `fit()` trains it, `lora()` is what it has learned so far."
     @delegates(PriorOptions)
@@ -243,7 +244,7 @@ class DreamBooth(TrainingRun):
         self.prior = _prior_of(prior, self.concepts)
         self.streams = concept_streams(base, self.concepts, self.prior, self.recipe, o.num_class_images, o.resolution,
                                        o.sampling, masks=masks, **o.pictures)
-        _warn_of_silence(self.streams, self.recipe)
+        _warn_of_silence(self.base, self.streams, self.recipe)
         held = {} if held_back is None else self._held(held_back)
         with self.whole():
             self.inject(start)
@@ -273,16 +274,27 @@ def lora(self) -> Lora:
         method="dreambooth", prior=str(self.prior), class_prompt=json.dumps(one(of(lambda c: c.class_prompt)))))
 
 # %% ../nbs/51_dreambooth.ipynb #83ba72d6
-def _warn_of_silence(streams, recipe):
+def _warn_of_silence(base, streams, recipe):
     "Warn where no caption says the trigger"
     for s in streams:
         told = s.examples.sources
         if told is None or not told.trigger or s.teacher: continue
-        heard = any(says(c, told.trigger) for c in told.captions) and recipe.caption_dropout < 1
+        said = [c for c in told.captions if says(c, told.trigger)]
+        heard = said and recipe.caption_dropout < 1
         if not heard: warnings.warn(
             f"No caption of the {s.name} says {told.trigger!r} ({told.names[0]}: {told.captions[0]!r}), so these words will not mean "
             "it. Write {trigger} in the captions where the words belong, or move the captions away.", stacklevel=3)
+        elif deaf := [c for c in said if not says(_read_part(base, c), told.trigger)]: warnings.warn(
+            f"{len(deaf)} of {len(said)} captions of the {s.name} say {told.trigger!r} only beyond what the text encoder reads "
+            f"({deaf[0]!r:.60}...), so it is not read there. Write it first, or shorten the captions.", stacklevel=3)
 
+def _read_part(base, caption):
+    "The words of a caption that at least one text encoder reads whole"
+    words = caption.split()
+    fit = lambda n: len(cut_captions(base, [c := " ".join(words[:n])]).get(c, {})) < len(tokenizers_of(base))
+    return caption if fit(len(words)) else " ".join(words[:bisect.bisect_left(range(1, len(words)), True, key=lambda n: not fit(n))])
+
+# %% ../nbs/51_dreambooth.ipynb #5a1dc0de
 def _concepts(data, prompt, class_prompt, class_data, trigger):
     "The concepts that the arguments name"
     listed = [data] if isinstance(data, Concept) else data if isinstance(data, (list, tuple)) else []

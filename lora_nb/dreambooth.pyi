@@ -1,6 +1,6 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import contextlib, itertools, json, re, warnings
+import bisect, contextlib, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from .loading import load_base
 from .core import DataError, LoraError, atomic_path, patch_to, progress
 from .bases import Base
 from .lora import Lora
-from .dataset import ConceptDataset, encode, says
+from .dataset import ConceptDataset, cut_captions, encode, says, tokenizers_of
 from .pictures import find_pictures, is_junk
 from .captions import own_captions, read_text
 from .recipe import Recipe, recipe_for

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from .core import LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, printable, some, working_dtype
 from .names import canonical
-from .peft_files import component_config
+from .peft_files import config_bytes
 from .layers import LoraLayer
 from .lora import Factors, Lora
 from .worn import Wearer, places, resolve_components

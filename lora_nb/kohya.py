@@ -386,7 +386,8 @@ def read_kohya(
         twice = [n for n in new if n in layers]
         if twice: raise FormatError(f"{some(twice)} is in the file twice, fused and alone. Get the file again.")
         layers |= new
-    return Lora(layers, words, others(metadata))
+    first = {} if words or not all(k.startswith("lora_te1_") for k in tensors) else {"ss_base_model_version": "sdxl_base_v1-0"}
+    return Lora(layers, words, {**first, **others(metadata)})       # SD1 and SD2 have no `lora_te1_`
 
 # %% ../nbs/20_kohya.ipynb #ec9558ef
 def kohya_name(

@@ -53,6 +53,9 @@ def parameter_groups(
         for p in ps: parts.setdefault((factors or {}).get(id(p), 1.), []).append(p)
         out += [dict(params=some, lr=rate * k, weight_decay=decay if k else 0., name=n if k == 1 else f"{n} x {k:g}")
                 for k, some in parts.items()]
+    if out and not any(g["lr"] for g in out):
+        raise TrainingError(f"Nothing would be learned: the learning rate of {', '.join(params)} is 0. Expected a rate above 0 for one of them "
+                            "(learning_rate, text_learning_rate, words_learning_rate, and layer_rates, which multiply them).")
     return out
 
 # %% ../nbs/45_optimizers.ipynb #b5ebaefd

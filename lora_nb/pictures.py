@@ -155,12 +155,13 @@ def mask_owner(
 def masks_beside(
     files: Sequence[Path],  # pictures
 ) -> list[Path | None]:
-    "The mask that lies beside each picture, or of the same name in the folder `masks`; None where there is none"
+    "The mask that lies beside each picture, or of the same name in the folder `masks` or `mask`; None where there is none"
     known = {}
     for d in {f.parent for f in files}:
         listed = lambda folder: sorted(f for f in folder.iterdir() if can_read(f.suffix)) if folder.is_dir() else []
         there = listed(d); stems = {f.stem for f in there}
-        known[d] = {f.stem: f for f in listed(d / "masks")} | {own: f for f in there if (own := mask_owner(f.stem, stems))}
+        apart = {f.stem: f for sub in ("mask", "masks") for f in listed(d / sub)}
+        known[d] = apart | {own: f for f in there if (own := mask_owner(f.stem, stems))}
     return [known[f.parent].get(f.stem) for f in files]
 
 # %% ../nbs/31_pictures.ipynb #b879e281

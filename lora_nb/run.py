@@ -262,6 +262,8 @@ def start_report(self) -> StartReport:
     r, many = self.recipe, number_of_processes()
     batches = {s.name: s.batch * r.accumulate * many for s in self.streams}
     report = start_report(self.base, {s.name: s.examples for s in self.streams}, r.steps, batches)
+    holes = self.base.inpainting and r.holes == "subject"       # masks are the holes there
+    if r.mask_floor is None and not holes: report.unmasked = ", not used (mask_floor is None)"
     size = max((s for x in self.streams for s in x.examples.shapes), key=lambda s: s[0] * s[1])
     factor = self.base.pipe.vae_scale_factor
     optimizer = r.optimizer if r.optimizer in OPTIMIZERS else "adamw"

@@ -42,6 +42,10 @@ def is_embedding(
 _PARTS = {**CLIPS, "text_encoders_0": "text_encoder", "text_encoders_1": "text_encoder_2", "t5": "text_encoder_3"}
 _WORD = "word of the file"     # an entry beside a file's metadata, which no file has
 
+_NO_WORD = re.compile(r"^(prompt_embeddings|(negative_)?(pooled_)?prompt_embeds|image_proj|ip_adapter|latents_(mean|std)|mean|std)"
+                      r"(\.|$)|^\d+\.(linear|0\.|1\.)|(^|\.)linear_?\d*(\.|$)")
+_OTHERS = "prompt tuning, a hypernetwork, an IP adapter, or statistics of latents"
+
 def _part_keys(tensors):
     "The keys that mean encoders; `t5` alone may be a word"
     found = {k for k in tensors if k in _PARTS or k.removesuffix("_out") in _PARTS}
@@ -54,6 +58,9 @@ def read_embedding(
     base: "Wearer | None" = None,      # not needed
 ) -> Lora:
     "A `Lora` of words only"
+    if strange := [k for k in tensors if NOTE not in metadata and _NO_WORD.search(k)]:
+        raise FormatError(f"{some(strange)}: these names belong to no learned word, but to {_OTHERS}. Nothing was loaded. Get the file of a "
+                          "LoRA or of a word.")
     odd = [k for k, t in tensors.items() if not t.is_floating_point() or not t.numel()]
     if odd: raise FormatError(f"{some(odd)} should hold vectors; found {tensors[odd[0]].dtype} "
                               f"{tuple(tensors[odd[0]].shape)}. Get the file again.")
