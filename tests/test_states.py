@@ -126,3 +126,17 @@ def test_a_broken_preview_does_not_break_resuming(base, tmp_path):
     with pytest.warns(UserWarning, match="Broken previews"):
         train_dreambooth(base, RED, "a sks wall", resume=True, **{**kw, "steps": 3})
     with pytest.warns(UserWarning): assert [n for n, _ in read_previews(tmp_path / "previews", 9)] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("what, named", [("vae", "the VAE's weights"), ("v_prediction", "the noise schedule"), ("betas", "the noise schedule")])
+def test_another_vae_or_noise_schedule_is_not_resumed(what, named, tmp_path):
+    made = dict(instance_data=RED, instance_prompt="a sks wall", prior=None, output_dir=tmp_path, **QUICK)
+    train_dreambooth(as_base(random_pipe("sd"), "random"), **made)
+    pipe = random_pipe("sd")
+    changed = lambda **kw: type(pipe.scheduler).from_config(pipe.scheduler.config, **kw)
+    if what == "vae": pipe.vae = random_pipe("sd", seed=9).vae
+    elif what == "betas": pipe.scheduler = changed(beta_schedule="linear", rescale_betas_zero_snr=True)
+    else: pipe.scheduler = changed(prediction_type="v_prediction")
+    run = DreamBooth(as_base(pipe, "random"), **made)
+    with pytest.raises(TrainingError, match=named): run.trainer.resume()
+    run.remove()
