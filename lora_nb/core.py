@@ -408,7 +408,7 @@ def finite_number(
     "`x` as a finite float, or a `LoraError`"
     try: value = float(x)
     except (TypeError, ValueError): value = math.nan
-    if math.isfinite(value): return value
+    if math.isfinite(value) and abs(value) < 3e38: return value            # what single precision holds
     raise LoraError(f"{what} is {x!r}: expected a finite number")
 
 # %% ../nbs/00_core.ipynb #f9169f51

@@ -374,6 +374,7 @@ def apply_lora(
     if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
     if not isinstance(lora, Lora): lora = Lora.load(lora, base=pipe_or_model)
     parts, put = resolve_components(pipe_or_model), _merge if mode == "merge" else _hang_all
+    _check_components(scale, parts)
     strengths = {c: _strength(scale, c) for c in parts}
     with changing(parts.values()) as undo:
         placed, words = place_lora(pipe_or_model, lora), plan_words(pipe_or_model, parts, lora)
@@ -389,6 +390,12 @@ def apply_lora(
         return name
 
 # %% ../nbs/09_injection.ipynb #2e770ef5
+def _check_components(scale, parts):
+    "An error for a strength of something that no model has: it would be ignored"
+    odd = [k for k in scale if k not in parts and k not in COMPONENTS] if isinstance(scale, dict) else []
+    if odd: raise TargetError(f"{odd[0]!r} is no component of this model: expected {', '.join(parts)}. Strengths of blocks are for set_scale, "
+                              "once the LoRA is worn as branches (mode='inject')")
+
 def _strength(scale, component):
     "The strength in one component: 1 where a dict does not name it"
     return finite_number(scale.get(component, 1.) if isinstance(scale, dict) else scale, f"the strength in {component}")

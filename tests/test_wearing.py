@@ -104,7 +104,14 @@ def test_what_an_offloaded_model_cannot_do_is_refused(lora):
 
 # Strengths
 
-BAD = [float("nan"), float("inf"), -float("inf"), "loud", None]
+BAD = [float("nan"), float("inf"), -float("inf"), "loud", None, 1e39]
+
+@pytest.mark.parametrize("odd", ["unett", "te", "nonsense", "down_blocks.0"])
+def test_strengths_of_nothing_are_refused(lora, odd):
+    unet = tiny_unet(); bits = fingerprint(unet)
+    for mode in ("merge", "inject"):
+        with pytest.raises(LoraError, match=f"'{odd}' is no component of this model: expected unet"): apply_lora(unet, lora, {odd: 0.}, mode)
+    assert fingerprint(unet) == bits
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_a_strength_is_a_number(lora, bad):
