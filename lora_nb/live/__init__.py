@@ -389,6 +389,8 @@ def export_live(
     "Write the page and its files; nothing is left half-written."
     if base.family != "sd" or base.inpainting:
         raise LoraError(f"The page draws with bases like Stable Diffusion 1.x; {base.name} is {base.family}.")
+    if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "model/manifest.json").exists():
+        raise LoraError(f"{out} holds something else than a page: nothing was written. Choose another folder, or empty that one.")
     with atomic_path(out) as tmp:
         tmp = Path(tmp)
         shutil.copytree(PAGE, tmp)
