@@ -489,7 +489,7 @@ def _reweigh(path, root, before, after, tied, hold, undo):
 # %% ../nbs/07_worn.ipynb #2de5af88
 def remerge(
     model: nn.Module,
-    merged: dict[str, tuple[dict, float]],  # what shall be merged: name -> (path -> Factors, strength)
+    merged: dict[str, tuple[dict, float]],  # what to merge: name -> (path -> Factors, strength)
     undo: list[Callable],                   # of `changing`
     leaving: bool = False,                  # leave weights alone that other code has overwritten; else raise
 ) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_browser import chromium, needs_browser
 from PIL import Image
 
 from lora_nb.live import PAGE, serve_live
@@ -13,9 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from docs import moving  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-CALM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 210, 20)]
 WISH = dict(prompt="a <cat> & \"dog\"", seed=0, steps=2, guidance=1, worn=[dict(name="a", strength=0)])
 LIVE = dict(wish=WISH, set="worn.0.strength", range=[-1, 1, .25], loras=["a"])
@@ -62,11 +60,7 @@ STRENGTHS = dict(zip(("-1", "0", "0.5", "1"), map(flat, COLOURS)))
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=CALM)
-        yield b
-        b.close()
+    with chromium() as b: yield b
 
 
 @pytest.fixture

@@ -204,3 +204,8 @@ def test_exported_cells_are_short(path):
     long = [(len(s.splitlines()), s.splitlines()[1][:60]) for s in sources(path) if re.match(r"#\|\s*exports?\b", s)
             and sum(1 for line in s.splitlines() if line.strip()) > 41]
     assert not long, long
+
+
+def test_tests_that_the_text_names_are_there():
+    named = {(p.name, t) for p in NBS.rglob("[!.]*.ipynb") for t in re.findall(r"tests/test_\w+\.py", p.read_text(encoding="utf-8"))}
+    assert not (gone := {(p, t) for p, t in named if not (ROOT / t).exists()}), gone

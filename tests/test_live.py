@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_browser import CHROMIUM, chromium, needs_browser
 import torch
 
 from lora_nb.core import LoraError, data_path
@@ -13,19 +14,12 @@ from lora_nb.live import LEARNS, PAGE, example_step, export_live, factor_layout,
 from lora_nb.lora import Factors, Lora
 from lora_nb.random_pipes import random_pipe
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 needs_runtime = pytest.mark.skipif(CHROMIUM is None or shutil.which("npm") is None, reason="Chromium or npm is not installed")
-CALM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=CALM)
-        yield b
-        b.close()
+    with chromium() as b: yield b
 
 
 @pytest.fixture(scope="module")
