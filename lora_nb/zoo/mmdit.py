@@ -22,7 +22,7 @@ from .vae import Run, codec_batch, codec_loss, optimizers, psnr, reconstruct
 # %% ../../nbs/zoo/10_mmdit.ipynb #fd5d86b2
 def widen_vae(
     vae,          # `AutoencoderKL` with quant convolutions
-    channels=16,  # of the new latents
+    channels=16,  # of the new latents, at least as many as before
 ):                # `AutoencoderKL` without them
     "The same codec with more latent channels, its 1 x 1 convolutions folded away."
     from diffusers import AutoencoderKL
@@ -132,10 +132,11 @@ def make_mmdit(
     heads=4,
     head_dim=32,
     dual=(0, 1, 2),  # blocks with a second, picture-only attention
+    channels=16,     # of the latents
 ):                   # untrained `SD3Transformer2DModel`
     "The denoiser's architecture."
     from diffusers import SD3Transformer2DModel
-    net = SD3Transformer2DModel(sample_size=8, patch_size=1, in_channels=16, out_channels=16, num_layers=depth,
+    net = SD3Transformer2DModel(sample_size=8, patch_size=1, in_channels=channels, out_channels=channels, num_layers=depth,
         attention_head_dim=head_dim, num_attention_heads=heads, caption_projection_dim=heads * head_dim,
         joint_attention_dim=text_width, pooled_projection_dim=pooled_width, pos_embed_max_size=16,
         dual_attention_layers=tuple(dual), qk_norm="rms_norm")
@@ -177,7 +178,7 @@ def make_pipe(
 # %% ../../nbs/zoo/10_mmdit.ipynb #d3dae5c7
 def flow_loss(
     net,     # `SD3Transformer2DModel`
-    z,       # `(B, 16, h, w)` latents of unit variance
+    z,       # `(B, C, h, w)` latents of unit variance
     h,       # `(B, n, d)` text states
     pooled,  # `(B, p)`
     weight=None,  # `(B, 1, h, w)` of each place; None: all count alike
@@ -204,13 +205,14 @@ def letter_weight(
 OTHER_SIZES = ((48, 48), (80, 80), (96, 96), (64, 96), (96, 64))             # height, width of the other pictures
 
 class Scenery:
-    "Rolling pools of encoded scenes, one for each size of picture."
+    "Rolling pools of encoded scenes, one for each size of picture; sizes are in pixels of 64."
     def __init__(self, scenes, vae, size=49152, seed=0):
+        self.k = scenes.world.px // 64
         self.scenes, self.vae, self.size, self.rng, self.pools = scenes, vae, size, random.Random(seed), {}
     @torch.no_grad()
     def renew(self, n, hw=(64, 64)):
         "Encode `n` new scenes of one size; the oldest leave the pool."
-        x, lab = self.scenes.sample(n) if hw == (64, 64) else self.scenes.sized(n, *hw)
+        x, lab = self.scenes.sample(n) if hw == (64, 64) else self.scenes.sized(n, *(s * self.k for s in hw))
         with autocast(x.device): z = torch.cat([self.vae.encode(p).latent_dist.sample() for p in x.split(64)])
         z = ((z.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor).half()
         if hw in self.pools: z, lab = (torch.cat([a, b])[-self.size:] for a, b in zip(self.pools[hw], (z, lab)))
@@ -230,11 +232,12 @@ def draw_prompts(
     steps=28,
     guidance=4.,
     t5_length=32,
-    size=(64, 64),  # height, width
+    size=None,      # height, width; None: as it was trained
 ):                # `(B, 3, h, w)` in -1..1
     "Draw one picture for each prompt."
-    h, wd = size
-    z = [torch.randn(16, h // 8, wd // 8, generator=g) for g in generators(range(seed, seed + len(prompts)))]
+    h, wd = size or (pipe.vae.config.sample_size,) * 2
+    c, f = pipe.transformer.config.in_channels, pipe.vae_scale_factor
+    z = [torch.randn(c, h // f, wd // f, generator=g) for g in generators(range(seed, seed + len(prompts)))]
     with torch.no_grad(), autocast(pipe.device):
         x = pipe(prompts, latents=torch.stack(z).to(pipe.device), num_inference_steps=steps, guidance_scale=guidance,
                  height=h, width=wd, output_type="pt", max_sequence_length=t5_length).images
@@ -254,7 +257,7 @@ def _parts(vae, device):
     tok, tok3 = CLIPTokenizer.from_pretrained(data_path("tiny-sd"), subfolder="tokenizer"), t5_tokenizer()
     l, g = clip_l().to(device), clip_g(tok).to(device)
     width, pooled = (sum(getattr(m.config, k) for m in (l, g)) for k in ("hidden_size", "projection_dim"))
-    t5, net = t5_encoder(tok3, width).to(device), make_mmdit(width, pooled).to(device)
+    t5, net = t5_encoder(tok3, width).to(device), make_mmdit(width, pooled, channels=vae.config.latent_channels).to(device)
     model = torch.nn.ModuleDict(dict(transformer=net, text_encoder_2=g, text_encoder_3=t5))
     return model, Texts(l, g, t5, tok, tok3, device), make_pipe(vae, net, l, g, t5, tok, tok3)
 
@@ -277,13 +280,15 @@ def train_mmdit(
     pool=49152,       # latents kept; a quarter of them is encoded at the start
     preview_every=6,  # minutes between preview sheets, saved as `out/mmdit-run/NNNNNN.jpg`
     previews=10,      # pictures of each kind on a sheet
+    steps=None,       # a budget in place of `minutes`
 ):                    # `StableDiffusion3Pipeline`
     "Train MMDiT, second CLIP and T5 together; resumable, with previews."
     device, out, rng = default_device(device), Path(out), random.Random(seed); set_seed(seed)
     model, texts, pipe = _parts(vae.to(device).eval().requires_grad_(False), device)
     opts = optimizers(model, muon_lr=.014, skip=("embed", "shared", "norm", "proj_out", "relative"))
-    run = Run(model, out / "mmdit-run", minutes, opts, every=60 * preview_every, decay=.4)
-    data = Scenery(sc.Scenes(device, shares, seed + run.n), vae, pool, seed)
+    run = Run(model, out / "mmdit-run", minutes, opts, every=60 * preview_every, decay=.4, steps=steps)
+    px = vae.config.sample_size
+    data = Scenery(sc.Scenes(device, shares, seed + run.n, px=px, free=1 / 3 if px > 64 else 0), vae, pool, seed)
     for hw in ((64, 64),) * max(1, pool // 2048) + OTHER_SIZES: data.renew(min(512, pool // 4), hw)
     def measure():
         save_sheet(draw_prompts(pipe, sheet(previews)), out / "mmdit-run" / f"{run.n:06d}.jpg", cols=previews)

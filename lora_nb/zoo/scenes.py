@@ -51,7 +51,9 @@ def random_word(
 # %% ../../nbs/zoo/09_scenes.ipynb #0bf89b18
 ADVANCE, BOARD_TOP, BOARD_HEIGHT = 12, 12, 26      # pixels of 64: a letter's width, the board's upper edge and height
 
-def letter_atlas():  # `(26, 20, 12)` ink in 0..1
+def letter_atlas(
+    px: int = 64,    # side of the pictures
+) -> torch.Tensor:   # `(26, 20, 12)` ink in 0..1, for pictures of 64 pixels
     "The capital letters of the signs."
     import matplotlib
     path = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono-Bold.ttf")
@@ -59,39 +61,41 @@ def letter_atlas():  # `(26, 20, 12)` ink in 0..1
     for c in LETTERS:
         im = Image.new("L", (ADVANCE * 4, 80))
         ImageDraw.Draw(im).text((ADVANCE * 2, 40), c, font=font, fill=255, anchor="mm")
-        out.append(np.array(im.resize((ADVANCE, 20), Image.BOX)))
+        out.append(np.array(im.resize((ADVANCE * px // 64, 20 * px // 64), Image.BOX)))
     return torch.from_numpy(np.stack(out)).float() / 255
 
 # %% ../../nbs/zoo/09_scenes.ipynb #2fe3a196
 def sign_mask(
     n: int,                              # letters, 1 to 4
-) -> tuple[torch.Tensor, torch.Tensor]:  # (`(64, 64)` rim and post, `(64, 64)` paper) in 0..1
+    px: int = 64,                        # side of the pictures
+) -> tuple[torch.Tensor, torch.Tensor]:  # (`(px, px)` rim and post, `(px, px)` paper) in 0..1
     "The empty sign for a word of `n` letters."
-    k, half = 4, (n * ADVANCE + 8) / 2
+    k, half = px // 16, (n * ADVANCE + 8) / 2
     dark, paper = Image.new("L", (64 * k,) * 2), Image.new("L", (64 * k,) * 2)
     box = lambda g: [round(v * k) for v in (32 - half + g, BOARD_TOP + g, 32 + half - g, BOARD_TOP + BOARD_HEIGHT - g)]
     ImageDraw.Draw(dark).rectangle([29 * k, 30 * k, 35 * k, 57 * k], fill=255)
     ImageDraw.Draw(dark).rounded_rectangle(box(0), 5 * k, fill=255)
     ImageDraw.Draw(paper).rounded_rectangle(box(1.5), 4 * k, fill=255)
-    return tuple(torch.from_numpy(np.array(m.resize((64, 64), Image.BOX))).float() / 255 for m in (dark, paper))
+    return tuple(torch.from_numpy(np.array(m.resize((px, px), Image.BOX))).float() / 255 for m in (dark, paper))
 
 # %% ../../nbs/zoo/09_scenes.ipynb #f61f6581
 class Signs:
     "Draw signs with words."
     WOOD, PAPER, INK = (.30, .19, .11), (.99, .98, .94), (.07, .07, .09)
-    def __init__(self, device="cpu"):
-        self.letters = letter_atlas().to(device)
-        self.dark, self.paper = (torch.stack(m).to(device) for m in zip(*[sign_mask(n) for n in (1, 2, 3, 4)]))
+    def __init__(self, device="cpu", px=64):
+        self.letters, self.px = letter_atlas(px).to(device), px
+        self.dark, self.paper = (torch.stack(m).to(device) for m in zip(*[sign_mask(n, px) for n in (1, 2, 3, 4)]))
     def ink(self, words):
-        "Ink `(B, 64, 64)` of the words."
-        out = torch.zeros(len(words), 64, 64, device=self.letters.device)
+        "Ink `(B, px, px)` of the words."
+        out, k = torch.zeros(len(words), self.px, self.px, device=self.letters.device), self.px // 64
         for i, word in enumerate(words):
-            x, y = 32 - len(word) * ADVANCE // 2, BOARD_TOP + BOARD_HEIGHT // 2 - 10
+            x, y = (32 - len(word) * ADVANCE // 2) * k, (BOARD_TOP + BOARD_HEIGHT // 2 - 10) * k
             for j, c in enumerate(word):
-                out[i, y:y + 20, x + j * ADVANCE:x + (j + 1) * ADVANCE] = self.letters[LETTERS.index(c)]
+                at = x + j * ADVANCE * k
+                out[i, y:y + 20 * k, at:at + ADVANCE * k] = self.letters[LETTERS.index(c)]
         return out
     def draw(self, words, bg, dy, dx):
-        "Signs over backgrounds `(B, 3, 64, 64)` in 0..1, moved by `dy, dx` pixels: pictures in -1..1."
+        "Signs over backgrounds `(B, 3, px, px)` in 0..1, moved by `dy, dx` pixels: pictures in -1..1."
         n = torch.tensor([len(s) - 1 for s in words], device=bg.device)
         layers = w.shift(torch.stack([self.dark[n], self.paper[n], self.ink(words)], 1), dy, dx)[:, :, None]
         for i, c in enumerate((self.WOOD, self.PAPER, self.INK)):
@@ -105,7 +109,7 @@ PAIR_SIZE = 29                                     # longer side of a glyph, pix
 
 # %% ../../nbs/zoo/09_scenes.ipynb #5b224f9e
 def paste(
-    glyphs: torch.Tensor,  # `(B, 4, 32, 32)`
+    glyphs: torch.Tensor,  # `(B, 4, h, h)`, h even
     cy, cx,                # `(B,)` centres, pixels
     size: int = 64,
 ) -> torch.Tensor:         # float `(B, 4, size, size)`
@@ -121,14 +125,15 @@ def paste(
 # %% ../../nbs/zoo/09_scenes.ipynb #b284a73f
 class Pairs:
     "Draw two objects in a relation."
-    def __init__(self, objects=None, device="cpu"):
+    def __init__(self, objects=None, device="cpu", px=64):
         codes = (w.OBJECTS if objects is None else objects).values()
-        self.atlas = w.glyph_atlas(list(codes), (PAIR_SIZE,), 32)[:, 0].to(device)
+        self.px, self.places = px, (PLACES * px // 64).to(device)
+        self.atlas = w.glyph_atlas(list(codes), (PAIR_SIZE * px // 64,), px // 2)[:, 0].to(device)
     def draw(self, first, second, relation, bg, dy, dx):
-        "Pictures `(B, 3, 64, 64)` in -1..1 over backgrounds in 0..1."
-        y1, x1, y2, x2 = PLACES.to(bg.device)[relation].T
+        "Pictures `(B, 3, px, px)` in -1..1 over backgrounds in 0..1."
+        y1, x1, y2, x2 = self.places[relation].T
         for obj, y, x in ((first, y1, x1), (second, y2, x2)):
-            bg = (w.paste_glyphs(paste(self.atlas[obj], y + dy, x + dx), bg) + 1) / 2
+            bg = (w.paste_glyphs(paste(self.atlas[obj], y + dy, x + dx, self.px), bg) + 1) / 2
         return bg * 2 - 1
 
 # %% ../../nbs/zoo/09_scenes.ipynb #44358296
@@ -212,13 +217,15 @@ class Scenes:
         device="cpu",        # where scenes are rendered
         share=(.4, .3, .3),  # of objects, signs and pairs
         seed=0,              # of the words
+        px=64,               # side of the pictures
+        free=0.,             # share of single objects at any place, in any size
     ):
-        self.world = w.World(device=device, jitter=1)
-        self.signs, self.pairs, self.sizes = Signs(device), Pairs(device=device), {}
+        self.world = w.World(device=device, jitter=1, px=px, free=free)
+        self.signs, self.pairs, self.sizes = Signs(device, px), Pairs(device=device, px=px), {}
         self.share, self.rng, self.device = share, random.Random(seed), torch.device(device)
 
     def sample(self, n, kind=None, held=False):
-        "`n` scenes of one kind, or of all: (pictures `(n, 3, 64, 64)` in -1..1, labels `(n, 10)`)."
+        "`n` scenes of one kind, or of all: (pictures `(n, 3, px, px)` in -1..1, labels `(n, 10)`)."
         counts = [round(n * s) for s in self.share[:2]] if kind is None else [n * (i == KINDS.index(kind)) for i in (0, 1)]
         counts.append(n - sum(counts))
         parts = [f(c, held) for f, c in zip((self._object, self._sign, self._pair), counts) if c]
@@ -240,7 +247,8 @@ def _rand(self, hi, n, lo=0): return torch.randint(lo, hi, (n,)).to(self.device)
 @patch_to(Scenes)
 def _ground(self, n):
     c, p = self._rand(len(w.COLORS), n), self._rand(len(w.PATTERNS), n)
-    return dict(color=c, pattern=p), w.backgrounds(c, p), (self._rand(2, n, -1), self._rand(2, n, -1))
+    move, px = self.world.jitter, self.world.px
+    return dict(color=c, pattern=p), w.backgrounds(c, p, px), [self._rand(move + 1, n, -move) for _ in "yx"]
 
 @patch_to(Scenes)
 def _object(self, n, held=False):
@@ -274,7 +282,7 @@ def sized(self,
     if m not in self.sizes:
         self.sizes[m] = w.glyph_atlas(list(self.world.objects.values()), [round(s * m / 64) for s in w.GLYPH_SIZES], m)
     b = self.world.sample(n)
-    g = self.sizes[m][b["obj"].cpu(), b["size"].cpu()].to(self.device)
+    g = self.sizes[m][b["obj"].cpu(), b["size"].cpu() % len(w.GLYPH_SIZES)].to(self.device)
     g = F.pad(g, ((wd - m) // 2,) * 2 + ((h - m) // 2,) * 2)
     return w.paste_glyphs(g, w.backgrounds(b["color"], b["pattern"], (h, wd))), \
         _label(n, self.device, **{k: b[k] for k in ("obj", "color", "pattern")})

@@ -51,8 +51,9 @@ class Latents:
         tok,         # its tokenizer
         size=49152,  # latents kept
         seed=0,
+        short_p=0.,  # share of captions without a background, see `caption`
     ):
-        self.world, self.vae, self.text, self.tok, self.size = world, vae, text, tok, size
+        self.world, self.vae, self.text, self.tok, self.size, self.short_p = world, vae, text, tok, size, short_p
         self.rng, self.z, self.labels = random.Random(seed), None, None
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class Latents:
         "`n` latents `(n, C, 8, 8)` and hidden states of their captions `(n, 77, d)`."
         i = torch.randint(0, len(self.z), (n,), device=self.z.device)
         cols = dict(zip(("obj", "color", "pattern"), self.labels[i].T))
-        caps = ["" if self.rng.random() < drop else c for c in self.world.captions(cols, self.rng)]
+        caps = ["" if self.rng.random() < drop else c for c in self.world.captions(cols, self.rng, short_p=self.short_p)]
         return self.z[i].float(), self.embed(caps)
 
     @torch.no_grad()
@@ -138,15 +139,19 @@ def train_unet(
     pool=49152,        # latents kept; a quarter of them is encoded at the start
     previews=45,       # prompts on a preview sheet
     preview_every=10,  # minutes between preview sheets, saved as `out/unet-run/NNNNNN.jpg`
+    steps=None,        # a budget in place of `minutes`
 ):                     # `StableDiffusionPipeline`
     "Train the UNet; resumable, with previews."
     device = default_device(device); set_seed(seed)
-    world, out = w.World(device=device, jitter=1), Path(out)
+    px, out = vae.config.sample_size, Path(out)
+    wide = px > 64                                         # the second edition: a third of the objects anywhere, short captions
+    world = w.World(device=device, jitter=1, px=px, free=1 / 3 if wide else 0)
     vae, text = vae.to(device).eval().requires_grad_(False), text_tower(clip).to(device)
     unet = make_unet(vae.config.latent_channels, text.config.hidden_size).to(device, memory_format=torch.channels_last)
     run = Run(unet, out / "unet-run", minutes, optimizers(unet, skip=("conv_in", "conv_out", "time_embedding")),
-              every=60 * preview_every, decay=.4)
-    pipe, data, sched = _pipeline(vae, text, tok, unet), Latents(world, vae, text, tok, pool, seed), make_scheduler()
+              every=60 * preview_every, decay=.4, steps=steps)
+    data = Latents(world, vae, text, tok, pool, seed, short_p=.15 if wide else 0)
+    pipe, sched = _pipeline(vae, text, tok, unet), make_scheduler()
     for _ in range(pool // 1024): data.renew(256)
     def measure():
         save_sheet(draw_prompts(pipe, sheet(world, previews)), out / "unet-run" / f"{run.n:06d}.jpg")
@@ -161,9 +166,9 @@ def train_unet(
 def save_sheet(x, path, cols=15):
     "Pictures in -1..1 as one JPEG."
     from PIL import Image
-    r = -(-len(x) // cols)
+    r, px = -(-len(x) // cols), x.shape[-1]
     x = torch.cat([x, -torch.ones(r * cols - len(x), *x.shape[1:])]).add(1).mul(127.5).round().byte()
-    x = x.view(r, cols, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(r * 64, cols * 64, 3)
+    x = x.view(r, cols, 3, px, px).permute(0, 3, 1, 4, 2).reshape(r * px, cols * px, 3)
     Image.fromarray(x.numpy()).save(path, quality=90)
 
 # %% ../../nbs/zoo/05_unet.ipynb #d1be082d

@@ -6,10 +6,10 @@ Docs: https://lora-nb.github.io/lora_nb/zoo/vae.html.md"""
 
 # %% auto #0
 __all__ = ['orthogonalize', 'Muon', 'optimizers', 'wsd', 'Average', 'Run', 'textures', 'add_object', 'codec_batch', 'codec_loss',
-           'psnr', 'make_vae', 'reconstruct', 'train_vae', 'refine_decoder']
+           'psnr', 'make_vae', 'reconstruct', 'quick_norms', 'train_vae', 'refine_decoder']
 
 # %% ../../nbs/zoo/01_vae.ipynb #2200ab93
-import contextlib, json, random, time
+import contextlib, functools, json, random, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,18 +102,19 @@ class Average:
 
 # %% ../../nbs/zoo/01_vae.ipynb #a5278c7d
 class Run:
-    "One time-budgeted training in one folder; starts again where it stopped."
+    "One training with a budget, in one folder; starts again where it stopped."
     def __init__(self,
-        model,     # module that learns
-        out,       # folder for `checkpoint.pt` and `log.json`
-        minutes,   # budget, summed over restarts
-        opts,      # optimizers
-        ema=.998,  # decay of the averaged weights
-        every=60,  # seconds between checkpoints
-        decay=.3,  # share of the budget in which the learning rate falls
+        model,       # module that learns
+        out,         # folder for `checkpoint.pt` and `log.json`
+        minutes,     # budget, summed over restarts
+        opts,        # optimizers
+        ema=.998,    # decay of the averaged weights
+        every=60,    # seconds between checkpoints
+        decay=.3,    # share of the budget in which the learning rate falls
+        steps=None,  # a budget in steps, in place of `minutes`
     ):
         self.model, self.out, self.opts, self.every, self.decay = model, Path(out), opts, every, decay
-        self.budget, self.used, self.n, self.log, self.loss = minutes * 60, 0., 0, [], None
+        self.budget, self.total, self.used, self.n, self.log, self.loss = minutes * 60, steps, 0., 0, [], None
         self.lrs = [[g["lr"] for g in o.param_groups] for o in opts]
         self.average = Average(model, ema)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -128,19 +129,25 @@ class Run:
         self.loss = loss.item() if self.loss is None else .98 * self.loss + .02 * loss.item()
         self.average.update(self.n)
 
+    @property
+    def share(self):
+        "How much of the budget is used, 0..1."
+        return self.n / self.total if self.total else self.used / self.budget
+
     def steps(self, measure=None): return _steps(self, measure)
 
 # %% ../../nbs/zoo/01_vae.ipynb #2eb3b793
 def _steps(run, measure=None):
     "Yield step numbers until the budget is used; now and then call `measure()` on the averaged weights and save."
-    last, bar = time.time(), progress(total=round(run.budget), initial=round(run.used), unit="s", desc=run.out.name)
-    while run.used < run.budget:
-        t, factor = time.time(), wsd(run.used / run.budget, decay=run.decay)
+    done, unit = (lambda: run.n, "step") if run.total else (lambda: round(run.used), "s")
+    last, bar = time.time(), progress(total=run.total or round(run.budget), initial=done(), unit=unit, desc=run.out.name)
+    while run.share < 1:
+        t, factor = time.time(), wsd(run.share, decay=run.decay)
         for o, lrs in zip(run.opts, run.lrs):
             for g, lr in zip(o.param_groups, lrs): g["lr"] = lr * factor
         yield run.n
         run.used += time.time() - t
-        bar.n = round(run.used); bar.set_postfix(step=run.n, loss=f"{run.loss or 0:.4f}")
+        bar.n = done(); bar.set_postfix(step=run.n, loss=f"{run.loss or 0:.4f}")
         if time.time() - last > run.every: last = _save(run, measure)
     bar.close(); _save(run, measure)
 
@@ -167,14 +174,15 @@ def _resume(run, path):
 def textures(
     n: int,                              # how many
     device: str | torch.device = "cpu",  # where
-) -> torch.Tensor:                       # `(n, 3, 64, 64)` in -1..1
+    px: int = 64,                        # side in pixels
+) -> torch.Tensor:                       # `(n, 3, px, px)` in -1..1
     "Random colour fields with three random squares or discs."
     r = lambda *s: torch.rand(*s, device=device)
     k = random.choice((2, 4, 8))
-    x = F.interpolate(r(n, 3, k, k), size=64, mode=random.choice(("bilinear", "nearest")))
-    v, u = torch.meshgrid(*[torch.arange(64., device=device)] * 2, indexing="ij")
+    x = F.interpolate(r(n, 3, k, k), size=px, mode=random.choice(("bilinear", "nearest")))
+    v, u = torch.meshgrid(*[torch.arange(float(px), device=device)] * 2, indexing="ij")
     for _ in range(3):
-        cu, cv, radius = r(n, 1, 1, 1) * 64, r(n, 1, 1, 1) * 64, r(n, 1, 1, 1) * 16 + 4
+        cu, cv, radius = r(n, 1, 1, 1) * px, r(n, 1, 1, 1) * px, (r(n, 1, 1, 1) * 16 + 4) * px / 64
         du, dv = (u - cu).abs(), (v - cv).abs()
         dist = du.maximum(dv) if random.random() < .5 else (du ** 2 + dv ** 2).sqrt()
         x = torch.where(dist < radius, r(n, 3, 1, 1), x)
@@ -183,26 +191,27 @@ def textures(
 # %% ../../nbs/zoo/01_vae.ipynb #748c3398
 def add_object(
     world: w.World,   # `World` whose glyphs are used
-    x: torch.Tensor,  # `(B, 3, 64, 64)` in -1..1
+    x: torch.Tensor,  # `(B, 3, px, px)` in -1..1
 ) -> torch.Tensor:    # the same pictures with a second object somewhere
     "Paste one more glyph, of random size and at a random place, over each picture."
-    n, s = len(x), random.choice((20, 26, 32, 40, 60))
+    n, px = len(x), world.px
+    s = random.choice((20, 26, 32, 40, 60)) * px // 64
     g = world.atlas[torch.randint(0, len(world), (n,)), torch.randint(0, len(w.GLYPH_SIZES), (n,))].float()
-    canvas = torch.zeros(n, 4, 64, 64, device=x.device)
-    a, b = random.randint(0, 64 - s), random.randint(0, 64 - s)
+    canvas = torch.zeros(n, 4, px, px, device=x.device)
+    a, b = random.randint(0, px - s), random.randint(0, px - s)
     canvas[:, :, a:a + s, b:b + s] = F.interpolate(g, size=s, mode="area")
     return w.paste_glyphs(canvas.round(), (x + 1) / 2)
 
 def codec_batch(
     world: w.World,  # `World` over all glyphs
     n: int,          # pictures
-) -> torch.Tensor:   # `(n, 3, 64, 64)` in -1..1
+) -> torch.Tensor:   # `(n, 3, px, px)` in -1..1
     "Five eighths scenes, and an eighth each of styled, two-object and textured pictures."
     k = n // 8
     x = world.sample(n - k)["images"]
     x[:k] = w.stylize(x[:k], random.choice(w.STYLES))
     x[k:2 * k] = add_object(world, x[k:2 * k])
-    return torch.cat([x, textures(k, x.device)])
+    return torch.cat([x, textures(k, x.device, world.px)])
 
 # %% ../../nbs/zoo/01_vae.ipynb #d2f7e043
 def codec_loss(
@@ -228,14 +237,15 @@ def psnr(
 # %% ../../nbs/zoo/01_vae.ipynb #dae4ba10
 def make_vae(
     latent_channels: int = 12,
-    channels: Sequence[int] = (32, 64, 128, 128),  # of the four levels
-) -> "AutoencoderKL":                              # untrained `AutoencoderKL`, factor 8
+    channels: Sequence[int] = (32, 64, 128, 128),  # of the levels; each level after the first halves the picture
+    px: int = 64,                                  # side of the pictures it is trained on
+) -> "AutoencoderKL":                              # untrained `AutoencoderKL`, with four levels of factor 8
     "The codec's architecture."
     from diffusers import AutoencoderKL
     n = len(channels)
     return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * n,
         up_block_types=("UpDecoderBlock2D",) * n, block_out_channels=channels, layers_per_block=1,
-        latent_channels=latent_channels, norm_num_groups=16, sample_size=64)
+        latent_channels=latent_channels, norm_num_groups=16, sample_size=px)
 
 def reconstruct(
     vae: "AutoencoderKL",  # `AutoencoderKL`
@@ -245,6 +255,46 @@ def reconstruct(
     with torch.no_grad(): return vae.decode(vae.encode(x).latent_dist.mode()).sample
 
 # %% ../../nbs/zoo/01_vae.ipynb #9b7031a8
+class _Norm(torch.autograd.Function):
+    "Group normalisation of `channels_last` tensors: torch's forward, and a backward that walks the pixels in memory's order."
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        b, c, h, w_ = x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            own = (p.to(x.dtype) for p in (weight, bias))
+            y, mean, rstd = torch.ops.aten.native_group_norm(x, *own, b, c, h * w_, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups = groups
+        return y
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        (b, c, h, w_), g = x.shape, ctx.groups
+        n, mean, rstd = h * w_ * c // g, mean.float().view(b, g, 1), rstd.float().view(b, g, 1)
+        pixels = lambda t: t.permute(0, 2, 3, 1).reshape(b, h * w_, c).float()
+        whole = lambda t: t.expand(b, g, c // g).reshape(b, 1, c)
+        d, v, scale = pixels(dy), pixels(x), weight.view(1, g, -1).float()
+        s1 = d.sum(1).view(b, g, -1)                                     # of the gradient, and of gradient times normed input
+        s2 = rstd * ((d * v).sum(1).view(b, g, -1) - mean * s1)
+        m1, m2 = ((s * scale).sum(-1, keepdim=True) / n for s in (s1, s2))
+        dx = torch.addcmul(whole(mean * rstd ** 2 * m2 - rstd * m1), v, whole(-rstd ** 2 * m2))
+        dx = torch.addcmul(dx, d, whole(scale * rstd)).to(x.dtype)
+        grads = [s.sum(0).reshape(c).to(weight.dtype) for s in (s2, s1)]
+        return dx.view(b, h, w_, c).permute(0, 3, 1, 2), *grads, None, None
+
+# %% ../../nbs/zoo/01_vae.ipynb #2a423d2f
+def quick_norms(
+    model: torch.nn.Module,  # a model that is trained in `channels_last` on a CPU
+) -> torch.nn.Module:        # the same model
+    "Give each `GroupNorm` of four-dimensional inputs a backward pass that is quick on a CPU."
+    def forward(m, x):
+        if x.ndim != 4: return F.group_norm(x, m.num_groups, m.weight, m.bias, m.eps)
+        return _Norm.apply(x.contiguous(memory_format=torch.channels_last), m.weight, m.bias, m.num_groups, m.eps)
+    for m in model.modules():
+        if isinstance(m, torch.nn.GroupNorm): m.forward = functools.partial(forward, m)
+    return model
+
+# %% ../../nbs/zoo/01_vae.ipynb #e093d7e5
 def train_vae(
     out: str | Path,                           # folder; the result is saved as `out/vae`
     minutes: float = 27,                       # of training
@@ -252,16 +302,23 @@ def train_vae(
     device: str | torch.device | None = None,  # default: GPU if there is one
     seed: int = 0,
     perceptual: Callable | None = None,        # see `codec_loss`
+    vae: "AutoencoderKL | None" = None,        # an untrained codec; None: `make_vae()`
+    more: Callable | None = None,              # function of a number of pictures; an eighth of each batch
+    steps: int | None = None,                  # a budget in place of `minutes`
 ) -> "AutoencoderKL":
     "Train the codec on the whole font; resumable."
     device = default_device(device); set_seed(seed)
-    world = w.World({hex(c): c for c in w.all_glyphs()}, device, jitter=4)
-    test = w.World(device=device).sample(128, torch.Generator().manual_seed(1))["images"]
-    vae = make_vae().to(device, memory_format=torch.channels_last)
-    run = Run(vae, Path(out) / "vae-run", minutes, optimizers(vae, skip=("conv_in", "conv_out", "quant")))
-    measure = lambda: dict(psnr=psnr(test, reconstruct(vae, test)).mean().item())
+    vae = make_vae() if vae is None else vae
+    px, free = vae.config.sample_size, .4 if vae.config.sample_size > 64 else 0
+    world = w.World({hex(c): c for c in w.all_glyphs()}, device, jitter=4, px=px, free=free)
+    test = w.World(w.HELD_OUT, device=device, px=px).sample(64, torch.Generator().manual_seed(1))["images"]
+    vae = quick_norms(vae.to(device, memory_format=torch.channels_last))
+    run = Run(vae, Path(out) / "vae-run", minutes, optimizers(vae, skip=("conv_in", "conv_out", "quant")), steps=steps)
+    measure = lambda: dict(psnr=torch.cat([psnr(t, reconstruct(vae, t)) for t in test.split(16)]).mean().item())
     for _ in run.steps(measure):
-        x = codec_batch(world, batch).to(memory_format=torch.channels_last)
+        x = codec_batch(world, batch)
+        if more: x[batch // 4:batch // 4 + batch // 8] = more(batch // 8)
+        x = x.to(memory_format=torch.channels_last)
         with autocast(device):
             post = vae.encode(x).latent_dist
             y = vae.decode(post.sample()).sample
