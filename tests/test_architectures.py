@@ -7,7 +7,7 @@ import torch
 from helpers_files import pair
 from torch import nn
 
-from lora_nb.architectures import family_of, family_of_keys, refuse_strange, training_metadata
+from lora_nb.architectures import family_of, family_of_keys, refuse_strange, strange_paths, training_metadata
 from lora_nb.core import FormatError
 from lora_nb.formats import load_lora, read_file
 from lora_nb.lora import Factors, Lora
@@ -104,6 +104,75 @@ def test_strange_paths(name):
                                   "text_encoder_2.text_projection",
                                   "text_encoder.model.layers.3.self_attn.q_proj", "unet.mid_block.attentions.0.proj_in"])
 def test_paths_of_known_models(name): refuse_strange([name])
+
+
+OTHERS = {"HiDreamImageTransformer2DModel": dict(
+    patch_size=2, in_channels=16, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=20, caption_channels=[
+        4096, 4096], text_emb_dim=2048, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(64, 32, 32), max_resolution=(128, 128),
+    llama_layers=[0, 1, 2, 3])}
+NOT_FOR_PICTURES = ("UNet1DModel", "I2VGenXLUNet")
+
+
+def test_every_architecture_of_diffusers_is_alive():
+    "All layers and norms of each class at its own size; half of the numbers of its blocks doubled are not"
+    seen = 0
+    for name in sorted(n for n in dir(diffusers) if re.search(r"(Transformer\w*Model|UNet\w*Model|UNet)$", n) and "ControlNet" not in n):
+        if name in NOT_FOR_PICTURES or name.startswith("Flax"): continue
+        try:
+            with torch.device("meta"): model = getattr(diffusers, name)(**OTHERS.get(name, {}))
+        except Exception: continue                                          # it has no size of its own
+        component = "unet" if "UNet" in name else "transformer"
+        names = [f"{component}.{n}" for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
+        assert strange_paths(names) == [], name
+        moved = [n.replace("blocks.", "blocks.9", 1) for n in names if "blocks.0" in n]
+        assert strange_paths(moved) == moved, name
+        lost = [n.replace("attn", "attn7", 1) for n in names if re.search(r"\.attn\d?\.", n)]
+        assert strange_paths(lost) == lost, name
+        seen += 1
+    assert seen > 30
+
+
+def test_every_text_encoder_is_alive():
+    import transformers as t
+    configs = dict(clip=(t.CLIPTextModelWithProjection, t.CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=32)),
+                   t5=(t.T5EncoderModel, t.T5Config(d_model=8, d_kv=8, d_ff=8, num_layers=24, num_heads=1, feed_forward_proj="gated-gelu")),
+                   gemma=(t.Gemma2Model, t.Gemma2Config(hidden_size=8, intermediate_size=8, num_hidden_layers=26, vocab_size=8)),
+                   qwen=(t.Qwen3ForCausalLM, t.Qwen3Config(hidden_size=8, intermediate_size=8, num_hidden_layers=36, vocab_size=8)),
+                   bert=(t.BertModel, t.BertConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=24)))
+    for kind, (cls, config) in configs.items():
+        with torch.device("meta"): model = cls(config)
+        names = [f"text_encoder.{n.removeprefix('text_model.')}" for n, m in model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
+        assert names and strange_paths(names) == [], kind
+        moved = [n.replace(".0.", ".90.", 1) for n in names if ".0." in n]
+        assert strange_paths(moved) == moved, kind
+
+
+DEAD = """unet.down_blocks.7.resnets.0.conv1 unet.down_blocks.0.attentions.0.transformer_blocks.0.attn9.to_q
+unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_zz unet.down_blocks.0.attentions.0.transformer_blocks.99.attn1.to_q
+unet.down_blocks.0.attentions.9.proj_in unet.mid_block.attentions.0.foo unet.conv_in.x unet.up_blocks.1.resnets.0.conv3
+transformer.layers.99.attention.to_q transformer.transformer_blocks.99.attn.to_q transformer.transformer_blocks.0.attn.to_zz
+transformer.transformer_blocks.0.attn3.to_q transformer.transformer_blocks.0.to_q transformer.transformer_blocks.0.ff.to_q
+transformer.attn.to_q transformer.transformer_blocks.0.foo.to_q text_encoder.encoder.layers.32.mlp.fc1 text_encoder.encoder.layers.0.mlp.fc3
+text_encoder.encoder.layers.0.self_attn.x_proj text_encoder_3.encoder.block.24.layer.0.SelfAttention.q""".split()
+FLAT = """lora_unet_input_blocks_4_1_transformer_blocks_0_attn7_to_q lora_unet_down_blocks_7_resnets_0_conv1 lora_unet_joint_blocks_99_x_block_attn_qkv
+lora_te_text_model_encoder_layers_99_mlp_fc1 lora_unet_down_blocks_0_attentions_9_proj_in lora_transformer_transformer_blocks_99_attn_to_q
+diffusion_model.input_blocks.4.1.transformer_blocks.0.attn7.to_q diffusion_model.joint_blocks.99.x_block.attn.qkv""".split()
+ALIVE = {"unet": "unet.mid_block.attentions.0.proj_in", "lora": "lora_unet_conv_in", "diff": "diffusion_model.out.2"}
+
+
+@pytest.mark.parametrize("name", [*DEAD, *FLAT])
+def test_a_dead_path_is_refused_on_reading_or_left_out_on_request(name, tmp_path):
+    from safetensors.torch import save_file
+    up, down = ("lora_up.weight", "lora_down.weight") if name in FLAT else ("lora_B.weight", "lora_A.weight")
+    half = lambda n: {f"{n}.{up}": torch.ones(24, 1), f"{n}.{down}": torch.ones(1, 8)}
+    alive = ALIVE.get(name[:4], ALIVE["unet"])
+    save_file(half(name) | half(alive), tmp_path/"a.safetensors")
+    with pytest.raises(FormatError, match=re.escape(name) + "(?s:.*)left_out"): load_lora(tmp_path/"a.safetensors")
+    left_out = []
+    assert len(load_lora(tmp_path/"a.safetensors", left_out=left_out)) == 1
+    assert sorted(left_out) == sorted(half(name))
+    save_file(half(name), tmp_path/"a.safetensors")                       # nothing would be left
+    with pytest.raises(FormatError): load_lora(tmp_path/"a.safetensors", left_out=[])
 
 
 def test_a1111_would_list_it_under_its_family(tmp_path):

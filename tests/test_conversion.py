@@ -104,6 +104,13 @@ def test_what_diffusers_makes_of_ranks_and_alphas_is_said(tmp_path):
     said = lambda *a, **kw: " ".join(convert_lora(Lora(layers), tmp_path/"a.safetensors", *a, **kw).notes)
     layers = {Q: pair(16, 2, 16, 1.), Q.replace("to_q", "to_k"): pair(16, 1, 16)}
     assert "filled up to 2" in said("peft") and "filled" not in said("peft", pad=False)
-    assert "values of alpha" not in said("kohya")
+    assert "alpha" not in said("kohya")
     layers[Q.replace("to_q", "to_v")] = pair(16, 1, 16, 3.)
-    assert "2 values of alpha" in said("kohya")
+    assert "the alpha of 1 of 3 layers" in said("kohya") and "1 rounded" in said("kohya")
+    assert "several values of alpha" in said("kohya", one_alpha=False)
+    layers[Q.replace("to_q", "to_v")] = pair(16, 2, 16, 4.)
+    assert "the alpha of 1 of 3 layers" in said("kohya") and "rounded" not in said("kohya")
+    layers = {"unet.conv_in": pair(16, 1, 16), "unet.add_embedding.linear_1": pair(16, 1, 16)}
+    assert "0.36 does not read unet.conv_in, unet.add_embedding.linear_1" in said("kohya") and not said("peft")
+    layers = {"transformer.transformer_blocks.0.attn.to_q": pair(16, 1, 16)}
+    assert "loads nothing of an SD3 file" in said("kohya")

@@ -149,9 +149,9 @@ def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
 
 def test_what_others_noted_keeps_its_place(tmp_path):
     "ss_*, modelspec.* and the like stand at the top level, whatever the trip"
-    about = {"ss_tag_frequency": '{"10_cat": {"cat": 9}}', "modelspec.title": "Néon \U0001f431", "ss_network_dim": "32", "sshs_model_hash": "ab",
-             "software": "x", "trigger": "<neon>", "base": "random"}
-    theirs = {k: v for k, v in about.items() if k not in ("trigger", "base")}
+    about = {"ss_tag_frequency": '{"10_cat": {"cat": 9}}', "modelspec.title": "Néon \U0001f431", "ss_network_dim": "2", "sshs_model_hash": "ab",
+             "software": "x", "trigger": "<neon>", "base": "random", "recipe": "{}"}
+    theirs = {k: v for k, v in about.items() if k != "sshs_model_hash"}                # a hash of other bytes
     names = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     layers = {n: Factors(torch.randn(4, 2), torch.randn(2, 4)) for n in names}
     for first in ("peft", "kohya", "comfy"):
@@ -160,7 +160,7 @@ def test_what_others_noted_keeps_its_place(tmp_path):
             save_lora(load_lora(tmp_path/"a.safetensors"), tmp_path/"b.safetensors", second)
             metadata = read_file(tmp_path/"b.safetensors")[1]
             assert {k: metadata.get(k) for k in theirs} == theirs
-            assert not {"trigger", "base"} & set(metadata)                     # ours are in our note
+            assert "sshs_model_hash" not in metadata
             assert load_lora(tmp_path/"b.safetensors").metadata == about
 
 

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from lora_nb.containers import read_safetensors
 from lora_nb.core import FormatError, LoraError, ShapeError
-from lora_nb.kohya import assemble, family_of, fuse_projections, kohya_name, split_fused, to_sgm
+from lora_nb.kohya import (assemble, at_alpha, common_alpha, exact_rank, family_of, fuse_projections, kohya_name, split_fused, to_sgm,
+                           with_one_alpha)
 from lora_nb.lora import Factors, Lora
 from lora_nb.random_pipes import random_pipe
 
@@ -169,3 +170,67 @@ def test_a_file_of_lora_te1_alone_is_of_sdxl(tmp_path):
            for k, t in half("lora_te_").items()}
     save_file(sd1, tmp_path/"comfy.safetensors")
     assert family_of(Lora.load(tmp_path/"comfy.safetensors")) == "SD1"
+
+
+ATTN = "unet.mid_block.attentions.0.transformer_blocks.0.attn{}.to_{}"
+
+
+def odd_ranks(dtype=torch.float32):
+    "Layers as `resize(energy=...)` leaves them, and as LoCon's programs train them"
+    g = torch.Generator().manual_seed(1)
+    rand = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+    sizes = [(3, None), (5, None), (8, None), (12, None), (13, None), (4, 1.), (4, 16.), (8, .5)]
+    names = [ATTN.format(i, x) for i in (1, 2) for x in ("q", "k", "v", "out.0")]
+    return Lora({n: Factors(rand(32, r), rand(r, 32), a) for n, (r, a) in zip(names, sizes)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_alpha_and_back(dtype, tmp_path):
+    "The file has one alpha and the same differences; our reader finds every bit, also where the ranks are no powers of two"
+    lora = odd_ranks(dtype)
+    assert trip(lora, tmp_path) == lora
+    raw, metadata = read_safetensors(tmp_path/"t.safetensors")
+    alphas = {t.item() for k, t in raw.items() if k.endswith(".alpha")}
+    assert len(alphas) == 1 and metadata["ss_network_alpha"] == f"{alphas.pop():g}" and metadata["ss_network_dim"] == "Dynamic"
+    save_file(raw, tmp_path/"bare.safetensors")                            # without the note, the same LoRA in other numbers
+    bare = Lora.load(tmp_path/"bare.safetensors")
+    for n, f in lora.layers.items(): close(bare.layers[n].delta(), f.delta(), 0 if dtype == torch.float32 else 1e-6)
+    assert all(f.rank <= bare.layers[n].rank < 2 * f.rank for n, f in lora.layers.items())
+    assert trip(bare, tmp_path) == bare
+
+
+def test_one_alpha_is_left_alone_where_it_is_one_or_nobody_gains(tmp_path):
+    lora = odd_ranks()
+    same = lora.map(lambda f: replace(f, alpha=4.))
+    assert with_one_alpha(same) == (same, {})
+    assert with_one_alpha(Lora({Q: pair(16, 2, 16), K: pair(16, 3, 16)}))[1] == {}             # SD3, which diffusers does not read
+    mid = Lora({**lora.layers, "unet.conv_in": Factors(torch.ones(8, 2, 1, 1), torch.ones(2, 4, 1, 1), 1., mid=torch.ones(2, 2, 3, 3))})
+    assert with_one_alpha(mid) == (mid, {})
+    trip(lora, tmp_path, one_alpha=False)
+    assert len({t.item() for k, t in read_safetensors(tmp_path/"t.safetensors")[0].items() if k.endswith(".alpha")}) == 3
+
+
+def test_one_alpha_with_odd_strengths(tmp_path):
+    "Negative, zero, and thirds: rounded at most to the layer's precision; magnitudes stay"
+    for alpha in (-1., 0., 1 / 3, 7., 1e-30, 1e30):
+        lora = Lora({ATTN.format(1, "q"): pair(16, 4, 16, alpha), ATTN.format(1, "k"): pair(16, 4, 16)})
+        for n, f in trip(lora, tmp_path).layers.items(): close(f.delta(), lora.layers[n].delta(), 1e-6)
+    f, exact = at_alpha(replace(pair(8, 3, 8), magnitude=torch.ones(8)), 4.)
+    assert exact and f.rank == 4 and f.magnitude.eq(1).all()
+    half = Factors(torch.full((8, 2), 6e-8).half(), torch.ones(2, 8).half(), 2.)             # too small for a quarter of it
+    f, exact = at_alpha(half, 8.)
+    assert not exact and f.up.dtype == torch.float32
+    close(f.delta(), half.delta(), 1e-12)
+    assert common_alpha([pair(8, 4, 8, 0.)]) == 1. and exact_rank(4, 0., 1.) is None and exact_rank(6, 6, 16) == 8
+
+
+def test_a_files_sizes_are_true(tmp_path):
+    "Rank and alpha that another program noted are corrected when no layer has them any more"
+    from lora_nb.extraction import resize
+    lora = Lora({ATTN.format(1, "q"): pair(32, 16, 32, 8.)}, {}, {"ss_network_dim": "16", "ss_network_alpha": "8.0", "ss_steps": "9"})
+    for format in ("kohya", "peft", "comfy"):
+        lora.save(tmp_path/"a.safetensors", format)
+        assert Lora.load(tmp_path/"a.safetensors").metadata == lora.metadata
+        resize(Lora.load(tmp_path/"a.safetensors"), rank=4).save(tmp_path/"b.safetensors", format)
+        for about in (read_safetensors(tmp_path/"b.safetensors")[1], Lora.load(tmp_path/"b.safetensors").metadata):
+            assert (about["ss_network_dim"], about["ss_network_alpha"], about["ss_steps"]) == ("4", "4", "9")
