@@ -9,10 +9,12 @@ from helpers_faults import injections
 from helpers_ground import close, fingerprint, random_lora, tiny_pipe, tiny_unet
 from torch import nn
 
-from lora_nb.checkpoints import borrowed
+from lora_nb.checkpoints import borrowed, merge_checkpoint, save_checkpoint
 from lora_nb.core import LoraError, atomic_path
 from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, set_scale
 from lora_nb.lora import Factors, Lora
+from lora_nb.mixing import Mixture
+from lora_nb.random_pipes import random_pipe
 from lora_nb.schedule import LoraSchedule
 from lora_nb.scheduling import scheduled
 from lora_nb.worn import adapters, places
@@ -209,7 +211,7 @@ def test_weights_loaded_while_it_was_merged_stay(lora, assign):
     unet, new = tiny_unet(), tiny_unet(3)
     apply_lora(unet, lora); unet.load_state_dict(copy.deepcopy(new.state_dict()), assign=assign)
     with pytest.raises(LoraError, match="written over while lora was merged"): set_scale(unet, .5)
-    with pytest.raises(LoraError, match="loaded, trained or written over"): apply_lora(unet, lora, name="again")
+    with pytest.raises(LoraError, match="loaded, trained, replaced or written over"): apply_lora(unet, lora, name="again")
     with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(unet)
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), new.parameters())) and not adapters(unet)
     apply_lora(unet, lora); remove_lora(unet)
@@ -408,3 +410,70 @@ def test_a_token_table_written_over_stays(more):
         with pytest.warns(UserWarning, match="1 rows of the token table"): remove_lora(pipe, "lora")
     remove_lora(pipe)
     assert torch.equal(table(), want) and pipe.tokenizer.get_vocab() == vocabulary
+
+
+# LoRAs that diffusers or peft put on
+
+def lora_for(pipe, targets="attention"): return random_lora(pipe.unet, targets)
+
+def wear_theirs(pipe, lora, folder):
+    lora.save(folder / "a.safetensors")
+    pipe.load_lora_weights(str(folder), weight_name="a.safetensors")
+
+SAYS = r"\d+ layers of unet wear an adapter that diffusers or peft put on \(default_0\).*unload_lora_weights"
+
+@pytest.mark.parametrize("what", ["save", "single", "merge", "apply", "inject", "extract", "set", "set by name", "remove by name", "scheduled",
+                                  "scheduled by name", "mixture", "train"])
+def test_every_way_in_names_their_adapters(what, tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe); wear_theirs(pipe, lora, tmp_path)
+    calls = dict(save=lambda: save_checkpoint(pipe, tmp_path / "o"), single=lambda: save_checkpoint(pipe, tmp_path / "o.safetensors", "single_file"),
+                 merge=lambda: merge_checkpoint(pipe, lora, tmp_path / "o"), apply=lambda: apply_lora(pipe, lora),
+                 inject=lambda: apply_lora(pipe, lora, mode="inject"), extract=lambda: extract_lora(pipe), set=lambda: set_scale(pipe, .5),
+                 mixture=lambda: Mixture(pipe, [lora]), train=lambda: inject_lora(pipe), scheduled=lambda: scheduled(pipe, lora).__enter__())
+    calls |= {"set by name": lambda: set_scale(pipe, .5, "default_0"), "remove by name": lambda: remove_lora(pipe, "default_0"),
+              "scheduled by name": lambda: scheduled(pipe, "default_0").__enter__()}
+    with pytest.raises(LoraError, match=SAYS): calls[what]()
+    assert [*tmp_path.iterdir()] == [tmp_path / "a.safetensors"]
+
+
+def test_theirs_in_a_report_and_at_removal(tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe); wear_theirs(pipe, lora, tmp_path)
+    report = lora.report(pipe)
+    assert report.ok and any("diffusers or peft" in s for s in report.advice)
+    with pytest.warns(UserWarning, match=SAYS): remove_lora(pipe)
+
+@pytest.mark.parametrize("order", ["ours first off", "theirs first off"])
+def test_theirs_on_top_of_a_merged_one(order, tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe, "extended")
+    bits = {n: p.detach().clone() for n, p in pipe.unet.named_parameters()}
+    apply_lora(pipe, lora); wear_theirs(pipe, lora_for(pipe), tmp_path)
+    set_scale(pipe, .5); assert len(extract_lora(pipe)) == len(lora)
+    if order == "theirs first off": pipe.unload_lora_weights()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*diffusers or peft")
+        remove_lora(pipe)
+    if order != "theirs first off": pipe.unload_lora_weights()
+    now = dict(pipe.unet.named_parameters())
+    assert now.keys() == bits.keys() and all(torch.equal(now[n], b) for n, b in bits.items())
+
+def test_theirs_fused_into_a_merged_one_stays(tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe)
+    apply_lora(pipe, lora); wear_theirs(pipe, lora_for(pipe), tmp_path); pipe.fuse_lora()
+    pipe.unload_lora_weights(); bits = fingerprint(pipe.unet)
+    with pytest.raises(LoraError, match="written over while lora was merged"): set_scale(pipe, .5)
+    with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(pipe)
+    assert fingerprint(pipe.unet) == bits
+
+def test_diffusers_refuses_our_branches_with_our_advice(tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe); bits = fingerprint(pipe.unet)
+    apply_lora(pipe, lora, mode="inject", name="mine")
+    with pytest.raises(ValueError, match=r"adapter='mine'.*put on by lora_nb: remove_lora\(pipe\) takes it off"): wear_theirs(pipe, lora, tmp_path)
+    remove_lora(pipe); assert fingerprint(pipe.unet) == bits
+    wear_theirs(pipe, lora, tmp_path)
+
+def test_a_layer_that_is_gone(lora):
+    unet = tiny_unet(); apply_lora(unet, lora)
+    unet.mid_block.resnets[0].conv1 = nn.Identity()
+    with pytest.raises(LoraError, match=r"1 weights \(mid_block.resnets.0.conv1\) were .*replaced"): set_scale(unet, .5)
+    with pytest.warns(UserWarning, match="1 weights"): remove_lora(unet)
+    assert not adapters(unet)
