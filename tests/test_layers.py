@@ -148,3 +148,75 @@ def test_layers_that_only_wear_share_their_idle_parts():
     assert a.selector is b.selector
     a.set_selector_from_diag([0.])
     assert a.selector is not b.selector and not torch.equal(a(torch.ones(1, 4)), b(torch.ones(1, 4)))
+
+
+# Many branches as one
+
+def stacked(base, n=12, r=2, dtype=torch.float32, **kw):
+    "A stack of n branches of different strengths, and the same sum computed one by one"
+    kind, g, layers = LoraInjectedConv2d if isinstance(base, nn.Conv2d) else LoraInjectedLinear, torch.Generator().manual_seed(5), []
+    for i in range(n):
+        layers.append(kind.from_base(layers[-1] if layers else base, r=r, scale=float(torch.randn((), generator=g)), **kw).eval())
+        up = layers[-1].lora_up.weight
+        with torch.no_grad(): up.copy_(torch.randn(up.shape, generator=g).to(up) / 4)
+    return layers[-1], layers
+
+def one_by_one(x, layers):
+    y = base = layers[0].base
+    y = y(x)
+    for m in layers: y, base = m._on_top(x, y.clone(), base), m
+    return y
+
+GEOMETRIES = [(lambda: nn.Linear(48, 32), (2, 7, 48)), (lambda: nn.Linear(48, 160, bias=False), (8, 64, 48)),
+              (lambda: nn.Conv2d(8, 16, 3, padding=1, stride=2), (2, 8, 9, 9)), (lambda: nn.Conv2d(8, 6, 1), (8, 5, 5)),
+              (lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), (2, 8, 40, 40)), (lambda: nn.Conv2d(8, 16, 3, groups=4), (2, 8, 9, 9))]
+
+@pytest.mark.parametrize("i", range(len(GEOMETRIES)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_stack_is_the_sum_of_its_branches(i, dtype):
+    make, shape = GEOMETRIES[i]
+    top, layers = stacked(make().to(dtype)); x = torch.randn(shape, dtype=dtype)
+    near = lambda: torch.testing.assert_close(top(x), one_by_one(x, layers), rtol=3e-5 if dtype == torch.float32 else 6e-2,
+                                              atol=3e-5 if dtype == torch.float32 else 2e-1)
+    for grad in (torch.no_grad, torch.enable_grad):
+        with grad():
+            near()
+            layers[2].enabled, layers[4].scale, layers[5].scale = False, 0., 7.; near()
+            for m in layers: m.enabled, m.scale = True, .5
+            near()
+            with torch.no_grad(): layers[1].lora_down.weight.data.mul_(-2)            # nothing is remembered
+            near()
+    for m in layers: m.enabled = False
+    assert torch.equal(top(x), layers[0].base(x))
+
+def test_a_stack_with_branches_of_other_kinds():
+    base, x = nn.Linear(48, 32), torch.randn(4, 48)
+    _, layers = stacked(base, 10)
+    top = LoraInjectedLinear.from_base(layers[-1], r=2, dora=True); layers.append(top)
+    with torch.no_grad(): top.lora_up.weight.normal_()
+    for i in range(4): layers.append(LoraInjectedLinear.from_base(layers[-1], r=3)); torch.nn.init.normal_(layers[-1].lora_up.weight)
+    layers[3].set_selector_from_diag(torch.tensor([1., .2]))
+    torch.testing.assert_close(layers[-1](x), one_by_one(x, layers), rtol=1e-5, atol=1e-5)
+    assert [len(m._run()[0]) for m in layers[::-1]] == [4, 3, 2, 1, 0, 6, 5, 4, 3, 2, 1, 0, 3, 2, 1]
+
+def test_hooks_and_dropout_interrupt_a_run():
+    _, layers = stacked(nn.Linear(48, 32), 8); seen = []
+    layers[4].register_forward_hook(lambda m, args, out: seen.append(out))
+    x = torch.randn(4, 48); out = layers[-1](x)
+    assert len(seen) == 1 and torch.allclose(seen[0], one_by_one(x, layers[:5]), atol=1e-5) and torch.allclose(out, one_by_one(x, layers), atol=1e-5)
+    _, layers = stacked(nn.Linear(48, 32), 8, dropout_p=.5)
+    layers[-1].train(); assert len(layers[-1]._run()[0]) == 0
+
+def test_gradients_and_autocast_of_a_stack():
+    top, layers = stacked(nn.Linear(48, 160), 6); x = torch.randn(70, 48)
+    grads = []
+    for f in (lambda: top(x), lambda: one_by_one(x, layers)):
+        top.zero_grad(); f().square().sum().backward()
+        grads.append([p.grad.clone() for m in layers for p in (m.lora_up.weight, m.lora_down.weight)])
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(top(x), one_by_one(x, layers)) and top(x).dtype == torch.bfloat16
+
+def test_more_branches_than_python_has_frames():
+    top, layers = stacked(nn.Linear(8, 8), 700, r=1)
+    assert torch.isfinite(top(torch.randn(2, 8))).all()

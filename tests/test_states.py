@@ -9,6 +9,8 @@ from lora_nb.core import TrainingError
 from lora_nb.dataset import ConceptDataset, encode
 from lora_nb.dreambooth import DreamBooth, train_dreambooth
 from lora_nb.families import as_base
+from lora_nb.injection import apply_lora, inject_lora, remove_lora
+from lora_nb.lora import Lora
 from lora_nb.pti import train_pti
 from lora_nb.random_pipes import random_pipe
 from lora_nb.states import base_identity, digest, newest_state, read_previews, read_state, write_state
@@ -88,7 +90,7 @@ def test_another_base_is_not_resumed_and_a_moved_one_is(base, tmp_path):
     other.name = "moved"
     train_dreambooth(other, RED, "a sks wall", output_dir=tmp_path, resume=True, **{**QUICK, "steps": 3})
     with torch.no_grad(): next(m for m in other.denoiser.modules() if isinstance(m, torch.nn.Linear)).weight.mul_(1.01)
-    with pytest.raises(TrainingError, match="the base's weights"):
+    with pytest.raises(TrainingError, match="all weights of the base"):
         train_dreambooth(other, RED, "a sks wall", output_dir=tmp_path, resume=True, **{**QUICK, "steps": 4})
 
 
@@ -128,7 +130,7 @@ def test_a_broken_preview_does_not_break_resuming(base, tmp_path):
     with pytest.warns(UserWarning): assert [n for n, _ in read_previews(tmp_path / "previews", 9)] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("what, named", [("vae", "the VAE's weights"), ("v_prediction", "the noise schedule"), ("betas", "the noise schedule")])
+@pytest.mark.parametrize("what, named", [("vae", "all weights of the VAE"), ("v_prediction", "the noise schedule"), ("betas", "the noise schedule")])
 def test_another_vae_or_noise_schedule_is_not_resumed(what, named, tmp_path):
     made = dict(instance_data=RED, instance_prompt="a sks wall", prior=None, output_dir=tmp_path, **QUICK)
     train_dreambooth(as_base(random_pipe("sd"), "random"), **made)
@@ -140,3 +142,23 @@ def test_another_vae_or_noise_schedule_is_not_resumed(what, named, tmp_path):
     run = DreamBooth(as_base(pipe, "random"), **made)
     with pytest.raises(TrainingError, match=named): run.trainer.resume()
     run.remove()
+
+
+@pytest.mark.parametrize("where", ["unet", "table", "last row of the table", "vae"])
+def test_one_number_of_a_base_is_noticed(where):
+    base = as_base(random_pipe("sd"))
+    before, table = base_identity(base), base.pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        if where == "unet": base.denoiser.conv_out.weight.data[0, 0, 0, 0] += 1e-4
+        elif where == "vae": next(base.pipe.vae.parameters()).data.view(-1)[-1] += 1e-4
+        else: table.data[-1 if "last" in where else len(table) // 2, 1] += 1e-4
+    assert [k for k, v in base_identity(base).items() if before[k] != v] == ["all weights of the " + ("VAE" if where == "vae" else "base (float32)")]
+
+
+def test_identity_of_a_split_or_rearranged_base(base):
+    before = base_identity(base)
+    run = inject_lora(base.pipe, init="pissa")
+    apply_lora(base.pipe, Lora({}, {"<w>": {"text_encoder": torch.zeros(1, base.pipe.text_encoder.config.hidden_size)}}))
+    base.denoiser.to(memory_format=torch.channels_last)
+    assert base_identity(base) == before
+    run.remove(); remove_lora(base.pipe); base.denoiser.to(memory_format=torch.contiguous_format)

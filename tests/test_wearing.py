@@ -9,10 +9,12 @@ from helpers_faults import injections
 from helpers_ground import close, fingerprint, random_lora, tiny_pipe, tiny_unet
 from torch import nn
 
-from lora_nb.checkpoints import borrowed
+from lora_nb.checkpoints import borrowed, merge_checkpoint, save_checkpoint
 from lora_nb.core import LoraError, atomic_path
 from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, set_scale
 from lora_nb.lora import Factors, Lora
+from lora_nb.mixing import Mixture
+from lora_nb.random_pipes import random_pipe
 from lora_nb.schedule import LoraSchedule
 from lora_nb.scheduling import scheduled
 from lora_nb.worn import adapters, places
@@ -208,8 +210,8 @@ def test_one_module_in_two_places():
 def test_weights_loaded_while_it_was_merged_stay(lora, assign):
     unet, new = tiny_unet(), tiny_unet(3)
     apply_lora(unet, lora); unet.load_state_dict(copy.deepcopy(new.state_dict()), assign=assign)
-    with pytest.raises(LoraError, match="loaded or trained while lora was merged"): set_scale(unet, .5)
-    with pytest.raises(LoraError, match="loaded or trained"): apply_lora(unet, lora, name="again")
+    with pytest.raises(LoraError, match="written over while lora was merged"): set_scale(unet, .5)
+    with pytest.raises(LoraError, match="loaded, trained, replaced or written over"): apply_lora(unet, lora, name="again")
     with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(unet)
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), new.parameters())) and not adapters(unet)
     apply_lora(unet, lora); remove_lora(unet)
@@ -344,3 +346,134 @@ def test_the_time_to_put_on_many_grows_with_their_number():
         for n, f in l.layers.items(): exact[n[5:]] = exact[n[5:]] + .01 * f.delta().double()
     assert all(torch.allclose(p.module.weight.double(), exact[n], atol=1e-5) for n, p in places(unet).items())
     assert sorted(took[-9:])[4] < 12 * sorted(took[:9])[4]                # a ninth part of what one by one takes
+
+
+# Written over while it is worn, without a trace in the tensor
+
+def _swap(p, new): p.data = new.data.clone()
+def _ema(p, new): p.data.copy_(new.data)
+def _one(p, new): p.data.view(-1)[-1] += 1e-3
+def _add(p, new): p.data.add_(1e-6 * torch.randn(p.shape))
+
+@pytest.mark.parametrize("write", [_swap, _ema, _one, _add])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_written_through_data_stay(lora, write, dtype):
+    unet, new = tiny_unet().to(dtype), tiny_unet(3).to(dtype)
+    apply_lora(unet, lora)
+    path = next(iter(lora.layers)).partition(".")[2]
+    layer, other = unet.get_submodule(path), new.get_submodule(path)
+    bits = layer.weight.detach().clone()
+    write(layer.weight, other.weight)
+    if torch.equal(bits, layer.weight): return                              # bf16 rounds so little away
+    written, rest = layer.weight.detach().clone(), {n: p.clone() for n, p in tiny_unet().to(dtype).named_parameters()}
+    with pytest.raises(LoraError, match="written over while lora was merged"): set_scale(unet, .5)
+    with pytest.warns(UserWarning, match=r"1 weights .*They stay as they are"): remove_lora(unet)
+    assert torch.equal(layer.weight, written) and not adapters(unet)
+    assert all(torch.equal(p, rest[n]) for n, p in unet.named_parameters() if n != f"{path}.weight")
+
+def test_an_average_copied_into_the_model_stays(lora):
+    from diffusers.training_utils import EMAModel
+    unet, new = tiny_unet(), tiny_unet(3)
+    apply_lora(unet, lora); EMAModel(new.parameters()).copy_to(unet.parameters())
+    with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(unet)
+    assert fingerprint(unet) == fingerprint(new)
+
+@pytest.mark.parametrize("trip", [lambda m: m.to(memory_format=torch.channels_last), lambda m: m.half().float(), lambda m: m.bfloat16().float(),
+                                  lambda m: m.double().float(), lambda m: m.double(), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_a_model_that_only_moved_is_unmerged(lora, trip):
+    unet, twin = tiny_unet(), tiny_unet()
+    apply_lora(unet, lora); trip(unet); trip(twin)
+    set_scale(unet, .5)
+    with warnings.catch_warnings(action="error"): remove_lora(unet)
+    left = {n.rpartition(".")[0]: p for n, p in tiny_unet().to(next(unet.parameters()).dtype).named_parameters()}
+    assert all(torch.equal(p, places(tiny_unet().to(p.dtype))[n[5:]].module.weight) for n in lora.layers
+               for p in [places(unet)[n[5:]].module.weight])
+
+def test_a_split_weight_written_over_stays():
+    unet = tiny_unet()
+    run = inject_lora(unet, init="pissa")
+    layer = next(iter(run.layers.values()))
+    layer.linear.weight.data.add_(.1); written = layer.linear.weight.detach().clone()
+    with pytest.warns(UserWarning, match="stays as it is"): run.remove()
+    assert torch.equal(layer.linear.weight, written)
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_token_table_written_over_stays(more):
+    pipe = tiny_pipe()
+    table = lambda: pipe.text_encoder.get_input_embeddings().weight
+    words = lambda t: Lora({}, {t: {"text_encoder": torch.randn(1, table().shape[1])}})
+    want, vocabulary = table().detach().clone(), pipe.tokenizer.get_vocab()
+    want[3] += 1
+    apply_lora(pipe, words("<a>")); table().data[3] += 1
+    if more: apply_lora(pipe, words("<b>"), name="b")
+    else:
+        with pytest.warns(UserWarning, match="1 rows of the token table"): remove_lora(pipe, "lora")
+    remove_lora(pipe)
+    assert torch.equal(table(), want) and pipe.tokenizer.get_vocab() == vocabulary
+
+
+# LoRAs that diffusers or peft put on
+
+def lora_for(pipe, targets="attention"): return random_lora(pipe.unet, targets)
+
+def wear_theirs(pipe, lora, folder):
+    lora.save(folder / "a.safetensors")
+    pipe.load_lora_weights(str(folder), weight_name="a.safetensors")
+
+SAYS = r"\d+ layers of unet wear an adapter that diffusers or peft put on \(default_0\).*unload_lora_weights"
+
+@pytest.mark.parametrize("what", ["save", "single", "merge", "apply", "inject", "extract", "set", "set by name", "remove by name", "scheduled",
+                                  "scheduled by name", "mixture", "train"])
+def test_every_way_in_names_their_adapters(what, tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe); wear_theirs(pipe, lora, tmp_path)
+    calls = dict(save=lambda: save_checkpoint(pipe, tmp_path / "o"), single=lambda: save_checkpoint(pipe, tmp_path / "o.safetensors", "single_file"),
+                 merge=lambda: merge_checkpoint(pipe, lora, tmp_path / "o"), apply=lambda: apply_lora(pipe, lora),
+                 inject=lambda: apply_lora(pipe, lora, mode="inject"), extract=lambda: extract_lora(pipe), set=lambda: set_scale(pipe, .5),
+                 mixture=lambda: Mixture(pipe, [lora]), train=lambda: inject_lora(pipe), scheduled=lambda: scheduled(pipe, lora).__enter__())
+    calls |= {"set by name": lambda: set_scale(pipe, .5, "default_0"), "remove by name": lambda: remove_lora(pipe, "default_0"),
+              "scheduled by name": lambda: scheduled(pipe, "default_0").__enter__()}
+    with pytest.raises(LoraError, match=SAYS): calls[what]()
+    assert [*tmp_path.iterdir()] == [tmp_path / "a.safetensors"]
+
+
+def test_theirs_in_a_report_and_at_removal(tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe); wear_theirs(pipe, lora, tmp_path)
+    report = lora.report(pipe)
+    assert report.ok and any("diffusers or peft" in s for s in report.advice)
+    with pytest.warns(UserWarning, match=SAYS): remove_lora(pipe)
+
+@pytest.mark.parametrize("order", ["ours first off", "theirs first off"])
+def test_theirs_on_top_of_a_merged_one(order, tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe, "extended")
+    bits = {n: p.detach().clone() for n, p in pipe.unet.named_parameters()}
+    apply_lora(pipe, lora); wear_theirs(pipe, lora_for(pipe), tmp_path)
+    set_scale(pipe, .5); assert len(extract_lora(pipe)) == len(lora)
+    if order == "theirs first off": pipe.unload_lora_weights()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*diffusers or peft")
+        remove_lora(pipe)
+    if order != "theirs first off": pipe.unload_lora_weights()
+    now = dict(pipe.unet.named_parameters())
+    assert now.keys() == bits.keys() and all(torch.equal(now[n], b) for n, b in bits.items())
+
+def test_theirs_fused_into_a_merged_one_stays(tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe)
+    apply_lora(pipe, lora); wear_theirs(pipe, lora_for(pipe), tmp_path); pipe.fuse_lora()
+    pipe.unload_lora_weights(); bits = fingerprint(pipe.unet)
+    with pytest.raises(LoraError, match="written over while lora was merged"): set_scale(pipe, .5)
+    with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(pipe)
+    assert fingerprint(pipe.unet) == bits
+
+def test_diffusers_refuses_our_branches_with_our_advice(tmp_path):
+    pipe = random_pipe("sd"); lora = lora_for(pipe); bits = fingerprint(pipe.unet)
+    apply_lora(pipe, lora, mode="inject", name="mine")
+    with pytest.raises(ValueError, match=r"adapter='mine'.*put on by lora_nb: remove_lora\(pipe\) takes it off"): wear_theirs(pipe, lora, tmp_path)
+    remove_lora(pipe); assert fingerprint(pipe.unet) == bits
+    wear_theirs(pipe, lora, tmp_path)
+
+def test_a_layer_that_is_gone(lora):
+    unet = tiny_unet(); apply_lora(unet, lora)
+    unet.mid_block.resnets[0].conv1 = nn.Identity()
+    with pytest.raises(LoraError, match=r"1 weights \(mid_block.resnets.0.conv1\) were .*replaced"): set_scale(unet, .5)
+    with pytest.warns(UserWarning, match="1 weights"): remove_lora(unet)
+    assert not adapters(unet)
