@@ -27,7 +27,8 @@ def write(tmp_path):
         for i in range(n): scene(64 + 8 * i, 64).save(tmp_path / folder / f"{i}.png")
 
     def one(subset="", dataset="", general="", more="", name="data.toml"):
-        text = f'[general]\n{general}\n[[datasets]]\nresolution = 64\n{dataset}\n[[datasets.subsets]]\nimage_dir = "a"\nclass_tokens = "sks toy"\n{subset}\n'
+        text = (f'[general]\n{general}\n[[datasets]]\nresolution = 64\n{dataset}\n'
+                f'[[datasets.subsets]]\nimage_dir = "a"\nclass_tokens = "sks toy"\n{subset}\n')
         (tmp_path / name).write_text(text + more)
         return tmp_path / name
     return one
@@ -47,27 +48,33 @@ REFUSED = [k for k, key in KEYS.items() if key.instead]
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_key_without_a_counterpart_is_refused_by_name_if_it_asks_for_something(key, write):
     asks = {bool: "true", str: '"x"', int: "2", list: "[1.0, 3.0]"}[KEYS[key].kind[0]]
-    with pytest.raises(DataError, match=f"{key} = .*no counterpart here. {KEYS[key].instead[:12]}"): load_dataset_config(write(f"{key} = {asks}"))
+    with pytest.raises(DataError, match=f"{key} = .*no counterpart here. {KEYS[key].instead[:12]}"):
+        load_dataset_config(write(f"{key} = {asks}"))
     if KEYS[key].usual is not None: load_dataset_config(write(f"{key} = {json.dumps(KEYS[key].usual)}"))
 
 
 @pytest.mark.parametrize("places, match", (
     (dict(subset="num_repeat = 2"), "Did you mean 'num_repeats'"), (dict(subset="batch_size = 2"), r"subset 1: batch_size = 2: this key belongs"),
-    (dict(general='image_dir = "a"'), r"\[general\]: image_dir.*belongs into \[\[datasets.subsets"), (dict(subset="num_repeats = 0"), "expected 1 to"),
+    (dict(general='image_dir = "a"'), r"\[general\]: image_dir.*belongs into \[\[datasets.subsets"),
+    (dict(subset="num_repeats = 0"), "expected 1 to"),
     (dict(subset="num_repeats = true"), "expected a whole number"), (dict(subset='num_repeats = "3"'), "expected a whole number"),
     (dict(subset="caption_dropout_rate = 1.5"), "expected 0 to 1"), (dict(subset="keep_tokens = -1"), "expected 0 to"),
     (dict(subset="caption_tag_dropout_rate = nan"), "expected 0 to 1"), (dict(dataset="resolution = 64"), "cannot be read as TOML"),
-    (dict(general="resolution = [64]"), "expected pixels"), (dict(dataset="min_bucket_reso = 512\nmax_bucket_reso = 64"), "above max_bucket_reso"),
+    (dict(general="resolution = [64]"), "expected pixels"),
+    (dict(dataset="min_bucket_reso = 512\nmax_bucket_reso = 64"), "above max_bucket_reso"),
     (dict(subset="is_reg = true"), "to learn from"), (dict(more='[[datasets.subsets]]\nimage_dir = "zzz"\n'), "there is no folder .*zzz"),
-    (dict(more='[[datasets.subsets]]\nclass_tokens = "x"\n'), "subset 2: expected an image_dir"), (dict(more='[[datasets.subsets]]\nimage_dir = "a"\n'), "is subset 1, too"),
+    (dict(more='[[datasets.subsets]]\nclass_tokens = "x"\n'), "subset 2: expected an image_dir"),
+    (dict(more='[[datasets.subsets]]\nimage_dir = "a"\n'), "is subset 1, too"),
     (dict(more='[[datasets.subsets]]\nimage_dir = "b"\nmetadata_file = "m.json"\n'), "in all of its subsets, or in none"),
-    (dict(more="[[datasets]]\nresolution = 64\n"), r"datasets 2 has no \[\[datasets.subsets"), (dict(more="[models]\nx = 1\n"), "has models: expected"),
-    (dict(dataset="batch_size = 2", more='[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "b"\nclass_tokens = "x"\n'), "batch_size is 2, None")))
+    (dict(more="[[datasets]]\nresolution = 64\n"), r"datasets 2 has no \[\[datasets.subsets"),
+    (dict(more="[models]\nx = 1\n"), "has models: expected"),
+    (dict(dataset="batch_size = 2", more='[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "b"\n'), "batch_size is 2, None")))
 def test_mistakes_are_named_with_their_place(places, match, write):
     with pytest.raises(DataError, match=match): load_dataset_config(write(**places))
 
 
-@pytest.mark.parametrize("name, text", (("a.toml", "x = ["), ("a.json", "{"), ("a.toml", "datasets = 3"), ("a.json", '{"datasets": [3]}'), ("a.toml", "")))
+@pytest.mark.parametrize("name, text", (
+    ("a.toml", "x = ["), ("a.json", "{"), ("a.toml", "datasets = 3"), ("a.json", '{"datasets": [3]}'), ("a.toml", "")))
 def test_files_that_are_none(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError): load_dataset_config(tmp_path / name)
@@ -80,7 +87,8 @@ def test_json_is_read_too(write, tmp_path):
 
 
 def test_captions(write, tmp_path):
-    (tmp_path / "a/0.txt").write_text("first line\nsecond line"); (tmp_path / "a/1.cap").write_text("by extension"); (tmp_path / "a/2.caption").write_text("c")
+    for name, text in (("0.txt", "first line\nsecond line"), ("1.cap", "by extension"), ("2.caption", "c")):
+        (tmp_path / "a" / name).write_text(text)
     said = lambda **kw: subset_data(load_dataset_config(write(**kw)).subsets[0]).captions
     assert said() == ["first line", "sks toy", "c"] and said(subset='caption_extension = ".cap"') == ["sks toy", "by extension", "sks toy"]
     assert said(subset='caption_prefix = "best,"\ncaption_suffix = ", from side"')[1] == "best, sks toy , from side"
@@ -133,12 +141,15 @@ def test_sizes_that_sdxl_is_told_follow_the_side(write):
 
 
 @pytest.mark.parametrize("options, sizes", (
-    ("", [(64, 64)]), ("enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32", [(32, 96), (32, 128), (64, 64), (96, 32), (128, 32)])))
+    ("", [(64, 64)]),
+    ("enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32",
+     [(32, 96), (32, 128), (64, 64), (96, 32), (128, 32)])))
 def test_shapes(options, sizes, write): assert subset_sizes(load_dataset_config(write(dataset=options)).subsets[0], 512) == sizes
 
 
 def test_impossible_shapes(write):
-    for options, match in (("enable_bucket = true\nbucket_reso_steps = 128", "no shape"), ("enable_bucket = true\nmin_bucket_reso = 30\nbucket_reso_steps = 9", "multiples of 8")):
+    for options, match in (("enable_bucket = true\nbucket_reso_steps = 128", "no shape"),
+                           ("enable_bucket = true\nmin_bucket_reso = 30\nbucket_reso_steps = 9", "multiples of 8")):
         with pytest.raises(DataError, match=match): subset_sizes(load_dataset_config(write(dataset=options)).subsets[0], 64)
 
 
@@ -184,7 +195,8 @@ def test_a_prior_beside_a_file_may_be_drawn_or_left_out(write, sd):
 
 @pytest.mark.parametrize("more, kw, match", (
     ("", dict(instance_data="x"), "dataset_config and instance_data"), ("", dict(recursive=True), "recursive"), ("", dict(masks=False), "masks"),
-    (REG, dict(class_prompt="a toy"), "say it twice"), (REG, dict(prior="prediction"), "is_reg"), ("", dict(prior="images"), "needs a class prompt"),
+    (REG, dict(class_prompt="a toy"), "say it twice"), (REG, dict(prior="prediction"), "is_reg"),
+    ("", dict(prior="images"), "needs a class prompt"),
     (REG + "caption_dropout_rate = 0.1\n", dict(caption_dropout=.1), "give one of them")))
 def test_what_the_file_says_is_not_said_twice(more, kw, match, write, sd):
     with pytest.raises(LoraError, match=match): train_dreambooth(sd, dataset_config=write(more=more), **kw)
