@@ -169,7 +169,8 @@ def test_captions_that_are_not_used_are_said(tmp_path):
     files = [tmp_path/f"{n}.jpg" for n in "ab"]
     (tmp_path/"metadata.jsonl").write_text('{"file_name": "a.jpg", "label": 3}\n{"file_name": "c.jpg"}\n')
     for n in ("b.txt", "z.txt", "caption.txt"): (tmp_path/n).write_text("x")
-    assert caption_notes(files) == ["metadata.jsonl gives no caption: it has file_name, label; captions are read from text, caption, prompt",
+    assert caption_notes(files) == ["metadata.jsonl gives no caption: it has file_name, label; captions are read from "
+                                    "text, caption, prompt, captions, texts, prompts, tags",
                                     "metadata.jsonl names c.jpg, not among the pictures", "no picture for caption.txt, z.txt"]
     assert own_captions(files) == ["", "x"]
 
@@ -197,3 +198,19 @@ def test_two_captions_for_one_picture(files, used, told, tmp_path):
     assert own_caption(tmp_path/"0.png") == used
     notes = caption_notes([tmp_path/"0.png"])
     assert told in notes[0] if told else notes == []
+
+
+def test_captions_of_pictures_that_are_not_chosen_are_no_strays(tmp_path):
+    for n in "abc": scene().save(tmp_path/f"{n}.png"); (tmp_path/f"{n}.txt").write_text(n)
+    (tmp_path/"d.txt").write_text("its picture was deleted")
+    assert caption_notes([tmp_path/"a.png"]) == ["no picture for d.txt"]
+
+
+@pytest.mark.parametrize("table, notes, texts", (
+    ("file_name,Text\na.png,x\n", [], ["x"]), ("File_Name , CAPTION\na.png,x\n", [], ["x"]),
+    ("file_name,text,tags\na.png,,\n", ["metadata.csv gives no caption: text, tags is empty for every picture"], [""]),
+    ("file_name,description\na.png,x\n", ["metadata.csv gives no caption: it has file_name, description; captions are read from text, caption, "
+                                           "prompt, captions, texts, prompts, tags"], [""])))
+def test_a_note_on_columns_names_those_of_the_file(table, notes, texts, tmp_path):
+    (tmp_path/"metadata.csv").write_text(table)
+    assert caption_notes([tmp_path/"a.png"]) == notes and own_captions([tmp_path/"a.png"]) == texts

@@ -536,3 +536,16 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True); monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert available_device("cuda:1") == "cuda:1" and available_device("cuda") == "cuda"
     with pytest.raises(UsageError, match="cuda:0 to cuda:1"): available_device("cuda:2")
+
+
+def test_a_dataset_file_takes_the_place_of_a_folder(tmp_path):
+    file = tmp_path / "data.toml"
+    file.write_text('[[datasets]]\nresolution = 64\nbatch_size = 1\n[[datasets.subsets]]\nnum_repeats = 2\ncaption_extension = ".none"\n'
+                    f'class_tokens = "sks toy"\nimage_dir = "{BEAR}"\n')
+    few = ("--dataset_config", file, "--output_dir", tmp_path / "out", "--device", "cpu")
+    for flags, said in ((("--recursive",), "data.toml says it already"), (("--train_batch_size", 2), "--train_batch_size"),
+                        (("--class_prompt", "a toy"), "needs --with_prior_preservation"), (("--instance_data_dir", BEAR), "--instance_data_dir")):
+        assert said in refused(lora_dreambooth, *few, *flags)
+    assert "or a --dataset_config" in refused(lora_dreambooth, "--instance_data_dir", BEAR)
+    text = works(lora_dreambooth, *few, "--max_train_steps", 1, "--lora_rank", 1, "--targets", "attention")
+    assert "Trigger: 'sks toy'" in text and Lora.load(tmp_path / "out/lora.safetensors").metadata["trigger"] == "sks toy"

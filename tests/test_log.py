@@ -59,3 +59,18 @@ def test_a_stream_that_begins_at_the_seam_is_drawn(log):
 
 
 def test_one_log_has_no_seam(log): assert joined([log]).phases == [] and joined([]).steps == 0
+
+
+def test_what_was_not_measured_is_empty_everywhere(log, tmp_path):
+    both = joined([log, TrainingLog(losses=[1., 2.], parts={"prior": [1., 2.]})])
+    assert json.loads(json.dumps(both.to_dict(), allow_nan=False))["parts"]["prior"][:2] == [None, None]      # JSON has no NaN
+    again = TrainingLog(**both.to_dict())
+    assert again.parts["prior"][0] != again.parts["prior"][0] and again.parts["prior"][-1] == 2.
+    assert "prior" not in both.table(1)[0] and "nan" not in both.to_csv(tmp_path / "l.csv").read_text()
+
+
+def test_a_table_replaces_tables_only(log, tmp_path):
+    log.to_csv(tmp_path / "l.csv"); log.to_csv(tmp_path / "l.csv", every=20)
+    (tmp_path / "mine.csv").write_text("name,age\n")
+    with pytest.raises(LoraError, match="exists and is no table"): log.to_csv(tmp_path / "mine.csv")
+    assert (tmp_path / "mine.csv").read_text() == "name,age\n" and len((tmp_path / "l.csv").read_text().splitlines()) == 5

@@ -230,3 +230,28 @@ def test_duplicates_are_those_of_all_pairs(least):
     fast, slow = make(), make()
     drop_duplicates(fast, least); slow_duplicates(slow, least)
     assert [r["why"] for r in fast] == [r["why"] for r in slow] and (least < 2 or any(r["why"] for r in fast))
+
+
+@pytest.mark.parametrize("name", ("masks", "Masks", "MASKS", "mask", "Mask"))
+def test_folders_of_masks_in_any_case(name, tmp_path):
+    for i in (0, 1): Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / name).mkdir()
+    for n in ("0.png", "1.mask.png", "7.png"): Image.new("L", (8, 8), 255).save(tmp_path / name / n)
+    for recursive in (False, True):
+        found = find_pictures(tmp_path, recursive)
+        assert [f.name for f in found] == ["0.png", "1.png"] and found.left_out == {f"{name}/7.png": "a mask without its picture"}
+    assert [m.name for m in masks_beside(found)] == ["0.png", "1.mask.png"]
+
+
+@pytest.mark.parametrize("bad", ("a" * 300, "a\0b"))
+@pytest.mark.parametrize("call", (find_pictures, list_sources, open_picture, read_mask))
+def test_names_that_no_file_can_have(call, bad):
+    with pytest.raises(DataError, match="too long|zero byte|null byte"): call(bad)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    def refused(self): raise PermissionError(13, "Permission denied", str(self))
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"): find_pictures(tmp_path)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"): list_sources(tmp_path)

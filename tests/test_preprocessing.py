@@ -177,3 +177,11 @@ def test_a_contact_sheet_of_many(tmp_path):
     assert len(rows) == 6 and len(small) == 2
     rows = [dict(r, files=[r["source"]], text="") for r in rows]
     assert preprocessing.contact_sheet(rows, {r["path"]: small.get(f, []) for r, f in zip(rows, files)}).width > 100
+
+
+def test_no_name_reaches_a_terminal_as_it_is(raw, tmp_path):
+    evil = "a\x1b[2J\nleft out b.png: fine"
+    for n in (f"{evil}.png", f"{evil}.docx"): (raw / n).write_bytes(b"no picture")
+    lines = preprocess(raw, tmp_path / "out", size=64).lines
+    assert sum("left out" in l[:8] for l in lines) == len(preprocess(raw, tmp_path / "out", size=64).left_out)
+    assert sum("\\x1b[2J\\nleft" in l for l in lines) == 2 and not any(c in "".join(lines) for c in "\x1b\n")

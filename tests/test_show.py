@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_nb.core import data_path
+from lora_nb.core import DataError, data_path
 from lora_nb.show import FONT_SIZE, LIMIT_KB, WIDTH, Jpeg, bars, curve, grid, heat, running_mean, save_jpeg, show, to_image
 
 bear = Image.open(data_path("subjects", "teddy_bear", "0.jpg"))
@@ -111,3 +111,16 @@ def test_numbers_on_heat_maps_and_bars():
     assert count(torch.rand(4, 60)) == count(torch.rand(4, 60), numbers=False)
     assert "-200000" in bars({"a": 1, "b": -2e5, "c": torch.tensor(.5)}).svg.replace("\u2212", "-")
     assert "y" in bars({"a": {"x": 1}, "b": {"y": 2}}).svg
+
+
+def test_a_picture_replaces_pictures_only(tmp_path):
+    im = Image.new("RGB", (8, 8))
+    save_jpeg(im, tmp_path / "a.jpg"); im.save(tmp_path / "b.png"); curve([1, 2], path=tmp_path / "c.svg")
+    for name in ("a.jpg", "b.png", "c.svg", "empty"):
+        if name == "empty": (tmp_path / name).touch()
+        assert Image.open(save_jpeg(im, tmp_path / name)).format == "JPEG"
+    for name in ("notes.txt", "lora.safetensors", "d.svg", "e.png"):
+        (tmp_path / name).write_bytes(b"mine")
+        with pytest.raises(DataError, match="exists and is no picture"):
+            curve([1, 2], path=tmp_path / name) if name.endswith(("svg", "png")) else save_jpeg(im, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == b"mine"

@@ -143,6 +143,16 @@ def test_a_part_without_a_turn_keeps_its_last_value(sd, worn, examples):
     assert [len(v) for v in turned.log.parts.values()] == [2, 2, 2] and turned.log.parts["prior"][0] == turned.log.parts["prior"][1]
 
 
+def test_a_part_that_comes_late_has_no_value_before(sd, worn, examples):
+    odd, even = torch.nn.Parameter(torch.zeros(2)), list(worn.params())
+    streams = [Stream("subject", examples, 1), Stream("prior", examples, 1, .5)]
+    late = Trainer(sd, {"unet": even, "text_encoder.words": [odd]}, streams, Recipe(), penalty=lambda: {"length": (odd - 1).square().sum()},
+                   turns=[Turn(("text_encoder.words",), {"prior": 0.}), Turn(("unet",))])
+    for _ in range(3): late.step()
+    first, second, third = late.log.parts["prior"]
+    assert first != first and second == third > 0 and len(late.log.parts["subject"]) == 3
+
+
 @pytest.mark.parametrize("kw, match", (
     (dict(turns=[Turn(("vae",))]), "groups"), (dict(turns=[Turn(("unet",), {"a": 0})]), "weight 0"), (dict(streams=[]), "Nothing to train on"),
     (dict(params={}), "Nothing to train"), (dict(output_dir="/dev/null/x"), "cannot write"), (dict(batch=0), "Empty streams: a"),

@@ -2,6 +2,7 @@
 import pytest
 from lora_nb.core import DataError
 from lora_nb.zoo.loras import BASES, BUNDLED, bundled_lora, bundled_path, class_prompts, train_bundled
+from lora_nb.zoo.world import CLASS_OF
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -9,6 +10,7 @@ from lora_nb.zoo.loras import BASES, BUNDLED, bundled_lora, bundled_path, class_
 def test_a_file_says_what_it_teaches_and_on_which_base(name, base):
     lora = bundled_lora(name, base)
     assert (lora.metadata["concept"], lora.metadata["trigger"], lora.metadata["base"]) == (name, BUNDLED[name], base)
+    assert lora.metadata["kind"] == CLASS_OF.get(name, "style")          # the class noun, or style
     assert (BUNDLED[name] in lora.embeddings) == BUNDLED[name].startswith("<")
 
 
