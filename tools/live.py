@@ -100,8 +100,9 @@ def picture(page):
 DRAW = """async ({turbo, worn}) => { const m = lora_nb.model, t = turbo ? m.turbo : null
     for (const n of [...Object.keys(worn), ...t ? [t.name] : []]) await m.load(n)
     const began = performance.now()
-    await m.client.ask('draw', {prompt: 'a cat face on a striped blue background', seed: 1, turbo: t?.name ?? null, show: 0,
-        worn: Object.entries(worn).map(([name, strength]) => ({name, strength})), steps: t ? t.turbo.steps : 25, guidance: t ? t.turbo.guidance_scale : 4})
+    const how = t ? {turbo: t.name, steps: t.turbo.steps, guidance: t.turbo.guidance_scale} : {turbo: null, steps: 25, guidance: 4}
+    await m.client.ask('draw', {prompt: 'a cat face on a striped blue background', seed: 1, show: 0, ...how,
+        worn: Object.entries(worn).map(([name, strength]) => ({name, strength}))})
     return (performance.now() - began) / 1000 }"""
 SLIDE = """() => new Promise(done => {                      // from the slider's move to the picture on the canvas
     const slider = document.querySelector('#loras input[data-name=neon]'), began = performance.now(), was = lora_nb.model.drawn
