@@ -12,7 +12,7 @@ from lora_nb.show import frames
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from docs import moving  # noqa: E402
+from docs import LIVE as PLACE, moving, to_live  # noqa: E402
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 210, 20)]
 WISH = dict(prompt="a <cat> & \"dog\"", seed=0, steps=2, guidance=1, worn=[dict(name="a", strength=0)])
@@ -100,6 +100,17 @@ def test_html_holds_the_note_and_nothing_breaks_out():
     assert plain["data"] == {"image/jpeg": "xx"}                              # a picture without a note stays a picture
 
 
+def test_a_picture_that_leads_to_the_page_is_one_link(tmp_path):
+    from sphinx.application import Sphinx
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "conf.py").write_text("extensions = ['myst_parser']; myst_enable_extensions = ['html_image']; html_theme = 'basic'")
+    (tmp_path / "index.md").write_text(to_live(f'# A\n\n[<img src="a.png" width="4" alt="x">]({PLACE}) and [the page]({PLACE}#teach)\n', "index"))
+    Sphinx(tmp_path, tmp_path, tmp_path / "out", tmp_path / "trees", "html", status=None, warning=None).build()
+    body = re.search(r"<h1>.*?</section>", (tmp_path / "out/index.html").read_text(), re.S)[0]
+    links = re.findall(r'<a (?!class="headerlink")[^>]*href="([^"]*)"', body)
+    assert links == ["live/index.html", "live/index.html#teach"] and "<img" in body
+
+
 @needs_browser
 def test_slider_shows_the_picture_of_each_value(visit):
     page = visit(figure(STRENGTHS))
@@ -161,6 +172,16 @@ def test_a_model_that_does_not_load_can_be_asked_again(visit):
 
 
 @needs_browser
+def test_what_waking_fetches_is_said_beforehand(visit, tmp_path):
+    page = visit(figure(STRENGTHS, live=LIVE), client=CLIENT)
+    (tmp_path / "site0/live/page.json").write_text('{"bytes": {"draw": 25300000, "learn": 1, "runtime": {"processor": 3700000, "graphics": 1}}}')
+    page.reload()
+    page.wait_for_selector(".moving button:has-text('Draw what lies between (29 MB, once)')")
+    page.click(".moving button"); page.wait_for_selector("[role=status]:has-text('drawn here')")
+    assert page.evaluate("asked")[0][1]["all"] == 29e6
+
+
+@needs_browser
 def test_the_model_draws_what_lies_between(visit):
     page = visit(figure(STRENGTHS, live=LIVE), client=CLIENT)
     page.wait_for_selector(".moving input"); move(page, 2)
@@ -170,8 +191,11 @@ def test_the_model_draws_what_lies_between(visit):
     move(page, -.25); page.wait_for_function("document.querySelector('.moving output').textContent == '-0.25'")
     page.wait_for_timeout(150)
     assert pixel(page) == [75] * 3
-    for v in (-1, -.75, -.5, 0, .25, .75): move(page, v)                                  # quickly: the newest counts
-    page.wait_for_timeout(300)
+    page.locator(".moving input").evaluate("""e => { for (const v of [-1, -.75, -.5, 0, .25, .75]) {      // quickly: the newest counts
+        e.value = v; e.dispatchEvent(new Event('input')) } }""")
+    for _ in range(100):
+        if pixel(page) == [175] * 3: break
+        page.wait_for_timeout(50)
     assert pixel(page) == [175] * 3
     asked = page.evaluate("asked")
     assert [c for c, _ in asked[:2]] == ["open", "lora"] and asked[1][1]["url"].endswith("/live/loras/a.safetensors")

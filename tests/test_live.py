@@ -1,10 +1,11 @@
 "The page that draws and learns: its JavaScript in Chromium, against Python."
-import json, random, shutil
+import contextlib, functools, http.server, json, random, shutil, threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_browser import CHROMIUM, chromium, needs_browser
+from helpers_browser import CALM, CHROMIUM, chromium, needs_browser
+from helpers_firefox import firefox, needs_firefox
 import torch
 
 from lora_nb.core import LoraError, data_path
@@ -107,9 +108,10 @@ def live(tmp_path_factory, browser):
     out = export_live(base, folder / "page", {n: folder / f"{n}.safetensors" for n in loras}, training=(2,), rank=2, runtime=runtime)
     server = serve_live(out)
     page = browser.new_page()
+    page.folder = str(out)
     page.goto(f"http://127.0.0.1:{server.server_address[1]}/client.js")
     page.evaluate("""async () => { const {Client} = await import('/client.js'); window.client = new Client()
-        await client.ask('open', {url: new URL('/model', location.href).href})
+        await client.ask('open', {url: new URL('/model', location.href).href, threads: 1})
         for (const name of ['one', 'two']) await client.ask('lora', {name, url: new URL(`/loras/${name}.safetensors`, location.href).href}) }""")
     yield page, base, {n: Lora.load(folder / f"{n}.safetensors") for n in loras}
     server.shutdown()
@@ -129,19 +131,24 @@ def test_pictures_equal_pythons(live, worn):
     assert np.abs(found - expected).max() <= 2, np.abs(found - expected).max()
 
 
-@needs_runtime
-def test_ten_training_steps_equal_torchs(live):
-    page, base, _ = live
+def ten_steps(base):
+    "Ten steps on one batch: what the worker is asked for, and torch's losses."
     layout = factor_layout(base.denoiser, list(find_targets(base.denoiser, LEARNS, "unet")), 2)
-    inputs = list(example_step(base, layout, 2, batch=2))
-    step, losses = training_step(base, layout, 2), []
+    first = example_step(base, layout, 2, batch=2)
+    step, losses, inputs = training_step(base, layout, 2), [], list(first)
     for k in range(1, 11):
         inputs[3] = torch.tensor([float(k)])
         *inputs[:3], loss = step(*inputs); losses.append(float(loss))
-    theta, _, _, _, lr, z, noise, t, states, *_ = example_step(base, layout, 2, batch=2)
-    found = page.evaluate("""async ([theta, lr, latents, noise, times, states]) =>
-        client.ask('steps', {batch: 2, theta, lr, latents, noise, times, states, n: 10})""",
-                          [theta.tolist(), float(lr), z.flatten().tolist(), noise.flatten().tolist(), t.tolist(), states.flatten().tolist()])
+    theta, _, _, _, lr, z, noise, t, states, *_ = first
+    flat = dict(theta=theta, latents=z, noise=noise, times=t, states=states)
+    return dict(batch=2, n=10, lr=float(lr), **{k: x.flatten().tolist() for k, x in flat.items()}), losses
+
+
+@needs_runtime
+def test_ten_training_steps_equal_torchs(live):
+    page, base, _ = live
+    inputs, losses = ten_steps(base)
+    found = page.evaluate("async inputs => client.ask('steps', inputs)", inputs)
     assert np.abs(np.array(found) - losses).max() < 1e-5, (found, losses)
 
 
@@ -150,7 +157,7 @@ LESSON = """async ([pictures, stop]) => {
         classPrompt: 'a toy', trigger: 'sks', noun: 'toy', steps: 6, lr: 1e-2, seed: 3, every: 0, preview: null}
     const losses = []
     await client.ask('prepare', plan)
-    const seen = ({step, loss}) => { losses.push(loss); if (step === stop) client.ask('stop') }
+    const seen = ({step, loss}) => { losses.push(loss); if (step === stop) client.ask('stop', {what: 'train'}) }
     let out = await client.ask('train', {}, seen)
     const stopped = out.stopped
     if (stopped) out = await client.ask('train', {}, seen)
@@ -238,8 +245,235 @@ def test_a_reader_teaches_the_page(live, browser, tmp_path, width):
 
 
 @needs_runtime
-def test_a_broken_download_is_a_sentence(live):
+@needs_firefox
+def test_firefox_draws_and_learns_the_same(live):
+    page, base, loras = live
+    with firefox() as f:
+        f.goto(page.url.rsplit("/", 1)[0] + "/index.html")
+        f.wait("!document.querySelector('#load').disabled")
+        f.evaluate("async () => document.querySelector('#load').click()")
+        f.wait("lora_nb.ready()")
+        assert f.evaluate("async () => document.querySelector('#error').textContent") == ""
+        apply_lora(base.pipe, Lora(loras["two"].layers), scale=.7)
+        expected = np.asarray(base.generate(["a cat"], seeds=[5], steps=4, guidance_scale=3.)[0]).astype(int)
+        remove_lora(base.pipe)
+        found = f.evaluate("""async () => { const m = lora_nb.model
+            await m.load('two')
+            const wish = {prompt: 'a cat', seed: 5, steps: 4, guidance: 3, worn: [{name: 'two', strength: .7}]}
+            return Array.from((await m.client.ask('draw', wish)).pixels) }""")
+        assert np.abs(np.array(found).reshape(*expected.shape[:2], 4)[..., :3] - expected).max() <= 2
+        inputs, losses = ten_steps(base)
+        found = f.evaluate("async (...x) => lora_nb.model.client.ask('steps', Object.fromEntries(x))", *inputs.items())
+        assert np.abs(np.array(found) - losses).max() < 1e-5, (found, losses)
+        f.goto(f"file://{page.folder}/index.html")
+        f.wait("document.querySelector('#error').textContent.includes('python -m http.server')")
+
+
+def opened(page, p, tab="play"):
+    "A new page of the same address, with its model loaded."
+    p.goto(page.url.rsplit("/", 1)[0] + f"/index.html#{tab}")
+    p.click("#load:enabled")
+    ready(p)
+    return p
+
+
+def ready(p, seconds=60):
+    "Wait until the model is there and has nothing to do. (Not `wait_for_function`: the page's policy forbids its `eval`.)"
+    for _ in range(10 * seconds):
+        if p.evaluate("lora_nb.ready()"): return
+        p.wait_for_timeout(100)
+    raise AssertionError(p.inner_text("#error") or "not ready")
+
+
+@needs_runtime
+def test_only_what_is_needed_is_fetched(live, browser):
     page, _, _ = live
-    said = page.evaluate("""async () => { const {Client} = await import('/client.js'), c = new Client()
-        try { await c.ask('open', {url: new URL('/nowhere', location.href).href}); return '' } catch (e) { return e.message } }""")
-    assert "manifest.json could not be loaded (404)" in said
+    p, asked = browser.new_page(), []
+    p.on("request", lambda r: asked.append(r.url.rsplit("/", 1)[-1]))
+    opened(page, p)
+    said = p.evaluate("lora_nb.model.bytes")
+    assert {"draw.gzip", "denoiser.onnx.gzip", "ort-wasm-simd-threaded.wasm.gzip"} <= set(asked)
+    assert not {"learn.gzip", "train2.onnx.gzip", "ort.jspi.min.mjs"} & set(asked)
+    p.click("#tab-teach")
+    p.wait_for_selector("#fetching", state="hidden")
+    assert {"learn.gzip", "encoder.onnx.gzip", "train2.onnx.gzip"} <= set(asked) and len(asked) == len(set(asked)), "once each"
+    files = "manifest.json", "draw.gzip", "denoiser.onnx.gzip", "text_encoder.onnx.gzip", "decoder.onnx.gzip"
+    assert sum(Path(page.folder, "model", f).stat().st_size for f in files) == said["draw"], "what is said beforehand is what comes"
+    p.close()
+
+
+@needs_runtime
+@pytest.mark.parametrize("how, expected", [("cut", "draw.gzip has 1000 bytes, expected"), ("changed", "draw.gzip is damaged"),
+                                           ("gone", "draw.gzip could not be loaded (404)"),
+                                           ("offline", "draw.gzip could not be loaded: is the network down?")])
+def test_a_broken_download_is_a_sentence_and_can_be_tried_again(live, browser, how, expected):
+    page, _, _ = live
+    p = browser.new_page()
+    def fault(route):
+        if how == "offline": return route.abort()
+        if how == "gone": return route.fulfill(status=404, body="no")
+        body = route.fetch().body()
+        route.fulfill(body=body[:1000] if how == "cut" else body[:3000] + bytes(200) + body[3200:])
+    p.route("**/draw.gzip", fault)
+    p.goto(page.url.rsplit("/", 1)[0] + "/index.html")
+    p.click("#load:enabled")
+    p.wait_for_selector(f"#error:has-text('{expected}')")
+    p.unroute("**/draw.gzip")
+    p.click("#load:enabled")
+    ready(p)
+    assert not p.is_visible("#error") and p.inner_text("#said")
+    p.close()
+
+
+@needs_runtime
+def test_a_lesson_whose_files_do_not_come(live, browser):
+    page, _, _ = live
+    p = browser.new_page()
+    p.route("**/learn.gzip", lambda route: route.abort())
+    opened(page, p, "teach")
+    p.wait_for_selector("#error:has-text('learn.gzip could not be loaded')")
+    assert p.is_disabled("#learn")
+    p.unroute("**/learn.gzip")
+    p.click("#tab-play"); p.click("#tab-teach")
+    p.wait_for_selector("#fetching", state="hidden")
+    p.wait_for_selector("#error", state="hidden")
+    p.close()
+
+
+@needs_runtime
+def test_a_wrong_file_is_a_sentence(live, browser, tmp_path):
+    page, _, loras = live
+    p = opened(page, browser.new_page())
+    (tmp_path / "<b>cat</b>.safetensors").write_text("no LoRA at all, but a text")
+    p.set_input_files("#file", tmp_path / "<b>cat</b>.safetensors")
+    p.wait_for_selector("#error:has-text('Not a .safetensors file')")
+    name, f = next((n, f) for n, f in loras["one"].layers.items() if n.endswith("attn1.to_q"))
+    wide = Factors(f.up, torch.zeros(f.down.shape[0], f.down.shape[1] + 1), alpha=f.alpha)
+    for odd, why in (({name: wide}, f"{f.down.shape[1]} to {f.up.shape[0]} here"), ({name.replace("to_q", "to_x"): f}, "not among those")):
+        Lora(odd).save(tmp_path / "other.safetensors")
+        p.set_input_files("#file", tmp_path / "other.safetensors")
+        p.wait_for_selector(f"#error:has-text('made for another model than random: 1 of its 1 layers do not fit'):has-text('{why}')")
+    assert p.locator("#loras .lora").count() == 2 and p.is_enabled("#draw")
+    p.close()
+
+
+@contextlib.contextmanager
+def another(browser, *flags):
+    "A Chromium with flags of its own."
+    b = browser.browser_type.launch(executable_path=CHROMIUM, args=[*CALM, *flags])
+    try: yield b
+    finally: b.close()
+
+
+@needs_runtime
+def test_without_simd_a_sentence_before_any_download(live, browser):
+    page, _, _ = live
+    with another(browser, "--js-flags=--no-enable-sse4-1 --no-enable-ssse3") as b:
+        p, asked = b.new_page(), []
+        p.on("request", lambda r: asked.append(r.url))
+        p.goto(page.url.rsplit("/", 1)[0] + "/index.html")
+        p.wait_for_selector("#error:has-text('it has no WebAssembly with SIMD')")
+        assert p.is_disabled("#load") and not any("model/" in a or "ort/" in a for a in asked)
+
+
+@needs_runtime
+def test_too_little_memory_is_a_sentence(live, browser):
+    page, _, _ = live
+    with another(browser, "--js-flags=--wasm-max-mem-pages=64") as b:        # 4 MiB
+        p = b.new_page()
+        p.goto(page.url.rsplit("/", 1)[0] + "/index.html")
+        p.click("#load:enabled")
+        p.wait_for_selector("#error:has-text('too little free memory')")
+
+
+class Plain(http.server.SimpleHTTPRequestHandler):
+    "A server that knows nothing of the page: no headers of its own."
+    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
+    def log_message(self, *args): pass
+
+
+@pytest.fixture
+def plain(live):
+    "The same page from a server without headers: its address."
+    page, _, _ = live
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Plain, directory=page.folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+CORES = "Object.defineProperty(navigator, 'hardwareConcurrency', {get: () => %d})"
+PICTURE = """() => lora_nb.model.client.ask('draw', {prompt: 'a cat', seed: 5, steps: 4, guidance: 3, worn: []}).then(o => Array.from(o.pixels))"""
+
+
+@needs_runtime
+@pytest.mark.parametrize("cores, threads", [(8, "4 threads"), (2, "one thread")])
+def test_threads_by_a_service_worker(live, browser, plain, cores, threads):
+    page, base, _ = live
+    context = browser.new_context()
+    context.add_init_script(CORES % cores)
+    p, loads = context.new_page(), []
+    p.on("load", lambda _: loads.append(1))
+    p.goto(plain + "/index.html")
+    p.click("#load:enabled")
+    ready(p)
+    assert p.evaluate("[crossOriginIsolated, lora_nb.model.runs]") == [cores > 2, threads] and len(loads) == 1 + (cores > 2)
+    expected = np.asarray(base.generate(["a cat"], seeds=[5], steps=4, guidance_scale=3.)[0]).astype(int)
+    assert np.abs(np.array(p.evaluate(PICTURE)).reshape(*expected.shape[:2], 4)[..., :3] - expected).max() <= 2
+    context.close()
+
+
+@needs_runtime
+@pytest.mark.parametrize("broken", ["delete Navigator.prototype.serviceWorker",
+                                    "navigator.serviceWorker.register = () => Promise.reject(new Error('no'))",
+                                    "navigator.serviceWorker.register = () => Promise.resolve()"], ids=["none", "refused", "idle"])
+def test_where_a_service_worker_is_not_possible_one_thread_does_it(live, browser, plain, broken):
+    context = browser.new_context()
+    context.add_init_script(f"{CORES % 8}; {broken}")
+    p, loads, wrong = context.new_page(), [], []
+    p.on("load", lambda _: loads.append(1)); p.on("pageerror", wrong.append)
+    p.goto(plain + "/index.html")
+    p.click("#load:enabled", timeout=60000)
+    ready(p)
+    assert p.evaluate("[crossOriginIsolated, lora_nb.model.runs]") == [False, "one thread"] and len(loads) == 1 and not wrong
+    context.close()
+
+
+@needs_runtime
+def test_memory_is_flat_over_fifty_pictures(live, browser):
+    page, _, _ = live
+    p = opened(page, browser.new_page())
+    draw = """async n => { for (let k = 0; k < n; k++) await lora_nb.model.client.ask('draw', {prompt: `cat ${k}`, seed: k, steps: 2,
+        guidance: 3, show: 1, worn: [{name: 'one', strength: k / 50}]}); return (await performance.measureUserAgentSpecificMemory()).bytes }"""
+    p.evaluate("lora_nb.model.load('one')")
+    before, after = p.evaluate(draw, 10), p.evaluate(draw, 50)
+    assert after < before + 4e6, (before, after)
+    p.close()
+
+
+@needs_runtime
+def test_by_hand_from_a_file_one_sentence(live, browser):
+    page, _, _ = live
+    p = browser.new_page()
+    p.goto(f"file://{page.folder}/index.html")
+    p.wait_for_selector("#error:has-text('python -m http.server')")
+    assert p.is_disabled("#load")
+    p.close()
+
+
+@needs_runtime
+def test_a_graphics_card_draws_the_same_or_is_left_alone(live, browser):
+    page, base, _ = live
+    expected = np.asarray(base.generate(["a cat"], seeds=[5], steps=4, guidance_scale=3.)[0]).astype(int)
+    with another(browser, "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan") as b:
+        p = b.new_page()
+        p.goto(page.url.rsplit("/", 1)[0] + "/client.js")
+        able = p.evaluate("'Suspending' in WebAssembly && navigator.gpu && navigator.gpu.requestAdapter().then(a => !!a)")
+        if not able: pytest.skip("no WebGPU here")
+        found = p.evaluate("""async () => { const {Client} = await import('/client.js'), c = new Client()
+            await c.ask('open', {url: new URL('/model', location.href).href, graphics: true})
+            const draw = () => c.ask('draw', {prompt: 'a cat', seed: 5, steps: 4, guidance: 3, worn: []}).then(o => Array.from(o.pixels))
+            const race = await c.ask('race', {prompt: 'a cat', seed: 5, steps: 4, guidance: 3})
+            return {race, pixels: await draw()} }""")
+        assert found["race"]["difference"] <= 2, found["race"]
+        assert np.abs(np.array(found["pixels"]).reshape(*expected.shape[:2], 4)[..., :3] - expected).max() <= 2

@@ -152,7 +152,8 @@ LIVE = f"{SITE['site-url']}/live/"      # the page that draws; in Markdown its f
 def to_live(text, docname):
     "Links to the live page as plain HTML, which Sphinx does not take for a page of its own."
     here = "../" * docname.count("/") + "live/index.html"
-    def link(m): return f'<a href="{here}{m[2]}">{m[1] if m[1].startswith("<img ") else html.escape(m[1])}</a>'
+    def said(x): return x.replace("<img ", '<img class="no-scaled-link" ', 1) if x.startswith("<img ") else html.escape(x)   # no link in a link
+    def link(m): return f'<a href="{here}{m[2]}">{said(m[1])}</a>'
     return re.sub(r"\[([^\]]*)\]\(" + re.escape(LIVE) + r"([^)]*)\)", link, text)
 
 

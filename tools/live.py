@@ -5,7 +5,7 @@ table    trains five held-out subjects in the page, with its buttons, and lets t
 picture  the moving picture of the README (nbs/images/live.gif)
 times    seconds of what a reader waits for, and memory after fifty pictures
 """
-import io, json, shutil, sys, tempfile, time
+import io, json, os, shutil, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -34,24 +34,24 @@ def opened(playwright, folder, tab="teach", width=1280, height=900, threads=True
     page.goto(f"http://127.0.0.1:{server.server_address[1]}/index.html#{tab}")
     page.click("#load:enabled")
     page.wait_for_function("lora_nb.ready()", timeout=120_000)
+    if tab == "teach": page.wait_for_selector("#fetching", state="hidden")
     return page, time.time() - began
 
 
-def taught(page, subject, steps=100, each=lambda: None):
-    "Press the page's buttons until it has learned a bundled subject: (text of the measurement, seconds of training, of all)."
+def taught(page, subject, steps=None, each=lambda: None):
+    "Press the page's buttons until it has learned a bundled subject: (text of the measurement, seconds up to its last step, of all)."
     page.select_option("#example", subject)
     page.wait_for_function("document.querySelectorAll('#tiles figure').length === 5")
-    page.fill("#many", str(steps))
-    began, first, last = time.time(), None, None
-    page.click("#learn")
+    if steps: page.fill("#many", str(steps))
+    began, last = time.time(), None
+    page.click("#learn:enabled")
     while True:
         said = page.inner_text("#progress")
-        if first is None and said.startswith("step"): first = time.time()
         if last is None and "Looking" in said: last = time.time()
         if not page.evaluate("lora_nb.model.busy"): break
         each(); time.sleep(.05)
     if page.inner_text("#error"): raise SystemExit(page.inner_text("#error"))
-    return page.inner_text("#measure"), last - first, time.time() - began
+    return page.inner_text("#measure"), last - began, time.time() - began
 
 
 def table(page):
@@ -97,24 +97,37 @@ def picture(page):
     print(len(out), "frames", (ROOT / "nbs/images/live.gif").stat().st_size)
 
 
+DRAW = """async ({turbo, worn}) => { const m = lora_nb.model, t = turbo ? m.turbo : null
+    for (const n of [...Object.keys(worn), ...t ? [t.name] : []]) await m.load(n)
+    const began = performance.now()
+    const how = t ? {turbo: t.name, steps: t.turbo.steps, guidance: t.turbo.guidance_scale} : {turbo: null, steps: 25, guidance: 4}
+    await m.client.ask('draw', {prompt: 'a cat face on a striped blue background', seed: 1, show: 0, ...how,
+        worn: Object.entries(worn).map(([name, strength]) => ({name, strength}))})
+    return (performance.now() - began) / 1000 }"""
+SLIDE = """() => new Promise(done => {                      // from the slider's move to the picture on the canvas
+    const slider = document.querySelector('#loras input[data-name=neon]'), began = performance.now(), was = lora_nb.model.drawn
+    slider.value = String(1 - slider.value); slider.dispatchEvent(new Event('input'))
+    const look = () => lora_nb.model.drawn > was ? done((performance.now() - began) / 1000) : requestAnimationFrame(look)
+    look() })"""
+
+
 def times(page):
-    "Seconds of a guided picture, a turbo picture and a training; memory before and after fifty pictures."
-    draw = """async ({turbo, worn}) => { const m = lora_nb.model, t = turbo ? m.turbo : null
-        for (const n of [...worn, ...t ? [t.name] : []]) await m.load(n)
-        const began = performance.now()
-        await m.client.ask('draw', {prompt: 'a cat face on a striped blue background', seed: 1, worn: worn.map(name => ({name, strength: 1})),
-            turbo: t?.name ?? null, steps: t ? t.turbo.steps : 25, guidance: t ? t.turbo.guidance_scale : 4, show: 0})
-        return (performance.now() - began) / 1000 }"""
-    for what in (dict(turbo=False, worn=[]), dict(turbo=False, worn=["neon"]), dict(turbo=True, worn=["neon"])):
-        page.evaluate(draw, what)
-        print(what, sorted(round(page.evaluate(draw, what), 2) for _ in range(5)))
+    "Seconds of what a reader waits for, least of five and median; memory before and after fifty pictures."
+    def row(what, goal, seconds): print(f"{what:34} {min(seconds):6.2f} {sorted(seconds)[len(seconds) // 2]:6.2f}   goal {goal}", flush=True)
+    print(f"{page.evaluate('lora_nb.model.runs')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; seconds: least, median")
+    page.evaluate(DRAW, dict(turbo=False, worn={}))
+    row("25 guided steps", "1.5", [page.evaluate(DRAW, dict(turbo=False, worn={})) for _ in range(5)])
+    page.click("#tab-play"); page.set_checked("#few", True); page.wait_for_function("lora_nb.ready()")
+    page.evaluate(SLIDE)
+    row("slider moved, turbo picture seen", "0.5", [page.evaluate(SLIDE) for _ in range(5)])
+    page.click("#tab-teach"); page.wait_for_selector("#fetching", state="hidden")
+    for prior, what, goal in ((False, "100 steps of 4", "25"), (True, "100 steps of 4, prior preservation", "40")):
+        page.set_checked("#prior", prior)
+        row(what, goal, [taught(page, "teapot", 100)[1]])
     memory = lambda: page.evaluate("performance.measureUserAgentSpecificMemory().then(m => m.bytes)") / 2**20
     before = memory()
-    for _ in range(50): page.evaluate(draw, dict(turbo=True, worn=["neon"]))
-    print(f"memory before {before:.0f} MiB, after fifty pictures {memory():.0f} MiB")
-    for prior in (False, True):
-        page.set_checked("#prior", prior)
-        print("prior" if prior else "plain", "100 steps, seconds of training and of all:", [round(x, 1) for x in taught(page, "teapot")[1:]])
+    for k in range(50): page.evaluate(DRAW, dict(turbo=True, worn={"neon": k / 50}))
+    print(f"memory: {before:.0f} MiB, after fifty pictures {memory():.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 // Without this script the strip stays as it is.
 
 const LIVE = new URL('../live/', import.meta.url), GAP = 6, COPY = 'The model that draws is not part of this copy of the site.'
-let model = null, last = Promise.resolve()                // one worker for all figures of a page, and one picture at a time
+let model = null, sizes = null, last = Promise.resolve()                // one worker for all figures of a page, and one picture at a time
 
 async function wake(report) {
   return model ??= (async () => {
     const {Client} = await import(new URL('client.js', LIVE).href).catch(() => { throw new Error(COPY) }), client = new Client()
-    const {manifest} = await client.ask('open', {url: new URL('model', LIVE).href}, ({got, all}) => report(got, all))
+    const {manifest} = await client.ask('open', {url: new URL('model', LIVE).href, all: await bytes()}, ({got, all}) => report(got, all))
     return {client, manifest}
   })().catch(e => { model = null; throw e })
 }
+
+/** Bytes that waking the model fetches; null where the page that has it is not there. */
+const bytes = () => sizes ??= fetch(new URL('page.json', LIVE)).then(a => a.json()).then(({bytes: b}) => b.draw + b.runtime.processor).catch(() => null)
 
 const inTurn = job => last = last.then(job, job)
 const element = (tag, props = {}, ...children) => { const e = Object.assign(document.createElement(tag), props); e.append(...children); return e }
@@ -36,6 +39,7 @@ function upgrade(figure) {
   const details = element('details', {}, element('summary', {textContent: 'all side by side'}))
   addEventListener('beforeprint', () => { details.open = true })
   figure.prepend(box); details.append(strip); figure.append(details)
+  if (live) bytes().then(n => { if (n && !model) live.textContent += ` (${Math.round(n / 1e6)} MB, once)` })
   if (live) live.onclick = () => alive({note, canvas, slider, say, live, state, place})
   frame()
 }

@@ -1,5 +1,6 @@
 // The model in the page: weights, ONNX sessions, prompts, and the loop that draws.
-import {widen} from './half.js'
+import {fetchAll, fetchBytes} from './download.js'
+import {widenPlanes} from './half.js'
 import {together} from './lora.js'
 import {Generator} from './random.js'
 import {ddimStep, lcmStep, lcmTimesteps} from './scheduler.js'
@@ -11,29 +12,7 @@ import {Tokenizer} from './tokenizer.js'
  *  raw?: boolean}} Wish `raw`: latents only */
 
 const WEIGHTS = 'weights'                                 // what the graphs call the file that they share
-
-/** The bytes of a file, with progress; an Error for people if it does not come whole.
- * @param {string} url @param {(got: number) => void} [report] @param {number} [expected] bytes @returns {Promise<ArrayBuffer>} */
-export async function fetchBytes(url, report = () => {}, expected) {
-  let answer
-  try { answer = await fetch(url) } catch { throw new Error(`${name(url)} could not be loaded: is the network down?`) }
-  if (!answer.ok) throw new Error(`${name(url)} could not be loaded (${answer.status}).`)
-  const reader = answer.body.getReader(), parts = []
-  let got = 0
-  for (;;) {
-    let next
-    try { next = await reader.read() } catch { throw new Error(`${name(url)} broke off after ${got} bytes. Reload the page to try again.`) }
-    if (next.done) break
-    parts.push(next.value); got += next.value.length; report(got)
-  }
-  if (expected !== undefined && got !== expected) throw new Error(`${name(url)} has ${got} bytes, expected ${expected}. Reload the page to try again.`)
-  const out = new Uint8Array(got)
-  let at = 0
-  for (const p of parts) { out.set(p, at); at += p.length }
-  return out.buffer
-}
-
-const name = url => url.split('/').pop()
+const GRAPHICS = ['denoiser', 'decoder']                  // what a graphics card may draw with
 
 /** Let waiting messages in, such as "stop": without threads the runtime gives them no time. @returns {Promise<void>} */
 export function breathe() {
@@ -41,29 +20,53 @@ export function breathe() {
 }
 
 export class Engine {
-  /** Load what drawing needs. @param {any} ort onnxruntime-web @param {string} url of the folder with manifest.json
-   * @param {(got: number, all: number) => void} [report] @returns {Promise<Engine>} */
-  static async open(ort, url, report = () => {}) {
-    const manifest = JSON.parse(new TextDecoder().decode(await fetchBytes(`${url}/manifest.json`)))
-    const half = await fetchBytes(`${url}/${manifest.weights.file}`, got => report(got, manifest.weights.bytes), manifest.weights.bytes)
+  /** Load what drawing needs. @param {string} url of the folder with manifest.json @param {(got: number) => void} [report] bytes
+   * @returns {Promise<Engine>} without `ort`, the runtime, which is to be set */
+  static async open(url, report = () => {}) {
+    let before = 0
+    const manifest = JSON.parse(new TextDecoder().decode(await fetchBytes(`${url}/manifest.json`, got => { before = got; report(got) })))
     const engine = new Engine()
-    engine.ort = ort; engine.url = url; engine.manifest = manifest
-    engine.weights = widen(new Uint16Array(half))
+    engine.ort = null; engine.url = url; engine.manifest = manifest
+    engine.weights = new Float32Array(manifest.weights.total)
+    engine.models = {}; engine.sessions = {}; engine.providers = {}; engine.last = Promise.resolve(); engine.learns = null
     engine.tokenizer = new Tokenizer(manifest.tokenizer)
-    engine.sessions = {}
     const s = manifest.schedule
     engine.schedule = {alphas: Float64Array.from(s.alphas), prediction: s.prediction, last: s.last, trained: s.trained, timesteps: s.timesteps}
+    await engine.take('draw', got => report(before + got))
     return engine
   }
 
-  /** @param {string} graph of the manifest @returns {Promise<any>} an InferenceSession, made when first asked for */
-  async session(graph) {
-    return this.sessions[graph] ??= (async () => {
-      const model = new Uint8Array(await fetchBytes(`${this.url}/${graph}.onnx`))
-      const data = new Uint8Array(this.weights.buffer)
-      return this.ort.InferenceSession.create(model, {executionProviders: ['wasm'], graphOptimizationLevel: 'all', logSeverityLevel: 3,
-        externalData: [{path: WEIGHTS, data}]})
+  /** Load a part of the model: its weights into their place, its graphs as they are. @param {'draw'|'learn'} part @param {(got: number) => void} [report] */
+  async take(part, report) {
+    const files = await fetchAll(this.url, this.manifest.files[part], report), {total, learn} = this.manifest.weights
+    for (const [file, data] of Object.entries(files)) {
+      if (file.endsWith('.onnx.gzip')) this.models[file.replace('.onnx.gzip', '')] = new Uint8Array(data)
+      else widenPlanes(new Uint8Array(data), part === 'draw' ? this.weights.subarray(0, learn) : this.weights.subarray(learn, total))
+    }
+  }
+
+  /** Load what learning needs, once. @param {(got: number, all: number) => void} [report] */
+  async learn(report = () => {}) {
+    const files = this.manifest.files.learn
+    if (!files) throw new Error('This page was made without what it needs to learn.')
+    const all = Object.values(files).reduce((a, b) => a + b, 0)
+    return this.learns ??= this.take('learn', got => report(got, all)).catch(e => { this.learns = null; throw e })
+  }
+
+  /** @param {string} graph of the manifest @param {string} [provider] @returns {Promise<any>} an InferenceSession, made when first asked for */
+  async session(graph, provider = this.providers[graph] ?? 'wasm') {
+    return this.sessions[`${graph} ${provider}`] ??= (async () => {
+      if (!this.models[graph]) await this.learn()
+      return this.ort.InferenceSession.create(this.models[graph], {executionProviders: [provider], graphOptimizationLevel: 'all', logSeverityLevel: 3,
+        externalData: [{path: WEIGHTS, data: new Uint8Array(this.weights.buffer)}]})
     })()
+  }
+
+  /** Run a graph; one run at a time, whoever asks. @param {string} graph @param {Object<string, any>} inputs @param {string} [provider] */
+  async run(graph, inputs, provider) {
+    const session = await this.session(graph, provider), go = () => session.run(inputs), out = this.last.then(go, go)
+    this.last = out.catch(() => {})
+    return out
   }
 
   /** Numbers of a weight, as a view. @param {string} path @returns {Float32Array} */
@@ -73,6 +76,15 @@ export class Engine {
   }
 
   tensor(data, shape) { return new this.ort.Tensor(data instanceof BigInt64Array ? 'int64' : 'float32', data, shape) }
+
+  /** An Error for people if a LoRA has layers that the model has not. @param {Lora} lora */
+  fits(lora) {
+    const shapes = Object.assign({}, ...Object.values(this.manifest.graphs).map(g => g.shapes)), product = s => s.reduce((a, b) => a * b, 1)
+    const odd = Object.entries(lora.layers).filter(([path, f]) => !Object.hasOwn(shapes, path) || f.inner !== product(shapes[path].down) || f.outer !== shapes[path].up[0])
+    if (!odd.length) return
+    const [path, {inner, outer}] = odd[0], own = Object.hasOwn(shapes, path) ? `is ${product(shapes[path].down)} to ${shapes[path].up[0]} here, and ${inner} to ${outer} in the file` : 'is not among those that this page can adapt'
+    throw new Error(`${lora.name} was made for another model than ${this.manifest.base}: ${odd.length} of its ${Object.keys(lora.layers).length} layers do not fit, such as ${path.slice(0, 100)}, which ${own}.`)
+  }
 
   /** The inputs of a graph that are LoRA factors. @param {string} component @param {{lora: Lora, strength: number|((path: string) => number)}[]} worn */
   factors(component, worn) {
@@ -107,36 +119,39 @@ export class Engine {
       lost = Math.max(lost, l)
       ids.forEach((id, i) => embeds.set(id < rows ? table.subarray(id * width, (id + 1) * width) : extra[id - rows], (k * length + i) * width))
     })
-    const s = await this.session('text_encoder')
-    const out = await s.run({embeds: this.tensor(embeds, [prompts.length, length, width]), ...this.factors('text_encoder', worn)})
+    const out = await this.run('text_encoder', {embeds: this.tensor(embeds, [prompts.length, length, width]), ...this.factors('text_encoder', worn)})
     return {states: out.states.data, lost}
   }
 
   /** A picture's latents, as the denoiser takes them. @param {Float32Array} pixels (3, size, size) in -1..1 @returns {Promise<Float32Array>} */
   async latents(pixels) {
-    const {scale, shift, size} = this.manifest.latents, s = await this.session('encoder')
-    const z = (await s.run({pixels: this.tensor(pixels, [1, 3, size, size])})).latents.data
+    const {scale, shift, size} = this.manifest.latents
+    const z = (await this.run('encoder', {pixels: this.tensor(pixels, [1, 3, size, size])})).latents.data
     return z.map(x => (x - shift) * scale)
   }
 
   /** What shows in a picture, as a vector of length one: the describer that comes with the page. @param {Float32Array} pixels
    * @returns {Promise<Float32Array>} */
   async describe(pixels) {
-    const {size} = this.manifest.latents, s = await this.session('describer')
-    return (await s.run({pixels: this.tensor(pixels, [1, 3, size, size])})).description.data
+    const {size} = this.manifest.latents
+    return (await this.run('describer', {pixels: this.tensor(pixels, [1, 3, size, size])})).description.data
   }
 
   /** Forget a session that is large and seldom used. @param {string} graph */
   async release(graph) {
-    const s = this.sessions[graph]
-    delete this.sessions[graph]
-    if (s) await (await s).release()
+    for (const key of Object.keys(this.sessions)) {
+      if (key.split(' ')[0] !== graph) continue
+      const s = this.sessions[key]
+      delete this.sessions[key]
+      await this.last
+      await (await s).release()
+    }
   }
 
   /** Latents as a picture. @param {Float32Array} z @returns {Promise<Uint8ClampedArray>} RGBA */
   async decode(z) {
     const {scale, shift, shape, size} = this.manifest.latents, x = z.map(v => v / scale + shift)
-    const s = await this.session('decoder'), y = (await s.run({latents: this.tensor(x, [1, ...shape])})).pixels.data
+    const y = (await this.run('decoder', {latents: this.tensor(x, [1, ...shape])})).pixels.data
     const n = size * size, out = new Uint8ClampedArray(4 * n)
     for (let i = 0; i < n; i++) {
       for (let c = 0; c < 3; c++) out[4 * i + c] = Math.round(Math.min(1, Math.max(0, y[c * n + i] / 2 + .5)) * 255)
@@ -153,7 +168,7 @@ export class Engine {
     const few = !!wish.turbo, guided = wish.guidance !== 1
     const always = wish.worn.map(w => ({...w, strength: w.strength}))
     const {states, lost} = await this.encode(guided ? [wish.prompt, ''] : [wish.prompt], always)
-    const width = states.length / (guided ? 2 : 1), batch = guided ? 2 : 1, denoiser = await this.session('denoiser')
+    const width = states.length / (guided ? 2 : 1), batch = guided ? 2 : 1
     const all = few ? [...always, {lora: wish.turbo, strength: 1}] : always
     const times = few ? lcmTimesteps(wish.steps, wish.original ?? 50, this.schedule.trained) : this.schedule.timesteps[wish.steps - 1]
     let z = random.normal(n), factors = null, worn = null, step = {z, clean: z}, stopped = false
@@ -163,7 +178,7 @@ export class Engine {
       if (now.join() !== worn) { worn = now.join(); factors = this.factors('denoiser', all.map((w, i) => ({lora: w.lora, strength: now[i]}))) }
       const zz = new Float32Array(batch * n), t = BigInt64Array.from({length: batch}, () => BigInt(times[k]))
       for (let i = 0; i < batch; i++) zz.set(z, i * n)
-      const out = (await denoiser.run({latents: this.tensor(zz, [batch, ...shape]), timesteps: this.tensor(t, [batch]), states: e, ...factors})).answer.data
+      const out = (await this.run('denoiser', {latents: this.tensor(zz, [batch, ...shape]), timesteps: this.tensor(t, [batch]), states: e, ...factors})).answer.data
       const answer = guided ? out.slice(0, n) : out
       if (guided) for (let i = 0; i < n; i++) answer[i] = out[n + i] + wish.guidance * (out[i] - out[n + i])
       const before = few ? (k + 1 < times.length ? times[k + 1] : -1) : times[k] - Math.floor(this.schedule.trained / times.length)
@@ -175,5 +190,30 @@ export class Engine {
       if (seen(k + 1, picture) && !last) { stopped = true; break }
     }
     return {pixels: wish.raw ? null : await this.decode(stopped ? step.clean : z), latents: z, lost, stopped}
+  }
+
+  /** Draw a picture on the processor and on the graphics card, and go on with the faster, if both draw the same. @param {Wish} wish
+   * @returns {Promise<{provider: string, seconds: Object<string, number>, difference: number, why?: string}>} `difference`: of 255, in any channel */
+  async race(wish) {
+    const seconds = {}, drawn = {}, choose = p => { for (const g of GRAPHICS) this.providers[g] = p }
+    const time = async p => {
+      choose(p)
+      await this.draw({...wish, steps: 1})               // makes the sessions, and compiles
+      const began = performance.now()
+      drawn[p] = (await this.draw(wish)).pixels; seconds[p] = (performance.now() - began) / 1000
+    }
+    let difference = NaN, why
+    try {
+      await time('wasm'); await time('webgpu')
+      difference = drawn.wasm.reduce((d, x, i) => Math.max(d, Math.abs(x - drawn.webgpu[i])), 0)
+    } catch (e) { why = String(e?.message ?? e) }
+    const provider = difference <= 2 && seconds.webgpu < seconds.wasm ? 'webgpu' : 'wasm'
+    choose(provider)
+    for (const g of GRAPHICS) {                           // the loser's memory is given back
+      const lost = `${g} ${provider === 'wasm' ? 'webgpu' : 'wasm'}`, s = this.sessions[lost]
+      delete this.sessions[lost]
+      try { await (await s)?.release() } catch { }
+    }
+    return {provider, seconds, difference, why}
   }
 }

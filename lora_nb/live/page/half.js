@@ -16,6 +16,15 @@ export function widen(half, out = new Float32Array(half.length)) {
   return out
 }
 
+/** The numbers of an array that is written as two planes, all low bytes and then all high bytes.
+ * @param {Uint8Array} planes @param {Float32Array} [out] @returns {Float32Array} */
+export function widenPlanes(planes, out = new Float32Array(planes.length / 2)) {
+  const n = planes.length / 2
+  if (out.length !== n) throw new Error(`The weights hold ${n} numbers, expected ${out.length}. Reload the page to try again.`)
+  for (let i = 0; i < n; i++) out[i] = table[planes[i] | planes[n + i] << 8]
+  return out
+}
+
 const one = new Float32Array(1), bits = new Uint32Array(one.buffer)
 
 /** A number rounded to half precision (to nearest, ties to even), as bits. @param {number} x @returns {number} */

@@ -1,9 +1,10 @@
 // The page: load the model, then play or teach.
-import {$, fail, model, say} from './model.js'
+import {isolate} from './isolate.js'
+import {$, fail, megabytes, model, say} from './model.js'
 import * as play from './play.js'
+import {hasGraphics, unable} from './runtime.js'
 import * as teach from './teach.js'
 
-const megabytes = n => `${(n / 1e6).toFixed(0)} MB`
 const tabs = {play: [$('tab-play'), $('panel')], teach: [$('tab-teach'), $('teach')]}
 
 function choose(name, focus = false) {
@@ -12,6 +13,7 @@ function choose(name, focus = false) {
     if (focus && k === name) tab.focus()
   }
   history.replaceState(null, '', `#${name}`)
+  if (name === 'teach') teach.load()
 }
 
 async function start() {
@@ -22,7 +24,7 @@ async function start() {
     $('begin').hidden = true; $('tabs').hidden = false
     choose(location.hash === '#teach' ? 'teach' : 'play')
     await play.open()
-  } catch (e) { fail(e); $('load').disabled = false }
+  } catch (e) { fail(e); $('load').disabled = false; $('bar').hidden = true }
 }
 
 for (const [k, [tab]] of Object.entries(tabs)) {
@@ -30,9 +32,17 @@ for (const [k, [tab]] of Object.entries(tabs)) {
   tab.onkeydown = e => { if (['ArrowLeft', 'ArrowRight'].includes(e.key)) choose(k === 'play' ? 'teach' : 'play', true) }
 }
 $('load').onclick = start
-model.list().then(() => {
-  const {model: m, runtime} = model.bytes
-  $('size').textContent = `${megabytes(m + runtime)} once (the model ${megabytes(m)}, what runs it ${megabytes(runtime)}), then from your browser's cache`
+
+async function offer() {
+  const no = unable()
+  if (no) return say(no)
+  if (await isolate()) return
+  await model.list(); model.graphics = await hasGraphics()
+  const {draw, learn} = model.bytes, runtime = model.runtime
+  tabs.teach[0].hidden = !learn
+  $('size').textContent = `${megabytes(draw + runtime)} once (the model ${megabytes(draw)}, what runs it ${megabytes(runtime)}), then from your browser's cache.` +
+    (learn ? ` Teaching it fetches ${megabytes(learn)} more.` : '')
   $('load').disabled = false
-}, fail)
-window.lora_nb = {model, ready: () => model.client && !model.busy}          // for tests
+}
+offer().catch(fail)
+window.lora_nb = {model, ready: () => model.manifest && !model.busy}          // for tests

@@ -24,6 +24,17 @@ export async function open() {
   cards.filter(c => !c.turbo).forEach(row)
   $('few').disabled = !cards.some(c => c.turbo)
   await draw()
+  if (model.graphics) await race()
+}
+
+/** Once, after the first picture: the graphics card may be faster. */
+async function race() {
+  busy = model.busy = true; $('draw').disabled = true
+  const said = $('state').textContent
+  $('state').textContent = `${said}; trying the graphics card …`
+  try { await model.race({prompt: $('prompt').value, seed: 0, steps: 8, guidance: model.manifest.sampling.guidance_scale}) } catch (e) { fail(e) }
+  $('state').textContent = `${said}; from now on with ${model.runs}`
+  busy = false; model.free(); $('draw').disabled = false
 }
 
 /** A LoRA that has just been made or given gets a slider. */
@@ -48,7 +59,7 @@ export async function draw() {
     const ask = (names, canvas) => model.client.ask('draw', {...settings, worn: names.map(([name, strength]) => ({name, strength, curve: curve.flat ? undefined : curve.values}))},
       ({step, pixels}) => { $('state').textContent = `step ${step} of ${settings.steps}`; if (pixels) show(canvas, pixels) })
     const out = await ask(list, 'with')
-    show('with', out.pixels)
+    show('with', out.pixels); model.drawn++
     $('said').textContent = `${settings.prompt}, seed ${settings.seed}${list.map(([n, s]) => `, ${n} ${s}`).join('')}`
     $('note').textContent = out.lost ? `The prompt is longer than 77 tokens: the last ${out.lost} are left out.` : ''
     if ($('beside').checked && !out.stopped) { $('other').hidden = false; show('without', (await ask([], 'without')).pixels) } else $('other').hidden = true
@@ -60,7 +71,7 @@ export async function draw() {
 
 $('form').onsubmit = e => { e.preventDefault(); draw() }
 $('prompt').onkeydown = e => { if (e.key === 'Enter' && (e.ctrlKey || e.metaKey)) { e.preventDefault(); draw() } }
-$('stop').onclick = () => model.client.ask('stop')
+$('stop').onclick = () => model.client.ask('stop', {what: 'draw'})
 $('flat').onclick = () => { curve.set(Array(32).fill(1)); wish() }
 $('few').onchange = () => { for (const x of ['steps', 'guidance']) $(x).disabled = $('few').checked; draw() }
 $('file').onchange = async () => {

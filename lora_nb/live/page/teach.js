@@ -2,12 +2,12 @@
 import {camera, ground, numbers, Paint, pictureOf, square} from './pictures.js'
 import {Plot} from './plot.js'
 import {add} from './play.js'
-import {$, fail, model, say, show} from './model.js'
+import {$, fail, megabytes, model, say, show} from './model.js'
 
 const MOST = 8, GROUNDS = ['a striped blue background', 'a dotted green background', 'a yellow background', 'a checkered red background']
 const RATE = 4e-3, PREVIEWS = 5
 const tiles = []                                          // {canvas, input, words}: what is learned from; `words`: its caption as long as nobody typed one
-let plot = null, plan = null, made = null, stop = null, choose = () => {}
+let loaded = null, plot = null, plan = null, made = null, stop = null, choose = () => {}
 
 const canvasOf = () => { const c = document.createElement('canvas'); c.width = c.height = model.size; return c }
 const words = () => ({trigger: $('trigger').value.trim() || 'sks', noun: $('noun').value.trim() || 'thing'})
@@ -28,6 +28,18 @@ export function open(chooser) {
   refresh()
 }
 
+/** Fetch what learning needs, which drawing does not: once, when the reader comes here. */
+export async function load() {
+  if (loaded !== null) return
+  loaded = false; $('fetching').hidden = false; say()
+  const tell = (got, all) => { $('more').value = got / all; $('much').textContent = `Fetching what learns: ${megabytes(got)} of ${megabytes(all)}. You can choose pictures meanwhile.` }
+  tell(0, model.bytes.learn)
+  try { await model.client.ask('learn', {}, ({got, all}) => tell(got, all)); loaded = true }
+  catch (e) { loaded = null; fail(e) }
+  $('fetching').hidden = true
+  refresh()
+}
+
 function refresh() {
   const said = `${words().trigger} ${words().noun}`
   $('caption').textContent = said
@@ -35,7 +47,7 @@ function refresh() {
     if (t.words !== null) t.input.value = t.words.replaceAll('{trigger}', said)
     t.input.title = t.input.value; t.input.classList.toggle('unsaid', !t.input.value.includes(said))
   }
-  $('learn').disabled = !tiles.length || model.busy
+  $('learn').disabled = !tiles.length || model.busy || !loaded
   $('hint').textContent = tiles.length ? `${tiles.length} picture${tiles.length > 1 ? 's' : ''} to learn from.${tiles.length < 3 ? ' Three to eight teach more.' : ''}`
     : 'Drop pictures here. The middle square of each is used. They stay on your machine.'
 }
@@ -167,7 +179,7 @@ function taken(source, width, height, what) {
 
 document.addEventListener('free', refresh)
 $('lesson').onsubmit = e => { e.preventDefault(); if (!$('learn').disabled) learn() }
-$('halt').onclick = () => model.client.ask('stop')
+$('halt').onclick = () => model.client.ask('stop', {what: 'train'})
 $('pick').onclick = () => $('files').click()
 $('files').onchange = () => { give([...$('files').files]); $('files').value = '' }
 $('example').onchange = () => { if ($('example').value) example($('example').value) }

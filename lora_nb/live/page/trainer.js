@@ -9,7 +9,8 @@ export class Trainer {
   static async open(engine, {batch, seed = 0}) {
     const t = new Trainer(), {layout, rank} = engine.manifest.training, n = layout[layout.length - 1].end
     t.engine = engine; t.batch = batch; t.rank = rank; t.layout = layout; t.random = new Generator(seed)
-    t.session = await engine.session(`train${batch}`)
+    t.graph = `train${batch}`
+    await engine.session(t.graph)                        // it takes seconds: before the first step, not in it
     t.theta = new Float32Array(n); t.m = new Float32Array(n); t.v = new Float32Array(n); t.k = 0
     for (const r of layout) {                            // `down` is random, `up` zero: at first nothing changes
       const size = r.up - r.down
@@ -23,7 +24,7 @@ export class Trainer {
   async step({latents, noise, times, states, weight}, lr) {
     const e = this.engine, B = this.batch, {shape} = e.manifest.latents, {length, width} = e.manifest.text, n = this.theta.length
     const a = e.schedule.alphas, f = (x, s) => e.tensor(x, s)
-    const out = await this.session.run({
+    const out = await e.run(this.graph, {
       theta: f(this.theta, [n]), m: f(this.m, [n]), v: f(this.v, [n]), k: f(Float32Array.of(this.k + 1), [1]), lr: f(Float32Array.of(lr), [1]),
       latents: f(latents, [B, ...shape]), noise: f(noise, [B, ...shape]), timesteps: f(BigInt64Array.from(times, BigInt), [B]),
       states: f(states, [B, length, width]), weight: f(weight, [B]),

@@ -1,32 +1,43 @@
 // The model works here, so that the page never freezes. Messages in: {id, call, args}; out: {id, value | error | progress}.
-import * as ort from './ort/ort.wasm.min.mjs'
+import {fetchBytes} from './download.js'
 import {Engine} from './engine.js'
 import {load, save} from './lora.js'
 import {Lesson} from './lesson.js'
+import {openRuntime, unable} from './runtime.js'
 import {Trainer} from './trainer.js'
 
-ort.env.wasm.wasmPaths = new URL('./ort/', import.meta.url).href
-ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1
-ort.env.logLevel = 'error'
-
-let engine = null, halt = false, lesson = null
+let engine = null, lesson = null
+const halt = {draw: false, train: false}
 const loras = new Map()
 
 const calls = {
-  async open({url}, report) {
-    engine = await Engine.open(ort, url, (got, all) => report({got, all}))
+  /** `threads`, `graphics`: of the runtime; `all`: bytes that are to come, to report with what has come */
+  async open({url, threads, graphics, all}, report) {
+    const no = unable()
+    if (no) throw new Error(no)
+    const got = [0, 0], tell = i => n => { got[i] = n; report({got: got[0] + got[1], all}) }
+    const [ort, opened] = await Promise.all([openRuntime(new URL('./ort', import.meta.url).href, {threads, graphics}, tell(0)), Engine.open(url, tell(1))])
+    engine = opened; engine.ort = ort
     return {manifest: {...engine.manifest, tokenizer: null, entries: null, schedule: null}}
   },
+  /** What learning needs, which drawing does not. */
+  async learn(args, report) { await engine.learn((got, all) => report({got, all})) },
+  /** Whether a graphics card draws the same, and faster. */
+  async race(wish) { return engine.race({worn: [], ...wish}) },
   async lora({name, url, buffer}, report) {
-    if (!loras.has(name) || buffer) loras.set(name, load(buffer ?? await (await fetch(url)).arrayBuffer(), name))
+    if (!loras.has(name) || buffer) {
+      const l = load(buffer ?? await fetchBytes(url), name)
+      engine.fits(l)
+      loras.set(name, l)
+    }
     const l = loras.get(name), first = Object.values(l.layers)[0]
     return {name, layers: Object.keys(l.layers).length, rank: first.rank, words: Object.keys(l.words), trigger: String(l.note.trigger ?? '')}
   },
   async draw(wish, report) {
-    halt = false
+    halt.draw = false
     const worn = wish.worn.map(w => ({...w, lora: loras.get(w.name)}))
     const began = performance.now()
-    const out = await engine.draw({...wish, worn, turbo: wish.turbo ? loras.get(wish.turbo) : null}, (step, pixels) => { report({step, pixels}); return halt })
+    const out = await engine.draw({...wish, worn, turbo: wish.turbo ? loras.get(wish.turbo) : null}, (step, pixels) => { report({step, pixels}); return halt.draw })
     return {...out, seconds: (performance.now() - began) / 1000}
   },
   async steps({batch, theta, lr, latents, noise, times, states, n}) {       // n steps on one batch: a test, and a measure of speed
@@ -38,14 +49,14 @@ const calls = {
   },
   /** Prepare a lesson: pictures as latents, captions as states, class pictures. */
   async prepare(wish, report) {
-    halt = false; await lesson?.close()
-    lesson = await Lesson.open(engine, wish, p => { report(p); return halt })
-    return {stopped: halt}
+    halt.train = false; await lesson?.close()
+    lesson = await Lesson.open(engine, wish, p => { report(p); return halt.train })
+    return {stopped: halt.train}
   },
   /** Train from where the lesson stands to its end, or until it is stopped. */
   async train(args, report) {
-    halt = false
-    return lesson.run(p => { report(p); return halt })
+    halt.train = false
+    return lesson.run(p => { report(p); return halt.train })
   },
   /** What has been learned becomes a LoRA like the others; its file comes back. */
   async learned({name}) {
@@ -59,7 +70,7 @@ const calls = {
     const a = await vectors(drawn), b = await vectors(given)
     return a.map(x => b.reduce((sum, y) => sum + x.reduce((s, v, i) => s + v * y[i], 0), 0) / b.length)
   },
-  async stop() { halt = true },
+  async stop({what}) { halt[what] = true },
 }
 
 onmessage = async ({data: {id, call, args}}) => {
