@@ -25,6 +25,6 @@ setup(
     package_data={"lora_nb": ["py.typed", "*.pyi"], "lora_nb.cli": ["*.pyi"], "lora_nb.live": ["*.pyi", "page/*"], "lora_nb.studio": ["*.pyi", "*.css"],
                   "lora_nb.zoo": ["*.pyi"], "lora_nb.data": data},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "completion": cfg["completion_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["lora_nb = lora_nb._modidx:d"]},
 )

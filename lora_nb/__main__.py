@@ -1,0 +1,4 @@
+"`python -m lora_nb COMMAND ...`."
+from .cli import main
+
+if __name__ == "__main__": main()
