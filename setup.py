@@ -22,7 +22,7 @@ setup(
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=["lora_nb", "lora_nb.cli", "lora_nb.live", "lora_nb.studio", "lora_nb.zoo", "lora_nb.data"],
     package_dir={"lora_nb.data": "data"},
-    package_data={"lora_nb": ["py.typed", "*.pyi"], "lora_nb.cli": ["*.pyi"], "lora_nb.live": ["*.pyi", "page/*"], "lora_nb.studio": ["*.pyi", "*.css"],
+    package_data={"lora_nb": ["py.typed", "*.pyi"], "lora_nb.cli": ["*.pyi"], "lora_nb.live": ["*.pyi", "page/*"], "lora_nb.studio": ["*.pyi", "*.css", "*.js"],
                   "lora_nb.zoo": ["*.pyi"], "lora_nb.data": data},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "completion": cfg["completion_requirements"].split()},
