@@ -195,3 +195,82 @@ def test_slices_for_large_batches_only():
     with frugal_vae(vae, 1000): assert not vae.use_slicing
     with pytest.raises(KeyError), frugal_vae(vae, 2**20): assert vae.use_slicing; raise KeyError
     assert not vae.use_slicing
+
+
+# --- a whole run --------------------------------------------------------------------------------------------------------
+
+def watched(trainer):
+    "The trainer on an imagined card; what is on it whenever a network works"
+    base = trainer.base
+    trainer.place = Recorder(base, trainer._busy())
+    seen = []
+    def note(name):
+        def hook(m, args): seen.append((name, {n for n, w in trainer.place.where.items() if w == "card"}, torch.is_grad_enabled()))
+        return hook
+    for n, m in base.parts().items(): m.register_forward_pre_hook(note(n))
+    for n in ("encode", "decode"):                   # the VAE's doors are not its forward
+        own = getattr(base.vae, n)
+        def door(*a, own=own, **kw): note("vae")(0, 0); return own(*a, **kw)
+        setattr(base.vae, n, door)
+    return seen
+
+
+def trainer_of(family, params=None, **kw):
+    from lora_nb.dataset import ConceptDataset, TagWording, encode
+    from lora_nb.injection import inject_lora
+    from lora_nb.recipe import Recipe
+    from lora_nb.samples import Stream
+    from lora_nb.training import Trainer
+    base = as_base(random_pipe(family))
+    data = ConceptDataset([Image.new("RGB", (64, 64), c) for c in ("red", "green")], "red, a wall, old", size=64, tags=TagWording(keep=0))
+    torch.manual_seed(0)
+    worn = inject_lora(base.pipe, {base.denoiser_name: "attention", **(params or {})}, rank=2)
+    streams = [Stream("subject", encode(base, data), 1), Stream("prior", encode(base, data), 1, .5, teacher=True)]
+    recipe = Recipe(steps=4, rank=2, preview_every=2, validate_every=2, validation_samples=2, caption_dropout=.3)
+    return Trainer(base, worn, streams, recipe, previews=dict(prompts=["a cat", "a dog"], seeds=[0, 1], steps=1), **kw)
+
+
+@pytest.mark.parametrize("family", ("sd", "sdxl", "sd3"))
+def test_only_the_denoiser_is_on_the_card_while_it_trains(family):
+    trainer = trainer_of(family); seen = watched(trainer)
+    own = trainer.base.encode_prompts; read = []
+    trainer.base.encode_prompts = lambda ps: (read.append(len(ps)), own(ps))[1]
+    encoders = set(trainer.base.text_encoders)
+    trainer.fit()
+    steps = [on for n, on, learn in seen if n == trainer.base.denoiser_name and learn]
+    assert len(steps) >= 4 and all(on == {trainer.base.denoiser_name} for on in steps)
+    draws = [on for n, on, learn in seen if n == "vae"]
+    assert draws and all("vae" in on and not on & encoders for on in draws)                # previews: the VAE, no encoder
+    assert read and set(trainer.place.where.values()) == {"card"}
+    assert len(trainer.log.previews) == 3
+
+
+def test_no_text_is_read_after_the_first_step():
+    "Shuffled tags, dropped captions, validation and previews: all were read before"
+    trainer = trainer_of("sd3"); watched(trainer)
+    asked, memories = [], {}
+    place = trainer.place
+    own = Recorder.remember
+    def remember(self, learning=()):
+        own(self, learning)
+        for n, m in self.memories.items():
+            def ask(args, kwargs, n=n, inner=m._ask): asked.append((n, trainer.done, trainer.learning)); return inner(args, kwargs)
+            m._ask = ask
+    place.remember = remember.__get__(place)
+    trainer.fit()
+    assert asked and not any(done or learning for _, done, learning in asked)
+
+
+def test_an_encoder_that_learns_is_there_for_its_backward_pass():
+    trainer = trainer_of("sd3", {"text_encoder": "attention"}); seen = watched(trainer)
+    trainer.fit()
+    steps = [on for n, on, learn in seen if n == "transformer" and learn]
+    assert steps and all(on == {"transformer", "text_encoder"} for on in steps)
+
+
+def test_training_equals_training_without_a_card():
+    plain, moved = trainer_of("sd3", {"text_encoder": "attention"}), trainer_of("sd3", {"text_encoder": "attention"})
+    watched(moved)
+    plain.fit(); moved.fit()
+    assert torch.allclose(torch.tensor(plain.log.losses), torch.tensor(moved.log.losses), atol=1e-6)
+    assert torch.allclose(torch.tensor(plain.log.val["prior"]), torch.tensor(moved.log.val["prior"]), atol=1e-6)
