@@ -13,7 +13,9 @@ from lora_nb.injection import inject_lora
 from lora_nb.random_pipes import random_pipe
 from lora_nb.dataset import Examples
 from lora_nb.recipe import Recipe
-from lora_nb.training import Stream, Trainer, Turn, position_weights, worse
+from lora_nb.samples import Stream, position_weights
+from lora_nb.stopping import worse
+from lora_nb.training import Trainer, Turn
 
 WALLS = ConceptDataset([Image.new("RGB", (64, 64), c) for c in ("red", "green", "blue")], "a wall", size=64)
 
