@@ -100,12 +100,12 @@ from .pti import train_pti as train_pti
 from .pti import PivotalTuning as PivotalTuning
 from .pti import pivotal_recipe_for as pivotal_recipe_for
 from .training import Trainer as Trainer
-from .training import Stream as Stream
+from .samples import Stream as Stream
 from .log import TrainingLog as TrainingLog
 
 # Stable Diffusion 3.5
 from .sd3 import attention_maps as attention_maps
-from .sd3 import shift_for as shift_for
+from .flows import shift_for as shift_for
 from .sd3 import block_groups as block_groups
 
 # few steps
@@ -235,6 +235,7 @@ from .lora_diffusion import swin_ir_sr as swin_ir_sr
 from .lora_diffusion import load_and_save_masks_and_captions as load_and_save_masks_and_captions
 
 # modules
+from . import __main__ as __main__
 from . import architectures as architectures
 from . import bases as bases
 from . import captions as captions
@@ -246,11 +247,15 @@ from . import containers as containers
 from . import conversion as conversion
 from . import core as core
 from . import dataset as dataset
+from . import dataset_config as dataset_config
 from . import drawing as drawing
 from . import dreambooth as dreambooth
 from . import evaluation as evaluation
 from . import extraction as extraction
 from . import families as families
+from . import flow_files as flow_files
+from . import flows as flows
+from . import flux as flux
 from . import formats as formats
 from . import injection as injection
 from . import kinds as kinds
@@ -269,17 +274,20 @@ from . import model_card as model_card
 from . import names as names
 from . import optimizers as optimizers
 from . import peft_files as peft_files
+from . import phases as phases
 from . import pictures as pictures
 from . import positional as positional
 from . import preprocessing as preprocessing
 from . import processes as processes
 from . import products as products
+from . import prompts as prompts
 from . import pti as pti
 from . import random_pipes as random_pipes
 from . import recipe as recipe
 from . import reference as reference
 from . import report as report
 from . import run as run
+from . import samples as samples
 from . import schedule as schedule
 from . import scheduling as scheduling
 from . import sd3 as sd3
@@ -296,6 +304,7 @@ from . import vocabulary as vocabulary
 from . import weight_cache as weight_cache
 from . import words as words
 from . import worn as worn
+from . import zimage as zimage
 from . import zoo as zoo
 
 __all__ = ['load_base', 'as_base', 'Base', 'embedded_bases', 'random_pipe', 'estimate_memory', 'Memory', 'memory_bars', 'Lora', 'Factors', 'add_factors', 'canonical', 'block_of', 'COMPONENTS', 'STREAMS', 'BLOCKS', 'apply_lora', 'remove_lora', 'set_scale', 'extract_lora', 'adapters', 'disabled', 'inject_lora', 'find_targets', 'TARGETS', 'MMDIT_TARGETS', 'Report', 'LoraLayer', 'LoraInjectedLinear', 'LoraInjectedConv2d', 'set_scales', 'load_lora', 'save_lora', 'FORMATS', 'convert_lora', 'fit_format', 'lora_file_info', 'trigger_words', 'distill', 'distillation', 'resize', 'save_checkpoint', 'merge_checkpoint', 'compose', 'triggers_of', 'learn_weights', 'zip_columns', 'LoraSchedule', 'scheduled', 'ramp', 'interpolate', 'parse_schedule', 'parse_lora', 'lora_switch', 'LoraComposite', 'trained_schedule', 'preprocess', 'settings_for', 'find_pictures', 'open_picture', 'ConceptDataset', 'captions_of', 'recipe_card', 'recipe_for', 'Recipe', 'train_dreambooth', 'DreamBooth', 'Concept', 'load_concepts', 'class_pictures', 'train_textual_inversion', 'TextualInversion', 'inversion_recipe_for', 'neighbours', 'train_pti', 'PivotalTuning', 'pivotal_recipe_for', 'Trainer', 'Stream', 'TrainingLog', 'attention_maps', 'shift_for', 'block_groups', 'TurboRun', 'turbo_plan', 'turbo_recipe', 'turbocharged', 'with_turbo', 'turbo_settings', 'evaluate', 'Dino', 'Clip', 'diversity', 'overfitting', 'thumbnails', 'drift', 'bootstrap', 'paired_bootstrap', 'wearing', 'grid', 'before_after', 'curve', 'bars', 'heat', 'to_image', 'save_jpeg', 'Studio', 'lora_studio', 'export_live', 'serve_live', 'show_live', 'lesson_base', 'lesson_places', 'lesson_pictures', 'lesson_cost', 'at_once', 'for_diffusers', 'take_away', 'lora_ppim', 'lora_dreambooth', 'lora_ti', 'lora_pti', 'lora_generate', 'lora_evaluate', 'lora_info', 'lora_convert', 'lora_distill', 'lora_memory', 'lora_live', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'data_path', 'set_seed', 'generator', 'generators', 'default_device', 'default_dtype', 'atomic_path']

@@ -21,7 +21,7 @@ from PIL import Image
 # %% ../nbs/35_captions.ipynb #c0c1d2e6
 from .core import DataError, data_path, progress
 from .similarity import Clip
-from .pictures import OPENAI_NORM, load_pair, open_picture, pixels_for
+from .pictures import OPENAI_NORM, PICTURE_SUFFIXES, is_folder, load_pair, open_picture, pixels_for, reading
 if TYPE_CHECKING: from lora_nb.preprocessing import PreprocessSettings
 
 # %% ../nbs/35_captions.ipynb #f64d0736
@@ -55,7 +55,8 @@ def metadata_rows(
 
 def _metadata_files(folder):
     "metadata.jsonl and metadata.csv of a folder, in upper case too"
-    return sorted(f for f in folder.iterdir() if f.name.lower() in METADATA_FILES and f.is_file()) if folder.is_dir() else []
+    with reading(folder):
+        return sorted(f for f in folder.iterdir() if f.name.lower() in METADATA_FILES and f.is_file()) if is_folder(folder) else []
 
 def _sheet(folder):
     "The rows of a folder's metadata file by `file_name`; the last of several"
@@ -75,11 +76,12 @@ def _table_rows(path, text):
     "The rows of metadata.csv; boxes and sizes are JSON lists"
     comma = max(",;\t", key=text.split("\n")[0].count)
     rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", delimiter=comma, skipinitialspace=True))
+    rows = [{k.strip().lower(): v for k, v in row.items()} for row in rows]       # spreadsheets write `Text`
     if rows and "file_name" not in rows[0]:
         raise DataError(f"{path} has the columns {', '.join(map(str, rows[0]))}: expected `file_name` and one of {', '.join(CAPTION_FIELDS)}.")
     for i, row in enumerate(rows, 2):
-        for k in ("crop", "original_size", "size"):
-            try: row[k] = json.loads(row[k]) if row.get(k) else None
+        for k in {"crop", "original_size", "size"} & row.keys():
+            try: row[k] = json.loads(row[k]) if row[k] else None
             except ValueError as e: raise DataError(f"{path}, row {i}: {k} is {row[k]!r}. Expected a list of numbers.") from e
     return [r for r in rows if r["file_name"]]
 
@@ -150,7 +152,7 @@ def own_captions(
 
 def _text_files(folder):
     "Files that may be captions by (stem, ending in lower case)"
-    there = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    there = sorted(folder.iterdir(), reverse=True) if is_folder(folder) else []
     return {(f.stem, f.suffix.lower()): f for f in there if f.suffix.lower() in (".txt", ".caption")}
 
 def _texts_beside(f, there):
@@ -184,18 +186,17 @@ def caption_notes(
     "Captions that lie beside these pictures and belong to none of them, as sentences"
     notes = []
     for d in dict.fromkeys(f.parent for f in files):
-        if not d.is_dir(): continue
+        if not is_folder(d): continue
         used, rows = [f for f in files if f.parent == d], metadata_rows(d)
         stems = {s for f in used for s in (f.stem, f.name, f.stem.removesuffix(".src"))}
         numbered = any(re.fullmatch(r"\d+\.src", f.stem) for f in used)
         lost = [n for n in rows if n not in {f.name for f in used}]
         name = next((f.name for f in _metadata_files(d)), METADATA)
         notes += _rivals(used, rows, d, name)
-        if rows and not any(row_caption(rows[f.name], f.name) for f in used if f.name in rows):
-            notes.append(f"{name} gives no caption: it has {', '.join(map(str, next(iter(rows.values()))))}; captions are read from "
-                         f"{', '.join(CAPTION_FIELDS[:3])}")
+        if rows and not any(row_caption(rows[f.name], f.name) for f in used if f.name in rows): notes.append(_no_caption(name, rows.values()))
         if lost: notes.append(f"{name} names {_some(lost)}, not among the pictures")
-        alone = [f.name for f in sorted(d.iterdir()) if f.suffix.lower() in (".txt", ".caption") and f.stem not in stems
+        others = {f.stem for f in d.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES}      # pictures that are not used now
+        alone = [f.name for f in sorted(d.iterdir()) if f.suffix.lower() in (".txt", ".caption") and f.stem not in stems | others
                  and not f.name.startswith(".") and not (f.name == "caption.txt" and numbered)]
         if alone: notes.append(f"no picture for {_some(alone)}")
         unread = [f.name for f in sorted(d.iterdir()) if _unread(f, stems)]
@@ -203,6 +204,12 @@ def caption_notes(
     return notes
 
 # %% ../nbs/35_captions.ipynb #5a1dc0df
+def _no_caption(name, rows):
+    "The note on a metadata file without captions: which fields it has, or which are empty"
+    fields = list(dict.fromkeys(str(k) for row in rows for k in row))
+    if empty := [k for k in fields if k in CAPTION_FIELDS]: return f"{name} gives no caption: {', '.join(empty)} is empty for every picture"
+    return f"{name} gives no caption: it has {', '.join(fields)}; captions are read from {', '.join(CAPTION_FIELDS)}"
+
 def _unread(f, stems):
     "Whether a file looks like captions, in a form that is not read"
     kind, name = f.suffix.lower(), f.name.lower()

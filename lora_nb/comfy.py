@@ -18,7 +18,7 @@ from .containers import others
 from .core import FormatError, some
 from .kohya import kohya_faults, kohya_name, kohya_splitter, read_kohya, refuse_family, write_kohya
 from .lora import Factors, Lora
-from .peft_files import refuse, split_key
+from .peft_files import StrayKeys, refuse, split_key
 
 if TYPE_CHECKING:
     from lora_nb.worn import Wearer
@@ -101,8 +101,9 @@ def read_comfy(
     refuse_family(tensors)
     split = kohya_splitter(base)
     lost = [k for k, f in flat.items() if f is None or not f.startswith("bundle_emb.") and not split(f"{f.split('.')[0]}.alpha")]
-    if lost: raise FormatError(f"{len(lost)} of {len(tensors)} keys name no module of SD1, SD2, SDXL or SD3: {some(lost)}. Nothing was "
-                               "loaded; if it is for a model of another size, pass base=, the pipeline it was made for.")
+    if lost: raise StrayKeys(f"{len(lost)} of {len(tensors)} keys name no module of SD1, SD2, SDXL or SD3: {some(lost)}. Nothing was "
+                             "loaded; if it is for a model of another size, pass base=, the pipeline it was made for; left_out=[] leaves "
+                             "them out and lists them.", lost)
     groups = {}
     for k, f in flat.items(): groups.setdefault(f, []).append(k)
     twice = next((ks for ks in groups.values() if len(ks) > 1), None)
@@ -140,6 +141,6 @@ def write_comfy(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors, metadata with our note
     "A LoRA under ComfyUI's names; learned words go into our note"
     refuse("comfy", comfy_faults(lora, base))
-    tensors, metadata = write_kohya(lora, base, "sgm")
+    tensors, metadata = write_kohya(lora, base, "sgm", one_alpha=False)
     clip = "clip_h" if family_of(lora) == "SD2" else "clip_l"
     return {_dotted_key(k, clip): t for k, t in tensors.items()}, metadata

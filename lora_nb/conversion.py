@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import family_of
 from .core import FormatError, human, patch_to, printable, some, table
 from .formats import FORMATS, format_of, load_lora, lora_files, read_file, save_lora
+from .kohya import with_one_alpha
 from .lora import Factors, Lora
 from .peft_files import fold_alpha
 from .positional import filled_walk
@@ -217,18 +218,34 @@ def _gaps(lora, base):
     return gaps
 
 # %% ../nbs/26_conversion.ipynb #e11f2332
+_OLD = re.compile(r"unet\.(conv_in|conv_out|(time|add)_embedding\.linear_[12])")     # 0.36 does not read them, 0.39 does
+
+def _kohya_in_diffusers(lora, one_alpha=True, dialect="diffusers", **options):
+    "Sentences on what diffusers makes of a kohya file"
+    if "transformer" in lora.components and family_of(lora).startswith("SD3"):
+        return ["diffusers (0.42 too) loads nothing of an SD3 file in kohya's form, with a warning: write format='peft' for it."]
+    notes, (even, before) = [], with_one_alpha(lora)
+    moved = [n for n, f in even.layers.items() if f is not lora.layers[n]]
+    if moved and one_alpha:
+        lossy = f" ({len(moved) - len(before)} rounded to their precision)" if len(before) < len(moved) else ""
+        notes.append(f"the alpha of {len(moved)} of {len(lora.layers)} layers is made that of the others, by numbers in up{lossy}: diffusers "
+                     "(0.42 too) takes one alpha for many layers. The differences are the same; one_alpha=False keeps each alpha.")
+    elif moved: notes.append("the layers of a component have several values of alpha: kohya's programs read them, diffusers (0.42 too) takes one "
+                             "for many layers. Leave one_alpha=False out, or write format='peft', for diffusers.")
+    if old := [n for n in lora.layers if _OLD.fullmatch(n)]: notes.append(f"diffusers 0.36 does not read {some(old)} in kohya's form.")
+    if dialect == "sgm" and family_of(lora) in ("SD1", "SD2", "SD1 or SD2"):
+        notes.append("diffusers reads dialect='sgm' for SDXL only.")
+    return notes
+
 def _for_diffusers(lora, format, pad=True, **options):
     "Sentences on what diffusers makes of layers with several ranks or alphas"
-    notes = []
+    notes = _kohya_in_diffusers(lora, **options) if format == "kohya" else []
     for c in lora.components:
         part = [f for n, f in lora.layers.items() if n.startswith(f"{c}.")]
-        ranks, alphas = {f.rank for f in part}, {f.rank if f.alpha is None else f.alpha for f in part}
+        ranks = {f.rank for f in part}
         if format == "peft" and pad and len(ranks) > 1:
             notes.append(f"{c}: ranks {min(ranks)} to {max(ranks)} are filled up to {max(ranks)} with zeros, because diffusers before 0.40 "
                          "misreads several; pad=False writes a smaller file.")
-        if format == "kohya" and len(alphas) > 1 and c != "transformer":
-            notes.append(f"{c} has {len(alphas)} values of alpha: kohya's programs read them, diffusers (0.42 too) takes one for many layers. "
-                         "Write format='peft' for diffusers.")
     return notes
 
 # %% ../nbs/26_conversion.ipynb #a4d6780f

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import family_of
 from .core import FormatError, human, patch_to, printable, some, table
 from .formats import FORMATS, format_of, load_lora, lora_files, read_file, save_lora
+from .kohya import with_one_alpha
 from .lora import Factors, Lora
 from .peft_files import fold_alpha
 from .positional import filled_walk

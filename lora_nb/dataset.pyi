@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .core import DataError, LoraError, Markup, atomic_path, patch_to, quiet, table
-from .bases import Base, Cond
+from .bases import Base
+from .phases import Shelf, TextCache, encode_fitting
 from .families import spelled
-from .pictures import bucket_sizes, can_read, find_pictures, folder_words, mask_owner, masks_beside, nearest_bucket, read_mask, read_picture, to_rgb
+from .pictures import bucket_sizes, can_read, find_pictures, folder_words, is_folder, mask_owner, masks_beside, nearest_bucket, read_mask, read_picture, to_rgb
 from .captions import caption_notes, fill_prompt, own_captions, rows_of
 
-__all__ = ['HOLES', 'to_pixels', 'Cuts', 'ConceptDataset', 'Sources', 'Examples', 'pick', 'encode', 'LatentCache', 'TextCache', 'derive', 'order', 'order_by_size', 'random_hole', 'hole_for', 'drop_caption', 'TagWording', 'tokenizers_of', 'cut_captions', 'says', 'StartReport', 'start_report']
+__all__ = ['HOLES', 'to_pixels', 'Cuts', 'ConceptDataset', 'Sources', 'Examples', 'pick', 'encode', 'LatentCache', 'derive', 'order', 'order_by_size', 'random_hole', 'hole_for', 'drop_caption', 'TagWording', 'tokenizers_of', 'cut_captions', 'says', 'StartReport', 'start_report']
 def to_pixels(image: Image.Image) -> torch.Tensor: ...
 class Cuts(Sequence):
     kept: list
@@ -86,13 +87,6 @@ class LatentCache:
     def key(self, pixels: torch.Tensor) -> str: ...
     def get(self, key: str) -> torch.Tensor | None: ...
     def put(self, key: str, latents: torch.Tensor) -> None: ...
-
-class TextCache:
-    base: Base
-    seen: dict[Any, Any]
-    most: int
-    def __init__(self, base: Base, most: int=2048) -> None: ...
-    def __call__(self, prompts: Sequence[str]) -> Cond: ...
 
 def derive(seed: int, *what) -> int: ...
 def order(n: int, places: Iterable[int], seed: int=0) -> torch.Tensor: ...

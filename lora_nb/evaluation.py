@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .bases import Base
+from .drawing import drawing_bar
 from .core import DataError, Markup, atomic_path, closest, data_path, table
 from .injection import apply_lora, remove_lora
 from .loading import load_base
@@ -90,7 +91,9 @@ def answers(
     **kw,                                # to `base.generate`: steps, guidance_scale, ...
 ) -> dict[str, Any]:                     # group -> pictures
     "Let a model draw every question, each with its own seed."
-    return {g: base.generate([q.prompt for q in qs], seeds=[q.seed for q in qs], **kw) for g, qs in exam.items()}
+    with drawing_bar(base, [len(qs) for qs in exam.values()], kw.get("steps"), kw.get("batch_size", 24), "pictures to judge") as bar:
+        kw = {**bar, **kw}
+        return {g: base.generate([q.prompt for q in qs], seeds=[q.seed for q in qs], **kw) for g, qs in exam.items()}
 
 # %% ../nbs/33_evaluation.ipynb #20869c2d
 class Examiner(Protocol):
@@ -297,7 +300,9 @@ class Evaluation(dict):
         return dict(about=self.about, metrics=dict(self), marks={k: plain(m) for k, m in self.marks.items()},
                     prompts={g: [[q.prompt, q.seed] for q in qs] for g, qs in self.exam.items()})
     def save(self, path: str | Path) -> None:
-        "Write `to_dict` as JSON, whole or not at all."
+        "Write `to_dict` as JSON, whole or not at all; it may replace an evaluation, nothing else."
+        old = Path(path).read_bytes() if Path(path).is_file() else b""
+        if old and b'"metrics": {' not in old: raise DataError(f"{path} exists and is no evaluation: nothing was written. Choose another name.")
         with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
     def grid(self, group: str = "subject", n: int = 4, **kw) -> Image.Image:
         "The first `n` pictures of a group, before and after."

@@ -1,4 +1,4 @@
-"""SD1.x, SDXL and SD3: what each does its own way, in one class each, and how to add another.
+"""SD1.x, SDXL and SD3: what each does its own way, in one class each; all families in one list, and how to add another.
 
 Docs: https://lora-nb.github.io/lora_nb/families.html.md"""
 
@@ -8,9 +8,8 @@ Docs: https://lora-nb.github.io/lora_nb/families.html.md"""
 __all__ = ['HUB', 'FAMILIES', 'SDBase', 'SDXLBase', 'SD3Base', 'spelled', 'as_base']
 
 # %% ../nbs/14_families.ipynb #6f8701a1
-import itertools, math, re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import itertools, re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 import torch
 
@@ -18,6 +17,9 @@ import torch
 import lora_nb.drawing  # noqa: F401      every family draws: this adds `generate` and others to `Base`
 from .core import LoraError, patch_to
 from .bases import SAMPLING, SKIP, Base, Cond
+from .flows import FlowBase
+from .flux import FLUX_HUB, Flux2Base, FluxBase
+from .zimage import ZIMAGE_HUB, ZImageBase
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/14_families.ipynb #3a3ba562
@@ -32,7 +34,8 @@ class SDBase(Base):
         self.prediction = getattr(config, "prediction_type", "epsilon")
     def mix(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Square roots of signal and noise power at timesteps t, shaped (B, 1, 1, 1)."
-        a = self.alphas.to(t.device)[t].view(-1, 1, 1, 1)
+        self.alphas = self.alphas.to(t.device)             # stays there: a step would send it five times
+        a = self.alphas[t].view(-1, 1, 1, 1)
         return a.sqrt(), (1 - a).sqrt()
 
 # %% ../nbs/14_families.ipynb #b93e0e1b
@@ -75,7 +78,8 @@ def min_snr(
     soft: bool = False,  # soft-min-SNR (2401.11605)
 ) -> torch.Tensor:       # (B,)
     "Min-SNR weights (2303.09556) for this base's target."
-    a = self.alphas.to(t.device)[t]
+    self.alphas = self.alphas.to(t.device)
+    a = self.alphas[t]
     snr = a / (1 - a)
     if self.prediction == "epsilon":                                      # divided by the SNR: also right where it is 0
         return gamma / (snr + gamma) if soft else (gamma / snr).clamp(max=1.)
@@ -130,30 +134,13 @@ def time_ids(
     return torch.tensor([[oh, ow, *crop, h, w]] * n, device=self.device)
 
 # %% ../nbs/14_families.ipynb #8f1efa10
-class SD3Base(Base):
+class SD3Base(FlowBase):
     "Stable Diffusion 3 and 3.5: an MMDiT trained by flow matching."
-    family, pipeline, denoiser_name, flow, prediction = "sd3", "StableDiffusion3", "transformer", True, "flow"
-    inpainting, overwrites = False, False   # no MMDiT takes a hole, and diffusers inpaints with any
+    family, pipeline = "sd3", "StableDiffusion3"
     def __init__(self, pipe: "DiffusionPipeline", name: str = ""):
         super().__init__(pipe, name)
-        self.shift = getattr(pipe.scheduler.config, "shift", 1.)
         tok3, most = getattr(pipe, "tokenizer_3", None), SAMPLING[self.preset].get("t5_length", 256)
         self.t5_length = min(most, tok3.model_max_length) if tok3 is not None else most   # zeros where there is no T5
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        "Noise levels in 0..1 at timesteps t, shaped (B, 1, 1, 1)."
-        return (t / self.max_timestep).view(-1, 1, 1, 1)
-    def mix(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Shares of signal and noise at timesteps t, shaped (B, 1, 1, 1)."
-        return 1 - self.sigma(t), self.sigma(t)
-
-@patch_to(SD3Base)
-def timesteps_at(self, q: torch.Tensor, t_range: tuple[float, float] = (0., 1.)) -> torch.Tensor:
-    "Timesteps (floats in 0..1000) at quantiles `q` of the shifted logit-normal distribution."
-    normal, shift = torch.distributions.Normal(0., 1.), math.log(self.shift)
-    lo, hi = normal.cdf(torch.logit(torch.tensor(t_range, dtype=torch.float64)) - shift)
-    q = (lo + (hi - lo) * q.double()).clamp(1e-5, 1 - 1e-5)
-    s = torch.sigmoid(normal.icdf(q) + shift)
-    return (s * self.max_timestep).float().to(self.device)
 
 # %% ../nbs/14_families.ipynb #af56100a
 @patch_to(SD3Base, as_prop=True)
@@ -163,25 +150,6 @@ def preset(self) -> str:
     c, name = self.denoiser.config, f"{self.name} {self.pipe.config.get('_name_or_path', '')}".lower()
     if c.num_layers == 38: return "sd3.5-large-turbo" if "turbo" in name else "sd3.5-large"
     return "sd3.5-medium" if getattr(c, "dual_attention_layers", ()) else "sd3-medium"
-
-# %% ../nbs/14_families.ipynb #3d4c29cf
-@patch_to(SD3Base)
-def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    "The line's direction."
-    return noise - latents
-
-@patch_to(SD3Base)
-def clean_and_noise(self, noisy: torch.Tensor, t: torch.Tensor,
-                    answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "The two ends of the line that an answer sees through noisy latents."
-    return noisy - self.sigma(t) * answer, noisy + (1 - self.sigma(t)) * answer
-
-@patch_to(SD3Base)
-def min_snr(self, t: torch.Tensor, gamma: float, soft: bool = False) -> torch.Tensor:
-    "Min-SNR weights for a flow: the clean picture is z - s v, so its error is s^2 times that of v."
-    s = t / self.max_timestep
-    snr = ((1 - s) / s).square()
-    return s**2 * (snr * gamma / (snr + gamma) if soft else snr.clamp(max=gamma))
 
 # %% ../nbs/14_families.ipynb #6df6669b
 def spelled(
@@ -253,20 +221,11 @@ def skipping(self, layers: bool | Iterable[int], guidance_scale: float | None = 
     if own["guidance_scale"] <= 1: raise LoraError("skip_layers needs guidance: give a guidance_scale above 1.")
     return own
 
-@patch_to(SD3Base)
-@contextmanager
-def shifted(self, shift: float | None) -> Iterator[None]:
-    "A context in which the scheduler has another shift."
-    if shift is None: yield; return
-    kept = self.pipe.scheduler
-    self.pipe.scheduler = type(kept).from_config(kept.config, shift=shift)
-    try: yield
-    finally: self.pipe.scheduler = kept
-
 # %% ../nbs/14_families.ipynb #754391e0
 HUB = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
        "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-       **{n: f"stabilityai/stable-diffusion-{n[2:]}" for n in ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")}}
+       **{n: f"stabilityai/stable-diffusion-{n[2:]}" for n in ("sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium")},
+       **FLUX_HUB, **ZIMAGE_HUB}
 
 # %% ../nbs/14_families.ipynb #1850bba2
 _ENCODERS = dict(text_encoder=("clip_l", "CLIPTextModelWithProjection"),
@@ -327,7 +286,7 @@ def owns_file(cls, keys: set[str]) -> bool:
     return any(k.startswith("conditioner.embedders.1.") for k in keys)
 
 # %% ../nbs/14_families.ipynb #24901575
-FAMILIES: list[type[Base]] = [SD3Base, SDXLBase, SDBase]   # the first that owns a pipeline or a file takes it
+FAMILIES: list[type[Base]] = [SD3Base, Flux2Base, FluxBase, ZImageBase, SDXLBase, SDBase]   # the first that owns a pipeline or a file takes it
 
 def as_base(
     pipe: "DiffusionPipeline | Base",  # a Base is given back as it is
@@ -339,6 +298,6 @@ def as_base(
     for family in FAMILIES:
         if family.owns(parts): return family(pipe, name)
     found = ", ".join(f"{k}: {type(v).__name__}" for k, v in parts.items()) or type(pipe).__name__
-    raise LoraError(f"No known family: found {found}. Expected a StableDiffusionPipeline, StableDiffusionXLPipeline or "
-                    "StableDiffusion3Pipeline, or one for inpainting (a UNet2DConditionModel or an "
-                    "SD3Transformer2DModel).")
+    known = ", ".join(f"{family.pipeline}Pipeline" for family in reversed(FAMILIES))
+    raise LoraError(f"No known family: found {found}. Expected a pipeline of diffusers with the networks of {known}, "
+                    "drawing or inpainting.")

@@ -11,7 +11,7 @@ Docs: https://lora-nb.github.io/lora_nb/formats.html.md"""
 # %% auto #0
 __all__ = ['Tensors', 'FORMATS', 'lora_files', 'read_file', 'Format', 'format_of', 'load_lora', 'is_lora_file', 'save_lora']
 
-# %% ../nbs/24_formats.ipynb #68d7110e
+# %% ../nbs/24_formats.ipynb #a057fb1b
 import json, re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 
-from .architectures import refuse_strange, training_metadata
+from .architectures import SIZES, refuse_strange, strange_paths, training_metadata, with_true_sizes
 from .comfy import comfy_faults, is_comfy, read_comfy, write_comfy
 from .containers import (BOOKKEEPING, NOTE, check_seal, check_tensors, find_file, read_header, read_note, read_safetensors,
                                 seal, state_dict, unpickle, write_safetensors)
 from .core import FormatError, LoraError, check_free, quick, some
+from .flow_files import flow_faults, flow_of, is_flow_file, read_flow, write_flow
 from .kohya import kohya_faults, read_kohya, write_kohya
 from .lora import Lora
 from .names import COMPONENTS
@@ -71,7 +72,7 @@ def _with_component(tensors, metadata, path):
     bare = lambda k: re.sub(r"^(module\.)?(base_model\.model\.)+", "", k)
     heads = {bare(k).partition(".")[0] for k in tensors}
     parts = all(isinstance(k, str) and re.search(r"\.lora(_[AB]\b|_magnitude|_(up|down)\.|\.(up|down)\.|_linear)|\.alpha$", k) for k in tensors)
-    if not tensors or not parts or heads & {*COMPONENTS} or is_comfy(tensors, metadata) or _has(*_KOHYA)(tensors, metadata):
+    if not tensors or not parts or heads & {*COMPONENTS} or _is_dotted(tensors, metadata) or _has(*_KOHYA)(tensors, metadata):
         return tensors, metadata
     guesses = {split_key(k)[0].partition(".")[0] if split_key(k) else "" for k in tensors}
     to = _named_component(Path(path), metadata, guesses.pop(), tensors) if len(guesses) == 1 else ""
@@ -155,9 +156,23 @@ def _never(tensors, metadata): return False
 
 _KOHYA = (r"^lora_(unet|te\d?|transformer|prior_\w+?)_", "^lycoris_", r"^bundle_emb\.")   # keys of kohya's
 
+def _flow_or(read, write, faults, style):
+    "Reader, writer and list of faults: those of FLUX and Z-Image for their files, these for all others"
+    def reads(tensors, metadata, base=None): return (read_flow if is_flow_file(tensors, metadata) else read)(tensors, metadata, base)
+    def writes(lora, base=None, **options):
+        return write_flow(lora, base, style, **options) if flow_of(lora, base) else write(lora, base, **options)
+    def lacks(lora, base=None, **options):
+        return flow_faults(lora, base, style) if flow_of(lora, base) else faults(lora, base, **options)
+    return reads, writes, lacks
+
+def _is_dotted(tensors, metadata):
+    "ComfyUI's format: Stability's names, or those of the authors of FLUX and Z-Image, with dots"
+    if not is_flow_file(tensors, metadata): return is_comfy(tensors, metadata)
+    return not _has(*_KOHYA)(tensors, metadata)
+
 FORMATS |= {
-    "kohya": Format(lambda ts, m: _has(*_KOHYA)(ts, m) and not is_comfy(ts, m), read_kohya, write_kohya, kohya_faults),
-    "comfy": Format(is_comfy, read_comfy, write_comfy, comfy_faults),
+    "kohya": Format(lambda ts, m: _has(*_KOHYA)(ts, m) and not _is_dotted(ts, m), *_flow_or(read_kohya, write_kohya, kohya_faults, "kohya")),
+    "comfy": Format(_is_dotted, *_flow_or(read_comfy, write_comfy, comfy_faults, "comfy")),
     "checkpoint": Format(_has(r"^model\.diffusion_model\.", r"^first_stage_model\."),
                          advice="This is a whole model: load it with load_base, not as a LoRA."),
     "peft": Format(_is_peft, read_peft, write_peft, peft_faults),
@@ -176,13 +191,23 @@ def _read_known(read, tensors, metadata, base, left_out):
         left_out += e.keys
         return read(rest, metadata, base)
 
+def _without_strange(lora, tensors, left_out):
+    "`lora` without layers that no architecture has, whose keys go to `left_out`; None: an error"
+    strange = {*strange_paths(lora.layers)}
+    if left_out is None or len(strange) == len(lora.layers): refuse_strange(strange)
+    if not strange: return lora
+    owners = {k: split_key(k) for k in tensors}
+    keys = [k for k, found in owners.items() if found and {found[0], f"{found[0]}.bias"} & strange]
+    left_out += keys or sorted(strange)
+    return Lora({n: f for n, f in lora.layers.items() if n not in strange}, lora.embeddings, lora.metadata)
+
 # %% ../nbs/24_formats.ipynb #ee8d6f7d
 def _without_written(lora, metadata):
     "`lora` without the metadata that our writer added for other programs"
     if NOTE not in metadata: return lora
     own = read_note(metadata)
     noted = {*own, *(own["metadata"] if isinstance(own.get("metadata"), dict) else ())}
-    added = {k for k, v in training_metadata(lora).items() if k not in noted and lora.metadata.get(k) == v}
+    added = {k for k, v in training_metadata(lora).items() if k not in noted and (lora.metadata.get(k) == v or k in SIZES)}
     return Lora(lora.layers, lora.embeddings, {k: v for k, v in lora.metadata.items() if k not in added}) if added else lora
 
 def load_lora(
@@ -202,7 +227,7 @@ def load_lora(
             if (read := FORMATS[kind].read) is None:
                 raise FormatError(f"a {kind} file, which is not read. {FORMATS[kind].advice}")
             lora = _without_written(with_note(_read_known(read, tensors, metadata, base, left_out), metadata), metadata)
-            if base is None and NOTE not in metadata: refuse_strange(lora.layers)      # what we wrote may be for any model
+            if base is None and NOTE not in metadata: lora = _without_strange(lora, tensors, left_out)     # ours may be for any model
             return lora if base is None else fit_base(lora, base)
     except StrayKeys as e: raise StrayKeys(f"{path}: {e}", e.keys) from e
     except LoraError as e: raise type(e)(f"{path}: {e}") from e
@@ -233,12 +258,12 @@ def is_lora_file(
     except Exception: return False                  # whatever cannot be read is not ours to replace
 
 # %% ../nbs/24_formats.ipynb #41ec7e96
-_OURS = """base trigger triggers recipe method parts turbo plan kind concept tokens prior instance_prompt class_prompt lost""".split()
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")   # of the file that a LoRA came from
 
-def _of_others(lora):
-    "The metadata that other programs look for, as far as a file's header can hold it"
+def _at_top(lora):
+    "The metadata that other programs may look for, as far as a file's header can hold it"
     def holds(text): return text.isprintable() or text.encode("utf-8", "replace").decode() == text
-    return {k: v for k, v in lora.metadata.items() if k not in _OURS and k not in BOOKKEEPING and holds(k) and holds(v)
+    return {k: v for k, v in lora.metadata.items() if k not in (*_HASHES, *BOOKKEEPING) and holds(k) and holds(v)
             and '"content_hash": "' not in v}
 
 # %% ../nbs/24_formats.ipynb #5d9f7f30
@@ -266,11 +291,11 @@ def save_lora(
     if Path(path).suffix not in how.ends:
         raise FormatError(f"{path}: {format!r} files end in {how.ends[0]}. Change the name, or choose another format.")
     for p in pt_paths(path).values() if format == "pt" else [path]: check_free(p, overwrite, is_lora_file, "a LoRA that we read")
-    if dtype is not None: lora = lora.to(dtype=dtype)
+    lora = with_true_sizes(lora if dtype is None else lora.to(dtype=dtype))
     tensors, metadata = how.write(lora, base, **options)
     check_tensors(tensors)
     tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    metadata = _sealed(tensors, {**_of_others(lora), **metadata}, how.read, base)
+    metadata = _sealed(tensors, {**_at_top(lora), **metadata}, how.read, base)
     try: how.store(path, tensors, metadata)
     except (OSError, safetensors.SafetensorError) as e:
         raise LoraError(f"{path} could not be written ({e}); what was there before is unchanged. Free space or choose "

@@ -36,10 +36,13 @@ from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words,
 
 # %% ../nbs/09_injection.ipynb #b537ebf4
 _attention = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+              "to_qkv_mlp_proj", "attn.to_out",                                        # FLUX.2's blocks of one stream
               "q_proj", "k_proj", "v_proj", "out_proj",
               "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"]
 _feed_forward = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "mlp.fc1", "mlp.fc2",
-                 "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"]
+                 "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",
+                 "proj_mlp", *(f"{part}.linear_{way}" for part in ("ff", "ff_context") for way in ("in", "out")),   # FLUX
+                 *(f"feed_forward.w{i}" for i in (1, 2, 3))]                                                   # Z-Image
 _resnet = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 
 TARGETS = {"attention": _attention,
@@ -53,7 +56,8 @@ _block = r"transformer_blocks\.(\d+)\."
 MMDIT_TARGETS = {   # none includes the modulated norms (adaLN), following Stability's guide
     "joint-attention": re.compile(_block + r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"),
     "picture": re.compile(_block + r"(attn2?\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"),
-    "text": re.compile(_block + r"(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))")}
+    "text": re.compile(_block + r"(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"),
+    "single-stream": re.compile(r"single_transformer_blocks\.(\d+)\.(attn\.(to_[qkv]|to_qkv_mlp_proj|to_out)|proj_mlp|proj_out)")}
 _PRESETS = ", ".join([*TARGETS, *MMDIT_TARGETS, *BLOCKS])
 
 # %% ../nbs/09_injection.ipynb #5abcf821
@@ -306,9 +310,11 @@ def remove_lora(
 ) -> None:
     "Take LoRAs off: weights, modules and vocabulary are as they were, bit for bit"
     parts = resolve_components(pipe_or_model)
+    theirs = foreign_adapters(parts)
     with changing(parts.values()) as undo:
         if name is not None and name not in (worn := adapters(parts)):
-            raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
+            raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}. {theirs}".rstrip())
+        if theirs and name is None: warnings.warn(theirs, stacklevel=2)                     # they stay on
         for model in parts.values(): _take_off(model, name, True, undo)
 
 # %% ../nbs/09_injection.ipynb #c6bc74b0
@@ -533,7 +539,8 @@ def set_scale(
     for k, s in scale.items() if isinstance(scale, dict) else [("all", scale)]: finite_number(s, f"the strength of {k}")
     with changing(parts.values()) as undo:
         if name is not None and name not in (worn := worn_names(parts)):
-            raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}")
+            raise TargetError(f"the model wears no LoRA named {name!r}: it wears {list(worn) or 'none'}. {foreign_adapters(parts)}".rstrip())
+        if name is None and not worn_names(parts) and (theirs := foreign_adapters(parts)): raise TargetError(theirs)
         blocks = [k for k in scale if k not in COMPONENTS and k not in parts] if isinstance(scale, dict) else []
         if blocks: _set_block_scales(parts, scale, name, undo)
         else: _set_all(parts, scale if isinstance(scale, dict) else dict.fromkeys(parts, scale), name, undo)
@@ -595,6 +602,7 @@ def extract_lora(
             if name in (None, n):
                 for t, e in tokens.items(): words.setdefault(t, {})[c] = e.clone()
         about |= {n: m for n, m in worn.about.items() if name in (None, n)}
-    if not found and not words: raise TargetError("the model wears no LoRA" + (f" named {name!r}" if name else ""))
+    if not found and not words:
+        raise TargetError(f"the model wears no LoRA{f' named {name!r}' if name else ''}. {foreign_adapters(parts)}".rstrip(". "))
     metadata = next(iter(about.values())) if len(about) == 1 else {}
     return Lora({n: add_factors(fs) for n, fs in found.items()}, words, metadata)

@@ -8,10 +8,11 @@ Docs: https://lora-nb.github.io/lora_nb/kohya.html.md"""
 __all__ = ['GRAMMAR', 'CLIPS', 'dotted', 'from_sgm', 'to_sgm', 'from_sd3', 'to_sd3', 'swap_halves', 'full_names', 'norm_names',
            'refuse_foreign', 'assemble', 'split_fused', 'fuse_projections', 'split_words', 'per_block',
            'kohya_splitter', 'refuse_family', 'read_kohya', 'kohya_name', 'several_encoders', 'kohya_faults',
-           'write_kohya']
+           'exact_rank', 'common_alpha', 'at_alpha', 'with_one_alpha', 'write_kohya']
 
 # %% ../nbs/20_kohya.ipynb #2ecbbfac
-import re
+import math, re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -19,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .architectures import TEXT_WIDTH, family_of, family_of_keys, training_metadata
+from .architectures import SIZES, TEXT_WIDTH, family_of, family_of_keys, training_metadata
 from .containers import NOTE, note, others, read_note
 from .core import FormatError, ShapeError, some
 from .kinds import KIND_PARTS, change_parts, factor_bias, kernel_of, read_change, with_magnitude
 from .lora import Factors, Lora
-from .peft_files import base_layers, fold_alpha, group_parts, refuse, to_factors
+from .peft_files import base_layers, fold_alpha, group_parts, original, pad_rank, refuse, to_factors
 from .products import Change
 from .worn import resolve_components
 
@@ -46,17 +47,18 @@ def dotted(
     return ".".join(_SPLIT.findall(flat))
 
 # %% ../nbs/20_kohya.ipynb #5588c0e4
-_attn = r"attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-_block = rf"transformer_blocks\.\d+\.({_attn}|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
-_clip = r"(encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection)"
+_attn = r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_ff = r"\.net\.(0\.proj|2)"
+_to_37 = r"([0-9]|[12]\d|3[0-7])"                                      # SD3.5 Large has 38 blocks, SDXL's second text encoder 32
+_clip = rf"(encoder\.layers\.{_to_37}\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection)"
 GRAMMAR = {c: re.compile(g) for c, g in {
-    "unet": rf"conv_in|conv_out|(time|add)_embedding\.linear_[12]|((down|up)_blocks\.[0-3]|mid_block)\.(resnets\.\d\."
-            rf"(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.\d\.(proj_in|proj_out|{_block})|"
-            r"(down|up)samplers\.0\.conv)",
-    "transformer": rf"{_block}|context_embedder|pos_embed\.proj|proj_out|norm_out\.linear|"
-                   r"time_text_embed\.(timestep|text)_embedder\.linear_[12]",
+    "unet": rf"conv_in|conv_out|(time|add)_embedding\.linear_[12]|((down|up)_blocks\.[0-3]|mid_block)\.(resnets\.[0-3]\."
+            rf"(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.[0-3]\.(proj_in|proj_out|"
+            rf"transformer_blocks\.\d\.(attn[12]{_attn}|ff{_ff}))|(down|up)samplers\.0\.conv)",
+    "transformer": rf"transformer_blocks\.{_to_37}\.(attn2?{_attn}|ff(_context)?{_ff}|norm1(_context)?\.linear)|"
+                   r"context_embedder|pos_embed\.proj|proj_out|norm_out\.linear|time_text_embed\.(timestep|text)_embedder\.linear_[12]",
     "text_encoder": _clip, "text_encoder_2": _clip,
-    "text_encoder_3": r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi(_[01])?|wo))"}.items()}
+    "text_encoder_3": r"encoder\.block\.([0-9]|1\d|2[0-3])\.layer\.[01]\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi(_[01])?|wo))"}.items()}
 
 # %% ../nbs/20_kohya.ipynb #fc5f725e
 _RESNET = dict(conv1="in_layers_2", conv2="out_layers_3", time_emb_proj="emb_layers_1", conv_shortcut="skip_connection")
@@ -122,7 +124,7 @@ def from_sd3(
 ) -> tuple[str, ...]:
     "diffusers' paths for it: three for a fused matrix, one for others, none if it is unknown"
     if flat in _SD3_TOP: return (_SD3_TOP[flat],)
-    m = re.fullmatch(r"joint_blocks_(\d+)_(.+?)(?:(?<=_qkv)_([012]))?", flat)
+    m = re.fullmatch(rf"joint_blocks_{_to_37}_(.+?)(?:(?<=_qkv)_([012]))?", flat)
     paths = tuple(f"transformer_blocks.{m[1]}.{p}" for p in _JOINT.get(m[2], ())) if m else ()
     return paths if m is None or m[3] is None else paths[int(m[3]):int(m[3]) + 1]
 
@@ -180,8 +182,8 @@ def full_names(
 
 # %% ../nbs/20_kohya.ipynb #7bf2c276
 _NORMS = {c: re.compile(g) for c, g in {
-    "unet": r"conv_norm_out|((down|up)_blocks\.[0-3]|mid_block)\.(resnets\.\d\.norm[12]|"
-            r"attentions\.\d\.(norm|transformer_blocks\.\d+\.norm[123]))",
+    "unet": r"conv_norm_out|((down|up)_blocks\.[0-3]|mid_block)\.(resnets\.[0-3]\.norm[12]|"
+            r"attentions\.[0-3]\.(norm|transformer_blocks\.\d+\.norm[123]))",
     "transformer": r"transformer_blocks\.\d+\.attn2?\.norm(_added)?_[qk]",
     "text_encoder": r"encoder\.layers\.\d+\.layer_norm[12]|final_layer_norm",
     "text_encoder_2": r"encoder\.layers\.\d+\.layer_norm[12]|final_layer_norm",
@@ -401,7 +403,8 @@ def kohya_name(
     component, path = name.split(".", 1)
     flat = path.replace(".", "_")
     if component == "transformer": return f"lora_unet_{(to_sd3(path) or (flat,))[0]}"
-    if component == "unet": return "lora_unet_" + (to_sgm(flat, per_block, attentive) if dialect == "sgm" else flat)
+    stability = dialect == "sgm" or flat.startswith("add_embedding")           # which diffusers garbles in its own spelling
+    if component == "unet": return "lora_unet_" + (to_sgm(flat, per_block, attentive) if stability else flat)
     start = {"text_encoder": "lora_te1_" if many else "lora_te_", "text_encoder_2": "lora_te2_"}.get(component,
             "lora_te3_")
     model = "" if component == "text_encoder_3" or path == "text_projection" else "text_model_"
@@ -445,6 +448,7 @@ def kohya_faults(
     base: "Wearer | None" = None,
     dialect: Literal["diffusers", "sgm"] = "diffusers",
     bundle: bool = False,  # learned words as `bundle_emb.*`?
+    one_alpha: bool = True,  # as for `write_kohya`
 ) -> dict[str, list[str]]:  # description -> names of layers or words
     "What a kohya file cannot hold"
     namer, split = _namer(lora, base, dialect), kohya_splitter(base)
@@ -457,6 +461,64 @@ def kohya_faults(
             "grouped convolutions": [n for n, f in lora.layers.items() if f.groups > 1],
             "DoRA in only some of query, key and value": _torn(lora, namer),
             "a word with a dot in a bundle": [w for w in lora.embeddings if bundle and "." in w]}
+
+# %% ../nbs/20_kohya.ipynb #f229135e
+def exact_rank(
+    rank: int,      # of the layer
+    alpha: float,   # of the layer
+    wanted: float,  # the alpha that it should have
+) -> int | None:    # at least `rank`, less than twice as much; None: there is none
+    "The rank at which another alpha needs only a power of two in `up`"
+    if not (alpha > 0 and wanted > 0): return None
+    n = 2 * rank * math.frexp(wanted / alpha)[0]
+    return round(n) if abs(n - round(n)) < 1e-9 * n else None
+
+# %% ../nbs/20_kohya.ipynb #e77da501
+def _own_alpha(f): return float(f.rank if f.alpha is None else f.alpha)
+
+def common_alpha(
+    fs: Sequence[Factors],
+) -> float:
+    "The alpha that most of these can have exactly"
+    kinds = Counter((f.rank, _own_alpha(f)) for f in fs)
+    alphas = Counter(a for _, a in kinds.elements() if a > 0).most_common(50) or [(1., 1)]
+    exact = lambda a: sum(n for (r, b), n in kinds.items() if exact_rank(r, b, a))
+    return max(alphas, key=lambda item: (exact(item[0]), item[1], item[0]))[0]
+
+def at_alpha(
+    f: Factors,
+    alpha: float,  # wanted
+) -> tuple[Factors, bool]:  # the same change with this alpha; does `original` find `f` again, bit by bit?
+    "A layer with another alpha"
+    if _own_alpha(f) == alpha: return f, False
+    rank = exact_rank(f.rank, _own_alpha(f), alpha)
+    full = pad_rank(f, rank or f.rank)
+    up, _ = fold_alpha(replace(full, alpha=full.scaling * full.rank**2 / alpha))
+    new = replace(full, up=up, alpha=alpha)
+    if not rank: return new, False
+    back = original(new, f.rank, f.alpha)
+    return new, back.up.equal(f.up) and back.down.equal(f.down) and back.dtype == f.dtype
+
+# %% ../nbs/20_kohya.ipynb #18edf08f
+def _uneven(lora):
+    "The components to be brought to one alpha: of those that diffusers reads, the ones with several ranks or alphas"
+    if {*lora.components} - {"unet", "text_encoder", "text_encoder_2"}: return []                 # SD3: it reads nothing
+    if any(not isinstance(f, Factors) or f.mid is not None for f in lora.layers.values()): return []     # nor other kinds
+    seen = {c: {(f.rank, _own_alpha(f)) for n, f in lora.layers.items() if n.startswith(f"{c}.")} for c in lora.components}
+    return [c for c, kinds in seen.items() if len({a for _, a in kinds}) > 1]
+
+def with_one_alpha(
+    lora: Lora,
+) -> tuple[Lora, dict[str, tuple[int, float | None]]]:  # the same changes; name -> rank and alpha of what can be restored
+    "A LoRA in which each component has one alpha, if diffusers could read it then"
+    layers, before = dict(lora.layers), {}
+    for c in _uneven(lora):
+        part = {n: f for n, f in lora.layers.items() if n.startswith(f"{c}.")}
+        alpha = common_alpha(list(part.values()))
+        for n, f in part.items():
+            layers[n], exact = at_alpha(f, alpha)
+            if exact: before[n] = f.rank, f.alpha
+    return Lora(layers, lora.embeddings, lora.metadata), before
 
 # %% ../nbs/20_kohya.ipynb #279bbca2
 def _alpha(a):
@@ -505,11 +567,13 @@ def write_kohya(
     base: "Wearer | None" = None,
     dialect: Literal["diffusers", "sgm"] = "diffusers",  # names in the UNet: diffusers' or Stability's
     bundle: bool = False,  # learned words as `bundle_emb.*`, which A1111 reads and diffusers refuses
+    one_alpha: bool = True,  # one alpha for a component, for diffusers; False: each layer's own, as kohya's programs read them
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors, metadata with our note
     "A LoRA under kohya's names"
     refuse("kohya", kohya_faults(lora, base, dialect, bundle))
+    even, before = with_one_alpha(lora) if one_alpha else (lora, {})
     namer, tensors, fused, ranks, alphas = _namer(lora, base, dialect), {}, {}, {}, {}
-    for name, f in lora.layers.items():
+    for name, f in even.layers.items():
         if isinstance(f, Change): tensors |= _write_change(_change_key(name, namer), name, f)
         elif (i := _third(name)) is not None: fused.setdefault(namer(name), {})[i] = f
         else: tensors |= _write_module(namer(name), swap_halves(f) if _two_halves(name, f) else f)
@@ -523,4 +587,6 @@ def write_kohya(
     if bundle: tensors |= _bundled(lora.embeddings)
     metadata = note(lora, alphas, {} if bundle else lora.embeddings)
     if ranks: metadata[NOTE]["storeys"] = ranks          # the name of the entry in files of all versions
-    return tensors, {**{k: v for k, v in training_metadata(lora).items() if k not in lora.metadata}, **metadata}
+    if before: metadata[NOTE]["before"] = before
+    about = training_metadata(even)
+    return tensors, {**{k: v for k, v in about.items() if k in SIZES or k not in lora.metadata}, **metadata}

@@ -9,7 +9,7 @@ __all__ = ['LoraLayer', 'set_scales', 'branch_dtype', 'init_factors', 'pissa_fac
            'LoraInjectedConv2d']
 
 # %% ../nbs/03_layers.ipynb #9c798602
-import math
+import math, warnings
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .core import LoraError, ShapeError, patch_to, row_norms, working_dtype
+from .core import LoraError, ShapeError, checksum, patch_to, row_norms, working_dtype
 
 # %% ../nbs/03_layers.ipynb #a4fe74a5
 class LoraLayer(nn.Module):
@@ -177,6 +177,12 @@ def root(self) -> nn.Module:
     while isinstance(base, LoraLayer): base = base.base
     return base
 
+# %% ../nbs/03_layers.ipynb #2efd2c8a
+@patch_to(LoraLayer)
+def extra_repr(self):
+    # diffusers' load_lora_weights stops at a layer that it does not know, and shows it: its error should say what helps
+    return f"adapter={self.adapter!r}, r={self.r}, scale={self.scale:g}, put on by lora_nb: remove_lora(pipe) takes it off"
+
 # %% ../nbs/03_layers.ipynb #edf3d695
 @patch_to(LoraLayer, cls_method=True)
 def from_base(cls,
@@ -228,9 +234,10 @@ def _new(cls):
     return self
 
 # %% ../nbs/03_layers.ipynb #a722f6c9
-def _add_branch(y, x, down, up, gain, own):
-    "`y + gain * up(down(x))`, written into `y` if we `own` it"
+def _add_branch(y, x, down, up, gain, own, shares=None):
+    "`y + gain * up(shares * down(x))`, written into `y` if we `own` it"
     h = torch.mm(down, x.reshape(-1, x.shape[-1]).t()).t()      # (tokens, r), by the order that suits a few ranks
+    if shares is not None: h = h * shares
     if own: return y.view(-1, y.shape[-1]).addmm_(h, up.t(), alpha=gain).view(y.shape)
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=gain).view(y.shape)
 
@@ -257,8 +264,12 @@ class LoraInjectedLinear(LoraLayer):
         self.__dict__.update(made.__dict__)              # take over all its parts; `made` itself is dropped
 
     def forward(self, x):
-        parts = self._modules                            # plain dictionaries: nn.Module's own lookup is slow
-        y = (base := parts["linear"])(x)                 # W x
+        base = self._modules["linear"]                   # plain dictionaries: nn.Module's own lookup is slow
+        if type(base) is LoraInjectedLinear and (y := self._forward_joined(x)) is not None: return y
+        return self._on_top(x, base(x), base)            # W x
+
+    def _on_top(self, x, y, base):
+        parts = self._modules
         if not self.enabled: return self._base_output(x, y)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
@@ -400,8 +411,12 @@ class LoraInjectedConv2d(LoraLayer):
         self.__dict__.update(made.__dict__)              # take over all its parts; `made` itself is dropped
 
     def forward(self, x):
+        base = self._modules["conv"]
+        if type(base) is LoraInjectedConv2d and (y := self._forward_joined(x)) is not None: return y
+        return self._on_top(x, base(x), base)
+
+    def _on_top(self, x, y, base):
         parts = self._modules
-        y = (base := parts["conv"])(x)
         if not self.enabled: return self._base_output(x, y)
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
@@ -422,6 +437,15 @@ def _add_conv_branch(y, h, up, gain):
     n, m = len(y), up.flatten(1)
     y.view(n, len(m), -1).baddbmm_(m.expand(n, -1, -1), h.reshape(n, len(m[0]), -1), alpha=gain)
     return y
+
+# %% ../nbs/03_layers.ipynb #10226206
+@patch_to(LoraInjectedConv2d)
+def _add_joined(self, x, y, base, down, up, gain, shares):
+    "Add the product of factors side by side"
+    h = self._modules["lora_down"]._conv_forward(x, down, None)
+    if shares is not None: h = h * shares[:, None, None]
+    if self._may_overwrite(base, y) and y.ndim == 4: return _add_conv_branch(y, h, up, gain)
+    return torch.add(y, F.conv2d(h, up), alpha=gain)
 
 # %% ../nbs/03_layers.ipynb #7ac1e855
 @patch_to(LoraInjectedConv2d)
@@ -490,13 +514,16 @@ def _split_base(self):
     self.base._kept_weight = w.detach()
     residual = w.detach().float() - self.scaling * (_flat(up) @ _flat(down)).view(w.shape)
     w.data = residual.to(w.dtype)
+    self.base._split_stamp = w.dtype, checksum(w)
     self.start = (up.clone(), down.clone())
 
 @patch_to(LoraLayer)
 def restore_base(self) -> None:
-    "Restore the original weight, bit for bit (after PiSSA)"
+    "Restore the original weight, bit for bit (after PiSSA); a weight that other code has written over stays, with a warning"
     if self.start is None: return
-    self.base.weight.data = self.original_weight.to(self.base.weight.dtype)
+    w, (dtype, numbers) = self.base.weight, self.base.__dict__.pop("_split_stamp")
+    if w.dtype != dtype or checksum(w) == numbers: w.data = self.original_weight.to(w.dtype)
+    else: warnings.warn("a weight that PiSSA had split was loaded, trained or written over meanwhile: it stays as it is", stacklevel=2)
     del self.base._kept_weight
     self.start = None
 
@@ -520,3 +547,50 @@ def _apply_pair(self, x, up, down):
     "`up(down(x))` for factors that are not the layer's own"
     down_module, up_module = self._factor_modules(up, down)
     return up_module(down_module(x))
+
+# %% ../nbs/03_layers.ipynb #e144f201
+_MANY = 3        # branches from which putting them together costs less than it saves (measured on a CPU)
+
+@patch_to(LoraLayer)
+def _run(self):
+    "The plain branches from this one inwards, and what is inside of them"
+    kind, run, m = type(self), [], self
+    while type(m) is kind:
+        own = m.__dict__                             # dictionaries again: this loop runs for each branch at each call
+        parts = own["_modules"]
+        if type(parts["selector"]) is not nn.Identity or own.get("magnitude", 1) is not None or own["start"] is not None: break
+        if own["training"] and parts["dropout"].p or m is not self and _watched(own): break
+        run.append(m)
+        m = parts[kind.base_name]
+    return run, m
+
+def _watched(own):
+    "Does somebody else want to see the calls of a module with these attributes?"
+    return own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
+
+@patch_to(LoraLayer)
+def _forward_joined(self, x):
+    "The output, with a run of plain branches computed as one; None if there are too few"
+    if torch.compiler.is_compiling() or getattr(self._modules["lora_down"], "groups", 1) > 1: return None
+    run, base = self._run()
+    if len(run) < _MANY: return None
+    y, grad = base(x), torch.is_grad_enabled()
+    on = [m.__dict__ for m in run if m.enabled and (m._gain or grad)]
+    if not on: return y
+    weights = lambda key: [own["_modules"][key]._parameters["weight"] for own in on]
+    downs, dtype, gains = weights("lora_down"), x.dtype, [own["_gain"] for own in on]
+    if y.dtype != dtype or any(t.dtype != dtype or t.is_meta for t in downs):    # autocast, or factors of another precision
+        for m in reversed(run): y, base = m._on_top(x, y, base), m
+        return y
+    top = max(gains, key=abs) or 1.                                  # no share is above 1, for half precision's sake
+    shares = None if min(gains) == max(gains) else \
+        torch.tensor([s for own, g in zip(on, gains) for s in [g / top] * own["r"]], device=x.device, dtype=dtype)
+    return self._add_joined(x, y, base, torch.cat(downs), torch.cat(weights("lora_up"), 1), top, shares)
+
+# %% ../nbs/03_layers.ipynb #7af1345c
+@patch_to(LoraInjectedLinear)
+def _add_joined(self, x, y, base, down, up, gain, shares):
+    "Add the product of factors side by side"
+    if y.numel() >= _SMALL: return _add_branch(y, x, down, up, gain, self._may_overwrite(base, y), shares)
+    h = F.linear(x, down)
+    return torch.add(y, F.linear(h if shares is None else h * shares, up), alpha=gain)

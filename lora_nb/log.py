@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/log.html.md"""
 __all__ = ['TrainingLog', 'joined']
 
 # %% ../nbs/42_log.ipynb #d5800a31
-import csv
+import csv, math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 class TrainingLog:
     "What happened at each step"
     losses: list = field(default_factory=list)    # total loss of each step
-    parts: dict = field(default_factory=dict)     # stream name -> its loss at each step, NaN in a phase without it
+    parts: dict = field(default_factory=dict)     # stream name -> its newest loss at each step, NaN before its first and in a phase without it
     lrs: list = field(default_factory=list)       # learning rate of the first group at each step
     norms: list = field(default_factory=list)     # length of the gradient at each step
     times: list = field(default_factory=list)     # seconds of training up to each step of `fit`
@@ -36,9 +36,11 @@ class TrainingLog:
     total_seconds: float = 0.                     # with validation, previews and checkpoints
     previews: list = field(default_factory=list)  # [(step, [pictures])]
     steps = property(lambda self: len(self.losses))
+    def __post_init__(self): self.parts = {n: [math.nan if y is None else y for y in ys] for n, ys in self.parts.items()}
     def to_dict(self) -> dict[str, Any]:
-        "Everything but the pictures, for a checkpoint or a JSON file"
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "previews"}
+        "Everything but the pictures, for a checkpoint or a JSON file, which knows no NaN: there it is None"
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "previews"}
+        return plain | dict(parts={n: [None if math.isnan(y) else y for y in ys] for n, ys in self.parts.items()})
 
 # %% ../nbs/42_log.ipynb #56f0bef1
 @patch_to(TrainingLog)
@@ -98,7 +100,7 @@ def table(self,
     columns = dict(loss=self.losses, **self.parts, lr=self.lrs, norm=self.norms, seconds=self.times)
     val = {f"{n} validation": dict(map(tuple, points)) for n, points in self.val.items()}
     def row(i):
-        have = {k: v[i] for k, v in columns.items() if i < len(v)}
+        have = {k: v[i] for k, v in columns.items() if i < len(v) and not math.isnan(v[i])}
         return dict(step=i + 1, **have, **{k: v[i + 1] for k, v in val.items() if i + 1 in v})
     return [row(i) for i in range(self.steps) if (i + 1) % every == 0 or i == 0]
 
@@ -108,6 +110,8 @@ def to_csv(self,
     every: int = 1,    # n: every n-th step
 ) -> Path:
     "The table as a file for a spreadsheet; what was not measured at a step is empty"
+    if Path(path).is_file() and (old := Path(path).read_bytes()) and not old.startswith(b"step,"):
+        raise LoraError(f"{path} exists and is no table of a log: nothing was written. Choose another name, or move it away.")
     rows = self.table(every)
     names = list(dict.fromkeys(k for row in rows for k in row))
     with atomic_path(path) as tmp, open(tmp, "w", newline="") as f:

@@ -33,7 +33,7 @@ from .injection import apply_lora, freeze_base, place_lora, remove_from_model, r
 from .vocabulary import add_words, word_rows
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
 from .lora import Factors, Lora, gather, triggers_of
-from .worn import (Place, Wearer, adapted_class, adapters, branches, detach_branches, resolve_components, root_module,
+from .worn import (Place, Wearer, adapted_class, adapters, branches, detach_branches, note_weight, resolve_components, root_module,
                           summed_weight, wears)
 from .positional import WORD_FLAG, index_key, legacy_order, fitting_walk, pt_paths, split_index, walks
 from .containers import check_tensors, find_file, read_safetensors, unpickle, write_safetensors
@@ -236,6 +236,7 @@ def collapse_lora(
         if hasattr(root, "_kept_weight"):            # another LoRA is merged, and may be taken off later
             root._kept_weight = (root._kept_weight.to(delta) + delta).to(root.weight.dtype)
         root.weight.data = new
+        if hasattr(root, "_merge_stamp"): note_weight(root)
         m.merged, m.enabled = True, False
 
 # %% ../nbs/70_lora_diffusion.ipynb #53002c23

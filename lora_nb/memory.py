@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 # %% ../nbs/16_memory.ipynb #18c72e8b
 from .core import LoraError, Markup, closest, data_path, escaped, patch_to, quiet
 from .core import table as as_table
-from .families import HUB, as_base
+from .families import FAMILIES, HUB, as_base
 from .injection import inject_lora
 from .loading import embedded_bases
 from .show import INK, PALETTE, Plot
@@ -82,6 +82,18 @@ SHAPES = {
     "sd3.5-medium": dict(transformer=_mmdit(24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
                          **_three),
     "sd3.5-large": _large, "sd3.5-large-turbo": _large}
+
+# %% ../nbs/16_memory.ipynb #ae575479
+_flux = lambda guidance: ("FluxTransformer2DModel", dict(guidance_embeds=guidance, pooled_projection_dim=768))
+_KLEIN = ("Flux2Transformer2DModel", dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+                                          guidance_embeds=False))
+_QWEN = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+             num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+_reads = dict(text_encoder=_clip(*_L, "CLIPTextModel"), text_encoder_2=_T5, vae=_VAE16)
+_klein = dict(transformer=_KLEIN, text_encoder=("Qwen3ForCausalLM", _QWEN), vae=("AutoencoderKLFlux2", {}))
+_zimage = dict(transformer=("ZImageTransformer2DModel", {}), text_encoder=("Qwen3Model", _QWEN), vae=_VAE16)
+SHAPES |= {"flux.1-dev": dict(transformer=_flux(True), **_reads), "flux.1-schnell": dict(transformer=_flux(False), **_reads),
+           "flux.2-klein-4b": _klein, "flux.2-klein-base-4b": _klein, "z-image": _zimage, "z-image-turbo": _zimage}
 
 # %% ../nbs/16_memory.ipynb #f6f31073
 @lru_cache(None)   # building Large takes seconds even without weights; callers share it and must undo what they change
@@ -173,7 +185,7 @@ def _fused(low):
     "A context in which attention is `_Fused`, in precision `low`."
     kept = F.scaled_dot_product_attention
     cast = lambda t: t if low is None else t.to(low)
-    F.scaled_dot_product_attention = lambda q, k, v, *a, **kw: _Fused.apply(cast(q), cast(k), cast(v))
+    F.scaled_dot_product_attention = lambda query, key, value, *a, **kw: _Fused.apply(cast(query), cast(key), cast(value))
     try: yield
     finally: F.scaled_dot_product_attention = kept
 
@@ -196,6 +208,8 @@ class Autocast(TorchFunctionMode):
 def _ask(net, batch, size, factor, t5_length, dtype, device="meta"):
     "A denoiser's answer to noise in place of `batch` pictures of `size` (w, h) and of their prompts."
     m, c = lambda *s: torch.randn(*s, dtype=dtype, device=device), net.config
+    asks = next((f.ask_blank for f in FAMILIES if getattr(f, "network", "") == type(net).__name__), None)
+    if asks: return asks(net, m, batch, (size[0] // (2 * factor), size[1] // (2 * factor)))       # FLUX and others, of patches of 2 x 2
     z, t = m(batch, c.in_channels, size[1] // factor, size[0] // factor), torch.full((batch,), 500., device=device)
     if hasattr(c, "joint_attention_dim"):
         return net(z, timestep=t, encoder_hidden_states=m(batch, 77 + t5_length, c.joint_attention_dim),
@@ -395,7 +409,7 @@ def estimate_memory(
     nets = {c: n for c, n in shapes_of(base).items() if c != "text_encoder_3" or t5}
     main = "transformer" if "transformer" in nets else "unet"
     factor = 2 ** (len(nets["vae"].config.block_out_channels) - 1)
-    size = resolution or nets[main].config.sample_size * factor
+    size = resolution or (nets[main].config.get("sample_size") or nets["vae"].config.sample_size // factor) * factor
     size = (size, size) if isinstance(size, int) else tuple(size)
     run = _Run(nets, main, factor, size, dtype, t5, offload, t5_length)
     if task == "train":

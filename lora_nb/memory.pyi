@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from .core import LoraError, Markup, closest, data_path, escaped, patch_to, quiet
 from .core import table as as_table
-from .families import HUB, as_base
+from .families import FAMILIES, HUB, as_base
 from .injection import inject_lora
 from .loading import embedded_bases
 from .show import INK, PALETTE, Plot

@@ -21,7 +21,7 @@ from torch import nn
 from .core import LoraError, ShapeError, free_name, generator, patch_to, some
 from .layers import LoraLayer
 from .lora import Factors, Lora, add_factors, gather, join_words
-from .worn import Wearer, adapters, places, resolve_components
+from .worn import Wearer, adapters, foreign_adapters, places, resolve_components
 from .injection import apply_lora, remove_lora
 from .extraction import low_rank
 from .composition import method
@@ -131,6 +131,7 @@ class Mixture:
     ):
         self.model, self.loras, self.weights = pipe_or_model, list(loras), weights
         self.parts, layers = resolve_components(pipe_or_model), gather(loras)
+        if theirs := foreign_adapters(self.parts): raise LoraError(theirs)
         there = {f"{c}.{n}": p.module for c, m in self.parts.items() for n, p in places(m).items()}
         odd = [n for n in layers if n not in there or isinstance(there[n], LoraLayer)]
         if odd: raise LoraError(f"{len(odd)} layers are missing here, or wear a LoRA: {some(odd)}. Take LoRAs off")

@@ -9,7 +9,7 @@ from torch import nn
 from .core import LoraError, ShapeError, free_name, generator, patch_to, some
 from .layers import LoraLayer
 from .lora import Factors, Lora, add_factors, gather, join_words
-from .worn import Wearer, adapters, places, resolve_components
+from .worn import Wearer, adapters, foreign_adapters, places, resolve_components
 from .injection import apply_lora, remove_lora
 from .extraction import low_rank
 from .composition import method

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
 
 # %% ../nbs/36_preprocessing.ipynb #b77d92b2
-from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, progress, table
+from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, printable, progress, table
 from .show import grid, save_jpeg
-from .pictures import (CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, list_sources,
+from .pictures import (CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, is_folder, list_sources,
                               measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary)
 from .masks import MASKS, Masker, mask_center, mask_extent, masker_for
 from .captions import METADATA, Captioner, captioner_for, edited_captions, give_captions, own_captions
@@ -277,7 +277,7 @@ def _read_state(output):
 
 def _check_folders(files, output):
     "The output may not hold an original"
-    if output.exists() and not output.is_dir(): raise DataError(f"{output} is a file: expected a folder to write to.")
+    if not is_folder(output) and output.exists(): raise DataError(f"{output} is a file: expected a folder to write to.")
     inside = [f for f in files if f.resolve().parent in (output.resolve(), (output / "masks").resolve())]
     if inside:
         raise DataError(f"{output} holds the original {inside[0].name}: originals are never touched. Name another "
@@ -352,6 +352,12 @@ class PreprocessReport:
     def path(self) -> Path:
         "The file report.md"
         return self.folder / "report.md"
+    @property
+    def lines(self) -> list[str]:
+        "What was left out and why, and a summary, line by line for a terminal"
+        out = [f"left out {r['source']}: {'; '.join(r['why'])}" for r in self.left_out]
+        out += [f"not read {n}: {why}" for n, why in self.unread.items()]
+        return [printable(l).replace("\n", "\\n") for l in [*out, f"{self}. Report: {self.path}"]]
     def contact_sheet(self) -> Image.Image:
         "Originals and results side by side, as a picture"
         return open_picture(self.folder / "report" / "contact_sheet.jpg")

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, fields, replace as replaced
 from pathlib import Path
 from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
-from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, progress, table
+from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, printable, progress, table
 from .show import grid, save_jpeg
-from .pictures import CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, list_sources, measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary
+from .pictures import CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, is_folder, list_sources, measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary
 from .masks import MASKS, Masker, mask_center, mask_extent, masker_for
 from .captions import METADATA, Captioner, captioner_for, edited_captions, give_captions, own_captions
 
@@ -77,6 +77,8 @@ class PreprocessReport:
     def left_out(self) -> list[dict[str, Any]]: ...
     @property
     def path(self) -> Path: ...
+    @property
+    def lines(self) -> list[str]: ...
     def contact_sheet(self) -> Image.Image: ...
     def __repr__(self): ...
     def _repr_markdown_(self): ...

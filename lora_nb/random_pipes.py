@@ -99,18 +99,90 @@ def _random_sd3():
                                     text_encoder=clips[0], tokenizer=tok, text_encoder_2=clips[1],
                                     tokenizer_2=_clip_tokenizer(), text_encoder_3=t5, tokenizer_3=tok3)
 
+# %% ../nbs/11_random_pipes.ipynb #43b9cf0b
+_CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+def _qwen_tokenizer():
+    "A tokenizer of Qwen's class whose words are single bytes, with its form of a conversation."
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+    marks = ["<|im_start|>", "<|im_end|>"]
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", *marks]
+    made = Qwen2TokenizerFast(vocab={w: i for i, w in enumerate(words)}, merges=[], extra_special_tokens=marks)
+    made.chat_template = _CHAT
+    return made
+
+def _qwen_config(tokenizer, layers, width=16):
+    "A tiny Qwen3 configuration for `tokenizer`."
+    from transformers import Qwen3Config
+    return Qwen3Config(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers,
+                       num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=512)
+
+def _flux_scheduler(**kw):
+    "The scheduler of FLUX: its shift depends on the size of the picture."
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    return FlowMatchEulerDiscreteScheduler(**{**dict(shift=3., use_dynamic_shifting=True), **kw})
+
+# %% ../nbs/11_random_pipes.ipynb #55f30437
+def _random_flux(guidance=True):
+    "A random pipeline of FLUX.1's classes: blocks of two streams, then of one; a CLIP and a T5."
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+    tok, tok2 = _clip_tokenizer(), _t5_tokenizer()
+    net = FluxTransformer2DModel(in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                                 num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+                                 guidance_embeds=guidance, axes_dims_rope=(4, 6, 6))
+    t5 = T5EncoderModel(T5Config(vocab_size=len(tok2), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2))
+    vae = _tiny_vae(16, shift_factor=.1159, scaling_factor=.3611, sample_size=64, use_quant_conv=False,
+                    use_post_quant_conv=False)
+    sched = _flux_scheduler() if guidance else _flux_scheduler(shift=1., use_dynamic_shifting=False)
+    return FluxPipeline(transformer=net, scheduler=sched, vae=vae, text_encoder=CLIPTextModel(_text_config(tok)),
+                        tokenizer=tok, text_encoder_2=t5, tokenizer_2=tok2)
+
+# %% ../nbs/11_random_pipes.ipynb #2feb38d8
+def _random_flux2():
+    "A random pipeline of FLUX.2 [klein]'s classes: shared modulation, one fused matrix in a block of one stream, a Qwen3."
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3ForCausalLM
+    tok = _qwen_tokenizer()
+    net = Flux2Transformer2DModel(in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                                  num_attention_heads=2, joint_attention_dim=48, timestep_guidance_channels=32,
+                                  axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+    vae = AutoencoderKLFlux2(block_out_channels=(4, 8, 8, 8), latent_channels=16, norm_num_groups=4, sample_size=64)
+    vae.bn.running_mean.normal_(0, .1); vae.bn.running_var.uniform_(.5, 1.5)      # statistics of latents: not trivial ones
+    return Flux2KleinPipeline(transformer=net, scheduler=_flux_scheduler(), vae=vae, tokenizer=tok,
+                              text_encoder=Qwen3ForCausalLM(_qwen_config(tok, 27)), is_distilled=False)
+
+# %% ../nbs/11_random_pipes.ipynb #0aa17c91
+def _random_zimage():
+    "A random pipeline of Z-Image's classes: one stream of text and picture, and a Qwen3."
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Model
+    tok = _qwen_tokenizer()
+    net = ZImageTransformer2DModel(in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+                                   cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[640, 32, 32])
+    for pad in (net.x_pad_token, net.cap_pad_token): torch.nn.init.normal_(pad, std=.1)
+    vae = _tiny_vae(16, shift_factor=.1159, scaling_factor=.3611, sample_size=64, use_quant_conv=False,
+                    use_post_quant_conv=False)
+    return ZImagePipeline(transformer=net, scheduler=_flux_scheduler(use_dynamic_shifting=False), vae=vae, tokenizer=tok,
+                          text_encoder=Qwen3Model(_qwen_config(tok, 3)))
+
 # %% ../nbs/11_random_pipes.ipynb #993c4adf
-RANDOM = dict(sd=_random_sd, sdxl=_random_sdxl, sd3=_random_sd3, sd_inpaint=lambda: _random_sd(9))
+RANDOM = dict(sd=_random_sd, sdxl=_random_sdxl, sd3=_random_sd3, sd_inpaint=lambda: _random_sd(9), flux=_random_flux,
+              flux_schnell=lambda: _random_flux(False), flux2=_random_flux2, zimage=_random_zimage)
 
 def random_pipe(
-    family: str = "sd",  # 'sd', 'sdxl', 'sd3', or 'sd_inpaint': a UNet of nine channels that fills holes
+    family: str = "sd",  # a key of `RANDOM`: 'sd_inpaint' has a UNet of nine channels, 'flux_schnell' no guidance
     seed: int = 0,       # of the random weights
 ) -> "DiffusionPipeline":
     "A tiny pipeline of the family's real classes with random weights."
     if family not in RANDOM: raise LoraError(f"No family {family!r}: expected one of {', '.join(RANDOM)}.")
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        pipe = RANDOM[family]()
+        try: pipe = RANDOM[family]()
+        except ImportError as e:
+            raise LoraError(f"This diffusers or transformers has no {family} ({e}): pip install -U diffusers transformers.") from e
     for model in pipe.components.values():
         if isinstance(model, torch.nn.Module): model.eval()
     return pipe

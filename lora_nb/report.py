@@ -17,7 +17,7 @@ from .core import DataError, Markup, code, escaped, patch_to, printable, table
 from .lora import Factors, Lora
 from .names import block_of, canonical_name, kind_of
 from .products import Change
-from .worn import Wearer, places, resolve_components, root_module, stack_of, worn_state
+from .worn import Wearer, foreign_adapters, places, resolve_components, root_module, stack_of, worn_state
 
 # %% ../nbs/10_report.ipynb #585059c0
 @dataclass
@@ -119,6 +119,7 @@ def _strengths(lora, parts):
 # %% ../nbs/10_report.ipynb #c262ef65
 def _about_use(lora, pipe, parts) -> Iterator[str]:
     "Sentences about how it is worn, and about its trigger and words"
+    if theirs := foreign_adapters(parts): yield theirs[0].upper() + theirs[1:]
     ours, others = _strengths(lora, parts)
     strengths = [s for ss in ours.values() for s in ss]
     if lora.layers and not strengths and others:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/49_run.ipynb #b3bd5588
-from .core import LoraError, ShapeError, closest, patch_to
+from .core import LoraError, ShapeError, closest, patch_to, printable
 from .bases import Base
 from .injection import Injected, disabled, inject_lora
 from .lora import Factors, Lora
@@ -179,7 +179,10 @@ def inject(self,
 ) -> None:
     "Put trainable branches into the networks that the recipe names"
     r, targets = self.recipe, {self.base.denoiser_name: self.recipe.targets}
-    if r.train_text_encoder: targets |= {n: "attention" for n in learning_encoders(self.base, r.encoders)}
+    if r.train_text_encoder:
+        learning = learning_encoders(self.base, r.encoders)
+        if not learning: raise LoraError(f"train_text_encoder: {self.base.name} has no CLIP. Name the encoder in encoders=, or leave it out.")
+        targets |= dict.fromkeys(learning, "attention")
     if isinstance(start, (str, Path)): start = Lora.load(start, base=self.base.pipe)
     dora = r.dora or start is not None and any(f.magnitude is not None for f in start.layers.values())
     with torch.random.fork_rng(devices=[]):
@@ -285,8 +288,8 @@ def begin(self) -> None:
         cut = cut_captions(self.base, told.captions)
         lines = [f"{f}: " + ", ".join(f"{t} reads {n} of {m} tokens" for t, (n, m) in cut[c].items())
                  for f, c in zip(told.names, told.captions) if c in cut]
-        if lines: warnings.warn(f"Captions of the {s.name} are longer than a text encoder reads; the rest is not learned from:\n  "
-                                + "\n  ".join(lines), stacklevel=3)
+        if lines: warnings.warn(printable(f"Captions of the {s.name} are longer than a text encoder reads; the rest is not learned from:\n  "
+                                          + "\n  ".join(lines)), stacklevel=3)
 
 # %% ../nbs/49_run.ipynb #bf8c55fe
 @patch_to(TrainingRun)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
-from .core import LoraError, ShapeError, closest, patch_to
+from .core import LoraError, ShapeError, closest, patch_to, printable
 from .bases import Base
 from .injection import Injected, disabled, inject_lora
 from .lora import Factors, Lora

@@ -22,7 +22,7 @@ from .core import LoraError, TargetError, closest, finite, free_name, patch_to
 from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
-from .worn import (Wearer, adapters, branches, changing, check_stores, layer_factors, locked, original_weight, places,
+from .worn import (Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked, original_weight, places,
                           resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state)
 from .injection import apply_lora, place_lora, remove_lora, set_scale
 from .schedule import LoraComposite, LoraSchedule, Moment, as_plan, as_schedule, rank_at
@@ -205,7 +205,7 @@ def _scheduled_loras(pipe, loras):
             stem = "lora" if isinstance(key, Lora) else Path(key).stem
             name = free_name(stem, {*worn, *(l.name for l in found)}, "_", 2)
         else: raise TargetError(f"{key!r} is no LoRA, no file, and no name of what is worn ({list(worn) or 'nothing'})."
-                                f"{closest(key, worn)}")
+                                f"{closest(key, worn)} {foreign_adapters(resolve_components(pipe))}".rstrip())
         found.append(ScheduledLora(name, key, lora, as_schedule(schedule)))
     return found
 

@@ -11,7 +11,7 @@ from .core import LoraError, TargetError, closest, finite, free_name, patch_to
 from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
-from .worn import Wearer, adapters, branches, changing, check_stores, layer_factors, locked, original_weight, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state
+from .worn import Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked, original_weight, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state
 from .injection import apply_lora, place_lora, remove_lora, set_scale
 from .schedule import LoraComposite, LoraSchedule, Moment, as_plan, as_schedule, rank_at
 from .weight_cache import WeightCache, cache_budget

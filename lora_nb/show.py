@@ -105,10 +105,19 @@ def save_jpeg(
     path: str | Path,    # file to write; its folder is made
     quality: int = 85,   # JPEG quality
 ) -> Path:               # the path
-    "Write a picture as JPEG, whole or not at all"
+    "Write a picture as JPEG, whole or not at all; it may replace a picture, nothing else"
     data = _encode(to_image(image), quality)
+    _check_place(path)
     with atomic_path(path) as p: p.write_bytes(data)
     return Path(path)
+
+def _check_place(path):
+    "An error where a picture would replace something else"
+    try: old = Path(path).read_bytes() if Path(path).is_file() else b""
+    except OSError: return                                              # the system will say it on writing
+    if not old or b"<svg" in old[:2000]: return
+    try: Image.open(io.BytesIO(old)).close()
+    except OSError as e: raise DataError(f"{path} exists and is no picture: nothing was written. Choose another name, or move it away.") from e
 
 # %% ../nbs/01_show.ipynb #d6721fa8
 @lru_cache
@@ -327,6 +336,7 @@ def save(self,
     "Write the drawing, whole or not at all"
     kind = Path(path).suffix.lower()
     if kind not in (".svg", ".png"): raise DataError(f"found the file name {path}, expected .svg or .png at its end.")
+    _check_place(path)
     with atomic_path(path) as p:
         if kind == ".svg": p.write_text(self.svg, encoding="utf-8")
         else: self.figure.savefig(p, dpi=120)

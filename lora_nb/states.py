@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 # %% ../nbs/43_states.ipynb #c7d902da
-from .core import TrainingError, atomic_path, some
+from .core import TrainingError, atomic_path, checksum, some
 from .bases import Base
 from .dataset import Examples
+from .worn import worn_state
 
 # %% ../nbs/43_states.ipynb #69f506ec
 def digest(
@@ -87,22 +88,25 @@ SCHEDULE = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "train
 def base_identity(
     base: Base,
 ) -> dict[str, str]:
-    "What tells a base from others: hashes of numbers from each frozen weight, branches and new words left aside"
+    "What tells a base from others: a hash of all numbers of its frozen weights, branches and new words left aside"
     seen = {}
     for component, net in base.parts().items():
-        of = seen.setdefault("the VAE's weights" if component == "vae" else f"the base's weights ({str(base.dtype).removeprefix('torch.')})", [])
+        of = seen.setdefault("all weights of the VAE" if component == "vae" else f"all weights of the base ({str(base.dtype).removeprefix('torch.')})", [])
+        split = {id(m._parameters["weight"]): m._kept_weight for m in net.modules() if "_split_stamp" in m.__dict__}     # by PiSSA
+        kept = worn_state(net).kept
         for name, p in net.named_parameters():
             words = name.split(".")
             if any(w.startswith("lora_") or w in ("magnitude", "words") for w in words): continue
-            if any(w in TABLES for w in words): p = p[:256]
-            of.append((component, _picked(p.detach().flatten())))
+            if kept and any(w in TABLES for w in words): p = p[:len(kept[2])]
+            of.append((component, _numbers(split.get(id(p), p).detach())))
     config = base.pipe.scheduler.config
-    return {**{k: digest(sorted((c, len(x), digest(x)) for c, x in of)) for k, of in seen.items()},
+    return {**{k: digest(sorted(of)) for k, of in seen.items()},
             "the noise schedule": str({k: config[k] for k in SCHEDULE if k in config})}
 
-def _picked(flat, n=64):
-    "Up to `n` numbers, evenly spread"
-    return flat[::max(1, len(flat) // n)][:n].float().cpu()
+def _numbers(t):
+    "A text that tells a tensor from others, made of its parts where it is quantised"
+    inner = [getattr(t, n) for n in t.__tensor_flatten__()[0]] if hasattr(t, "__tensor_flatten__") else [t]
+    return " ".join(f"{x.dtype} {tuple(x.shape)} {checksum(x)}" for x in inner)
 
 # %% ../nbs/43_states.ipynb #85deae78
 def examples_identity(

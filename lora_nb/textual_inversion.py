@@ -21,7 +21,7 @@ from torch import nn
 
 # %% ../nbs/52_textual_inversion.ipynb #e425d3de
 from .loading import load_base
-from .core import DataError, LoraError, TargetError, closest, generator, patch_to, quiet, some
+from .core import DataError, LoraError, TargetError, closest, generator, patch_to, printable, quiet, some
 from .bases import Base
 from .families import spelled
 from .lora import Lora
@@ -341,7 +341,7 @@ def _tell_silence(word, stream, texts, deaf, component):
            "takes sentences in place of the captions; or fewer vectors."
     if len(deaf) == len(texts):
         raise LoraError(f"No caption says {word!r} as far as {component} reads, so it would not be learned. Found {some(named, 3)}. {help}")
-    warnings.warn(f"{len(deaf)} of {len(texts)} captions do not say {word!r} as far as {component} reads: {some(named, 8)}. {help}",
+    warnings.warn(printable(f"{len(deaf)} of {len(texts)} captions do not say {word!r} as far as {component} reads: {some(named, 8)}. {help}"),
                   stacklevel=4)
 
 def _names(stream):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from .loading import load_base
-from .core import DataError, LoraError, TargetError, closest, generator, patch_to, quiet, some
+from .core import DataError, LoraError, TargetError, closest, generator, patch_to, printable, quiet, some
 from .bases import Base
 from .families import spelled
 from .lora import Lora

@@ -9,7 +9,7 @@ __all__ = ['vector_tokens', 'word_rows', 'hold_vocabulary', 'put_words', 'take_w
            'check_new_words']
 
 # %% ../nbs/08_vocabulary.ipynb #b23a42e4
-import copy
+import copy, warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,18 @@ def hold_vocabulary(
     undo.append(back)
     worn.kept = (tokenizer, copy.deepcopy(tokenizer).__dict__, model.get_input_embeddings().weight.detach())
 
+# %% ../nbs/08_vocabulary.ipynb #8d1ca09e
+def _adopted(model, kept, tokens):
+    "`kept` with the rows that other code has written over meanwhile, and how many they are; a rounding there and back is none"
+    (tokenizer, state, rows), table = kept, model.get_input_embeddings().weight.detach()
+    was, now = rows.to(table.device, table.dtype), table[:len(rows)]
+    trips = [was, *(was.to(d).to(was.dtype) for d in (torch.float16, torch.bfloat16))]
+    if table.is_meta or len(now) < len(was) or any(torch.equal(now, t) for t in trips): return kept, 0
+    changed = (now != was).any(1)
+    own = tokenizer.convert_tokens_to_ids([v for words in tokens.values() for t, e in words.items() for v in vector_tokens(t, len(e))])
+    changed[[i for i in own if i < len(changed)]] = False
+    return (tokenizer, state, torch.where(changed[:, None], now, was)), int(changed.sum())
+
 # %% ../nbs/08_vocabulary.ipynb #16c5cda1
 def put_words(
     model: nn.Module,                # a text encoder
@@ -102,12 +114,12 @@ def put_words(
     "Extend a vocabulary and its token table"
     hold_vocabulary(model, tokenizer, undo)
     worn = wears(model)
-    old, kept = worn.tokens, worn.kept
+    old, kept = worn.tokens, _adopted(model, worn.kept, worn.tokens)[0]
     def back():
         worn.tokens = old
         _spell(model, kept, old)
     undo.append(back)
-    worn.tokens = {**old, name: words}
+    worn.tokens, worn.kept = {**old, name: words}, kept
     for token, e in words.items(): _set_token(model, tokenizer, token, e)
     _name_end_token(model, tokenizer)
 
@@ -121,13 +133,15 @@ def take_words(
     old, kept = worn.tokens, worn.kept
     left = {n: words for n, words in old.items() if name not in (None, n)}
     if len(left) == len(old): return
+    kept, changed = _adopted(model, kept, old)
     def back():
         worn.tokens, worn.kept = old, kept
         _spell(model, kept, old)
     undo.append(back)
     _spell(model, kept, left)
-    worn.tokens = left
-    if not left: worn.kept = None
+    worn.tokens, worn.kept = left, kept if left else None
+    if changed: warnings.warn(f"{changed} rows of the token table were loaded, trained or written over while {' and '.join(old)} was worn: "
+                              "they stay as they are", stacklevel=5)
 
 # %% ../nbs/08_vocabulary.ipynb #4013d4e2
 def add_words(

@@ -9,7 +9,7 @@ __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Pla
            'stack_of', 'plain_modules', 'adapted_class', 'branches', 'branch_parameters', 'Worn', 'worn_state', 'wears',
            'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded', 'stored_weight',
            'store_weight', 'device_of', 'check_stores', 'layer_factors', 'original_weight', 'summed_weight',
-           'weight_state', 'remerge', 'detach_branches', 'unhang']
+           'note_weight', 'weight_state', 'remerge', 'detach_branches', 'unhang']
 
 # %% ../nbs/07_worn.ipynb #7d08bb07
 import threading, warnings, weakref
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Union
 import torch
 from torch import nn
 
-from .core import LoraError, TargetError, finite, some, working_dtype
+from .core import LoraError, TargetError, checksum, finite, some, working_dtype
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer
 from .lora import Factors
 from .names import COMPONENTS, canonical
@@ -86,6 +86,16 @@ class Slot:
     def __hash__(self): return hash((id(self.owner), self.tensor))
     def __eq__(self, other): return isinstance(other, Slot) and other.owner is self.owner and other.tensor == self.tensor
 
+# %% ../nbs/07_worn.ipynb #eb2bc762
+def _is_foreign(module):
+    "Is it an adapter of peft around a module?"
+    return "base_layer" in module._modules and hasattr(module, "adapter_layer_names")
+
+def _inside(module):
+    "The module inside of peft's adapters"
+    while _is_foreign(module): module = module._modules["base_layer"]
+    return module
+
 # %% ../nbs/07_worn.ipynb #3cf870b8
 class Places(dict):
     "The layers of a model by path; norms and biases (`norm1`, `norm1.bias`, `conv_in.bias`) can be looked up, too"
@@ -93,7 +103,9 @@ class Places(dict):
         super().__init__()
         self.model, self.names = model, None        # names of all modules, once one was looked up that is not listed
 
-    def __missing__(self, path): return self._slot(path) or dict.__getitem__(self, path)
+    def __missing__(self, path):
+        if slot := self._slot(path): return slot
+        raise KeyError(path)
 
     def get(self, path, default=None): return dict.get(self, path) or self._slot(path) or default
 
@@ -103,7 +115,7 @@ class Places(dict):
         tensor = "bias" if last == "bias" else "weight"
         if self.names is None: self.names = {canonical(n): n for n, _ in self.model.named_modules()}
         name = self.names.get(stem if tensor == "bias" else path)
-        owner = None if name is None else root_module(self.model.get_submodule(name))
+        owner = None if name is None else root_module(_inside(self.model.get_submodule(name)))
         if owner is None or (tensor == "weight" and isinstance(owner, (nn.Linear, nn.Conv2d, nn.Embedding))): return None
         param = owner._parameters.get(tensor)
         if param is None: return None
@@ -120,8 +132,10 @@ def places(
     found = Places(model)
     def walk(parent, prefix):
         for attr, child in parent._modules.items():
+            there, key = parent, attr
+            while child is not None and _is_foreign(child): there, key, child = child, "base_layer", child._modules["base_layer"]
             if isinstance(child, (nn.Linear, nn.Conv2d, LoraLayer)):
-                found[canonical(prefix + attr)] = Place(parent, attr, child)
+                found[canonical(prefix + attr)] = Place(there, key, child)
             elif child is not None: walk(child, f"{prefix}{attr}.")
     walk(model, "")
     return found
@@ -132,7 +146,7 @@ def foreign_adapters(
 ) -> str:                         # "": it wears none
     "A sentence on the adapters of diffusers and peft that a model wears, and on how to take them off"
     for c, model in parts.items():
-        theirs = [m for m in model.modules() if hasattr(m, "adapter_layer_names") and "base_layer" in m._modules]
+        theirs = [m for m in plain_modules(model) if _is_foreign(m)]
         if not theirs: continue
         names = sorted({str(n) for m in theirs for k in m.adapter_layer_names for n in getattr(m, k, ())})
         return (f"{len(theirs)} layers of {c} wear an adapter that diffusers or peft put on ({', '.join(names) or 'unnamed'}): expected a "
@@ -423,22 +437,25 @@ def _checked_sum(path, original, worn):
                     f"can hold (up to {torch.finfo(new.dtype).max:g}). Nothing was changed: choose a lower strength, or check the LoRA's alpha")
 
 # %% ../nbs/07_worn.ipynb #f1411ecf
-class _Stamp:
-    "Which tensor holds a merged weight, and how often it had been written"
-    def __init__(self, param): self.param, self.version = param, None if param.is_inference() else param._version
-    def __reduce__(self): return _Stamp, (self.param,)          # a copy of the model is stamped afresh
+def note_weight(
+    root: nn.Module,  # a plain module
+) -> None:
+    "Note which numbers a merged weight has now"
+    if not (w := stored_weight(root)).is_meta: root.__dict__["_merge_stamp"] = w.dtype, checksum(w)
 
 def _overwritten(root, worn):
     "Has other code given a merged module other numbers?"
-    stamp, param = root.__dict__.get("_merge_stamp"), root._parameters["weight"]
-    if stamp is None or (stamp.param is param and stamp.version == (None if param.is_inference() else param._version)): return False
-    now = stored_weight(root)
-    if now.is_meta: return False
-    put, now = (t.to(torch.float32) for t in (summed_weight(original_weight(root), worn), now))
-    return not bool((now - put).abs().max() <= 4 * torch.finfo(stored_weight(root).dtype).eps * put.abs().max())
+    now, stamp = stored_weight(root), root.__dict__.get("_merge_stamp")
+    if stamp is None or now.is_meta or stamp == (now.dtype, checksum(now)): return False
+    halves = [d for d in (torch.float16, torch.bfloat16) if d != now.dtype and torch.equal(now.to(d).to(now.dtype), now)]
+    rounded = halves if now.dtype == stamp[0] else [now.dtype, stamp[0]]       # it may have been there and back
+    if not rounded: return True
+    first = original_weight(root)
+    put, now, first = (t.to(torch.float32) for t in (summed_weight(first, worn), now, first))
+    return not bool(((now - put).abs() <= 2 * max(torch.finfo(d).eps for d in rounded) * (put.abs() + first.abs()) + 1e-7).all())
 
 # %% ../nbs/07_worn.ipynb #336e09ae
-_MARKS = "_kept_weight", "_tied_weight", "_merge_stamp"
+_MARKS = "_kept_weight", "_tied_weight", "_merge_stamp", "_split_stamp"
 
 def weight_state(
     root: nn.Module,  # a plain module
@@ -452,6 +469,7 @@ def weight_state(
         store_weight(root, remake() if remake else weight)
         for k in _MARKS: root.__dict__.pop(k, None)
         root.__dict__.update(marks)
+        if remake and "_merge_stamp" in marks: note_weight(root)          # another order of sums, perhaps
     return back
 
 # %% ../nbs/07_worn.ipynb #c9676998
@@ -484,7 +502,7 @@ def _reweigh(path, root, before, after, tied, hold, undo):
         own["_tied_weight"] = param
         root._parameters["weight"] = nn.Parameter(new, requires_grad=param.requires_grad)
     else: store_weight(root, new)
-    own["_merge_stamp"] = _Stamp(root._parameters["weight"])
+    note_weight(root)
 
 # %% ../nbs/07_worn.ipynb #2de5af88
 def remerge(
@@ -495,28 +513,30 @@ def remerge(
 ) -> None:
     "Merge what is not merged yet, unmerge what is no longer, and change strengths; the original returns where nothing is left"
     worn = wears(model)
-    was, there = worn.merged, {}
+    was, there, scheduled = worn.merged, {}, "_lora_schedule" in model.__dict__       # a schedule exchanges weights all the time
     changed = [n for n in {**was, **merged} if was.get(n) != merged.get(n)]
     paths = dict.fromkeys(p for n in changed for m in (was, merged) if n in m for p in m[n][0])
     if paths: check_stores(model, "merging"); there = places(model)
-    tied, lost = _tied(model) if paths else (), []
+    tied, of = _tied(model) if paths else (), lambda m, path: [(fs[path], s) for fs, s in m.values() if path in fs]
+    roots = {path: root_module(place.module) for path in paths if (place := there.get(path))}
+    if (gone := [p for p in paths if p not in roots]) and not leaving: raise _was_overwritten(was, gone)
+    lost = gone if scheduled else gone + [p for p, root in roots.items() if of(was, p) and _overwritten(root, of(was, p))]
+    if lost and not leaving: raise _was_overwritten(was, lost)
     undo.append(lambda: setattr(worn, "merged", was))
-    for path in paths:
-        root = root_module(there[path].module)
-        before, after = ([(fs[path], s) for fs, s in m.values() if path in fs] for m in (was, merged))
-        if before and _overwritten(root, before):
-            lost.append(path)
-            if not leaving: raise _was_overwritten(was, lost)
+    for path, root in roots.items():
+        before, after = of(was, path), of(merged, path)
+        if path in lost:
             undo.append(weight_state(root))
             if not after:
                 for k in _MARKS: root.__dict__.pop(k, None)
-        else: _reweigh(path, root, before, after, tied, "_lora_schedule" in model.__dict__, undo)
+        else: _reweigh(path, root, before, after, tied, scheduled, undo)
     worn.merged = merged
-    if lost: warnings.warn(str(_was_overwritten(was, lost, "They stay as they are")), stacklevel=4)
+    if lost: warnings.warn(str(_was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
+                            stacklevel=4)
 
 def _was_overwritten(merged, lost, advice="remove_lora forgets what was merged; then put LoRAs on again"):
     "The error for weights that are not what we merged"
-    return LoraError(f"{len(lost)} weights ({some(lost, 2)}) were loaded or trained while {' and '.join(merged)} was merged into them, so they "
+    return LoraError(f"{len(lost)} weights ({some(lost, 2)}) were loaded, trained, replaced or written over while {' and '.join(merged)} was merged into them, so they "
                      "are another base now. " + advice)
 
 # %% ../nbs/07_worn.ipynb #f8b20af4

@@ -8,10 +8,10 @@ Docs: https://lora-nb.github.io/lora_nb/cli_demo.html.md"""
 __all__ = ['DEMO', 'find_subject', 'demo', 'demo_recipe', 'demo_metrics', 'show_demo']
 
 # %% ../../nbs/68_cli_demo.ipynb #67b6270a
-import json, math, time
+import json, math, sys, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from .flags import BASE_FLAGS, Flag, base_of, command, writable
+from .flags import BASE_FLAGS, JSON, Flag, base_of, command, report, say, text_table, writable
 
 # %% ../../nbs/68_cli_demo.ipynb #da09d36f
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ DEMO = {
         Flag("instance_prompt", str, None, "without it, 'a sks NOUN' with the subject's class noun"),
         Flag("class_prompt", str, None, "without it, 'a NOUN'")],
     "learning": [
-        Flag("out", str, "out/demo", "folder for what it makes"),
-        Flag("steps", int, 200, "optimiser steps", "steps", 1),
-        Flag("seed", int, 0, "of the training", "seed"),
-        Flag("num_class_images", int, 24, "class pictures that protect the prior", least=1)],
+        Flag("out", str, "out/demo", "folder for what it makes"), JSON,
+        Flag("steps", int, 200, "optimiser steps", "steps", 1, most=10**7),
+        Flag("seed", int, 0, "of the training", "seed", -10**18, most=10**18),
+        Flag("num_class_images", int, 24, "class pictures that protect the prior", least=1, most=10**5)],
     "measurement": [
-        Flag("pictures", int, 24, "pictures in each group of the measurement", least=2),
-        Flag("num_inference_steps", int, 25, "denoising steps of a picture", least=1)],
+        Flag("pictures", int, 24, "pictures in each group of the measurement", least=2, most=10**4),
+        Flag("num_inference_steps", int, 25, "denoising steps of a picture", least=1, most=10**4)],
     "base": BASE_FLAGS,
 }
 
@@ -56,18 +56,18 @@ def demo(a):
     pictures, began, draw = find_pictures(folder), time.time(), dict(steps=a.num_inference_steps)
     base, judge, prompt = base_of(a), load_judge(), a.instance_prompt or f"a sks {noun}"
     paper = judge.exam(trigger_of(prompt), name, noun, a.pictures, pictures)
-    print(f"Learning {name or folder} from {len(pictures)} pictures as {trigger_of(prompt)!r}. First, what the base draws ...")
+    say(f"Learning {name or folder} from {len(pictures)} pictures as {trigger_of(prompt)!r}. First, what the base draws ...", to=sys.stderr)
     before = marks(paper, answers(base, paper, **draw), judge, pictures)
     rows = paper["subject"][:5]
     run = DreamBooth(base, pictures, prompt, a.class_prompt or f"a {noun}", recipe=demo_recipe(base, a.seed, a.steps), sampling=draw,
                      num_class_images=a.num_class_images,
                      previews=dict(prompts=[q.prompt for q in rows], seeds=[q.seed for q in rows], **draw))
     lora = run.fit()
-    print("Measuring what was learned, and what was kept ...")
+    say("Measuring what was learned, and what was kept ...", to=sys.stderr)
     lora.save(out / "lora.safetensors")
     with wearing(base, lora): after = marks(paper, answers(base, paper, **draw), judge, pictures)
     metrics = demo_metrics(run, lora, out, summary(before, after), name, time.time() - began)
-    show_demo(run, [q.prompt for q in rows], metrics, out)
+    report(a, show_demo(run, [q.prompt for q in rows], metrics, out), folder=out, **metrics)
 
 # %% ../../nbs/68_cli_demo.ipynb #c5ac5de8
 def demo_recipe(base: "Base", seed: int, steps: int) -> "Recipe":
@@ -100,8 +100,8 @@ def show_demo(
     rows: list[str],           # prompts of the previews
     metrics: dict[str, Any],   # from `demo_metrics`
     out: Path,                 # folder of the demo
-):
-    "Write the pictures and the numbers, and say where to look."
+) -> str:
+    "Write the pictures and the numbers; the text says what was measured and where to look."
     from lora_nb.core import atomic_path
     from lora_nb.evaluation import METRICS, meaning
     from lora_nb.show import before_after, save_jpeg
@@ -110,10 +110,10 @@ def show_demo(
     save_jpeg(before_after({p: [c[i] for c in columns] for i, p in enumerate(rows)}, titles), out / "before_after.jpg")
     run.log.curve(out / "loss.svg")
     with atomic_path(out / "metrics.json") as tmp: Path(tmp).write_text(json.dumps(metrics, indent=1) + "\n")
-    print("\nTrained {steps} steps in {train_seconds} s; {trainable_parameters:,} parameters, ".format(**metrics) +
-          f"{metrics['lora_bytes'] / 1e6:.1f} MB, peak memory {metrics['peak_rss_mb']} MB.")
-    print(f"\n{'':18}{'before':>8}{'after':>8}")
     known = metrics.get("subject_fidelity_is", "share").startswith("share")
-    for k in (k for k in METRICS if k in metrics and k not in ("size", "right", "down")):
-        print(f"{k:18}{metrics[k]['before']:8.2f}{metrics[k]['after']:8.2f}  {meaning(k, known)}")
-    print(f"\nLook at {out / 'before_after.jpg'}; the LoRA is {out / 'lora.safetensors'}, the numbers are {out / 'metrics.json'}.")
+    rows = [(k, *(f"{metrics[k][w]:.2f}" for w in ("before", "after")), meaning(k, known)) for k in METRICS
+            if k in metrics and k not in ("size", "right", "down")]
+    told = "Trained {steps} steps in {train_seconds} s; {trainable_parameters:,} parameters, ".format(**metrics)
+    told += f"{metrics['lora_bytes'] / 1e6:.1f} MB, peak memory {metrics['peak_rss_mb']} MB."
+    return "\n".join(["", told, "", text_table(["", "before", "after", "what it says"], rows), "", f"Look at {out / 'before_after.jpg'}; "
+                      f"the LoRA is {out / 'lora.safetensors'}, the numbers are in {out / 'metrics.json'}."])

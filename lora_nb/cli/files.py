@@ -6,17 +6,17 @@ Docs: https://lora-nb.github.io/lora_nb/cli_files.html.md"""
 
 # %% auto #0
 __all__ = ['PPIM_FLAGS', 'CAPTION_FLAGS', 'PICTURE_FLAGS', 'CHECK_FLAGS', 'PPIM', 'PPIM_USUAL', 'OVERWRITE', 'LORA_FORMATS',
-           'CONVERT', 'ADD', 'SIZE_FLAGS', 'RESIZE', 'DISTILL', 'MEMORY', 'ppim_settings', 'lora_ppim', 'lora_info',
-           'pipe_of', 'as_flags', 'flag_words', 'check_lora_output', 'lora_convert', 'weighted', 'mix_files',
-           'check_sum', 'add_command', 'size_of', 'lora_resize', 'lora_distill', 'lora_memory']
+           'CONVERT', 'ADD', 'WEIGHT', 'SIZE_FLAGS', 'RESIZE', 'DISTILL', 'MEMORY', 'ppim_settings', 'lora_ppim',
+           'lora_info', 'pipe_of', 'as_flags', 'flag_words', 'check_lora_output', 'lora_convert', 'weighted',
+           'mix_files', 'check_sum', 'add_command', 'size_of', 'lora_resize', 'lora_distill', 'lora_memory']
 
 # %% ../../nbs/67_cli_files.ipynb #7c1415dd
 import argparse, contextlib, re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from .flags import (BASE_FLAGS, REQUIRED, Flag, UsageError, available_device, check_file, command, given, open_base,
-                                quiet_libraries, writable)
+from .flags import (BASE_FLAGS, JSON, REQUIRED, Flag, UsageError, available_device, check_base, check_exists, check_file, command,
+                               folded, given, number, open_base, quiet_libraries, report, text_table, writable)
 
 # %% ../../nbs/67_cli_files.ipynb #77567ff9
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ PPIM_FLAGS = [
     Flag("output_dir", str, REQUIRED, "folder for pictures, masks, metadata.jsonl and report"),
     Flag("recursive", bool, False, "also read subfolders"),
     Flag("preset", ("photo", "sdxl", "embedded"), "photo", "sizes and captions for a kind of base"),
-    Flag("target_size", int, None, "side of the pictures in pixels; without it, what the preset says", "size", 8),
+    Flag("target_size", int, None, "side of the pictures in pixels; without it, what the preset says", "size", 8, most=16384),
     Flag("target_prompts", str, None, "what CLIPSeg should mask, such as 'a dog'"),
-    Flag("temp", float, None, "softness of the masks: below 1 harder, above softer", "temperature"),
-    Flag("n_length", int, -1, "use only so many of the files, -1 for all", least=-1),
+    Flag("temp", float, None, "softness of the masks: below 1 harder, above softer", "temperature", 0, most=100, open="least"),
+    Flag("n_length", int, -1, "use only so many of the files, -1 for all", least=-1, most=10**7),
     Flag("crop_based_on_salience", bool, None, "False: crop around the middle"),
     Flag("use_face_detection_instead", bool, None, "mask faces; needs OpenCV"),
     Flag("overwrite", bool, False, "replace outputs that were changed by hand since the last run"),
+    JSON,
 ]
 
 # %% ../../nbs/67_cli_files.ipynb #b33049dc
@@ -53,38 +54,38 @@ CAPTION_FLAGS = [
 # %% ../../nbs/67_cli_files.ipynb #31c15389
 PICTURE_FLAGS = [
     Flag("buckets", bool, None, "keep shapes: the nearest of a few sizes in place of a square", "buckets", usual=False),
-    Flag("bucket_step", int, None, "sides of buckets are multiples of this", "bucket_step", 1, usual=64),
-    Flag("max_area", int, None, "most pixels of a bucket; without it, size * size", "max_area", 1),
+    Flag("bucket_step", int, None, "sides of buckets are multiples of this", "bucket_step", 1, usual=64, most=4096),
+    Flag("max_area", int, None, "most pixels of a bucket; without it, size * size", "max_area", 1, most=10**9),
     Flag("crop", ("center", "random", "salience", "pad"), None, "where the window goes; pad keeps all", "crop", usual="salience"),
-    Flag("zoom", float, None, "with salience: crop to the subject and this margin, .2 for a fifth", "zoom"),
+    Flag("zoom", float, None, "with salience: crop to the subject and this margin, .2 for a fifth", "zoom", 0, most=100),
     Flag("fill", str, None, "what padding shows: edge (the border's colours), or a colour", "fill", usual="edge"),
     Flag("background", str, None, "colour of transparent parts", "background", usual="white"),
     Flag("upscale", str, None, "a Swin2SR model for pictures that must be enlarged; without it, Lanczos", "upscale"),
     Flag("masks", ("none", "saliency", "clipseg", "faces"), None, "clipseg masks mask_prompt; faces needs OpenCV", "masks", usual="saliency"),
     Flag("mask_prompt", str, None, "what CLIPSeg looks for, such as 'a dog'", "mask_prompt", usual=""),
     Flag("mask_model", str, None, "hub id or folder of a CLIPSeg, or the file of a YuNet", "mask_model"),
-    Flag("mask_floor", float, None, "what the surroundings count in training, 0 to 1", "mask_floor", 0, usual=0.),
+    Flag("mask_floor", float, None, "what the surroundings count in training, 0 to 1", "mask_floor", 0, usual=0., most=1),
 ]
 
 # %% ../../nbs/67_cli_files.ipynb #54e8937a
 CHECK_FLAGS = [
-    Flag("copies", int, None, "variations made of each picture; flip, jitter and rotate say which", "copies", 0, usual=0),
+    Flag("copies", int, None, "variations made of each picture; flip, jitter and rotate say which", "copies", 0, usual=0, most=1000),
     Flag("flip", bool, None, "mirror half of the variations", "flip", usual=False),
-    Flag("jitter", float, None, "spread of their brightness, contrast and colour: .1 is 10 %", "jitter", 0, usual=0.),
-    Flag("rotate", float, None, "largest tilt of the variations in degrees", "rotate", 0, usual=0.),
-    Flag("min_side", int, None, "shortest side an original may have; without it, half of the size", "min_side", 0),
-    Flag("min_sharpness", float, None, "least variance of the Laplacian; 0 takes everything", "min_sharpness", 0, usual=30.),
-    Flag("min_contrast", float, None, "least standard deviation of colours, of 255; 0 takes everything", "min_contrast", 0, usual=5.),
-    Flag("min_brightest", float, None, "under-exposed if 98 % of pixels are darker; 0 takes everything", "min_brightest", 0, usual=50.),
-    Flag("max_darkest", float, None, "over-exposed if 98 % are lighter; 255 takes everything", "max_darkest", 0, usual=215.),
-    Flag("min_distance", int, None, "near-duplicates differ in fewer bits of 63; 0 takes everything", "min_distance", 0, usual=5),
-    Flag("seed", int, None, "of random crops and variations", "seed", usual=0),
+    Flag("jitter", float, None, "spread of their brightness, contrast and colour: .1 is 10 %", "jitter", 0, usual=0., most=1, open="most"),
+    Flag("rotate", float, None, "largest tilt of the variations in degrees", "rotate", 0, usual=0., most=180),
+    Flag("min_side", int, None, "shortest side an original may have; without it, half of the size", "min_side", 0, most=10**5),
+    Flag("min_sharpness", float, None, "least variance of the Laplacian; 0 takes everything", "min_sharpness", 0, usual=30., most=10**6),
+    Flag("min_contrast", float, None, "least standard deviation of colours, of 255; 0 takes everything", "min_contrast", 0, usual=5., most=255),
+    Flag("min_brightest", float, None, "under-exposed if 98 % of pixels are darker; 0 takes everything", "min_brightest", 0, usual=50., most=255),
+    Flag("max_darkest", float, None, "over-exposed if 98 % are lighter; 255 takes everything", "max_darkest", 0, usual=215., most=255),
+    Flag("min_distance", int, None, "near-duplicates differ in fewer bits of 63; 0 takes everything", "min_distance", 0, usual=5, most=63),
+    Flag("seed", int, None, "of random crops and variations", "seed", 0, usual=0, most=2**32 - 1),
 ]
 PPIM = {"what to do": PPIM_FLAGS, "captions": CAPTION_FLAGS, "crops and masks": PICTURE_FLAGS,
         "variations and checks, with the defaults of the photo preset": CHECK_FLAGS}
 PPIM_USUAL = dict(crop="salience", masks="saliency")                     # what the old script did, without its models
 
-# %% ../../nbs/67_cli_files.ipynb #eadf43a4
+# %% ../../nbs/67_cli_files.ipynb #76e113ae
 def ppim_settings(a: argparse.Namespace) -> "PreprocessSettings":
     "The settings that the flags of `lora_ppim` ask for."
     from lora_nb.preprocessing import settings_for
@@ -95,7 +96,8 @@ def ppim_settings(a: argparse.Namespace) -> "PreprocessSettings":
     if a.caption_text: usual["captions"] = "blip"
     return settings_for(a.preset, **{**usual, **given(a, PPIM)})
 
-@command(PPIM)
+@command(PPIM, first="instance_data_dir output_dir preset target_size captions trigger crop masks buckets recursive overwrite",
+         examples=["lora_ppim --instance_data_dir photos --output_dir ready --preset sdxl --captions blip"])
 def lora_ppim(a):
     "Turn raw photographs into training pictures: cropped, captioned, masked and checked."
     s = ppim_settings(a)
@@ -104,30 +106,32 @@ def lora_ppim(a):
     files = list_sources(a.instance_data_dir[0] if len(a.instance_data_dir) == 1 else a.instance_data_dir, a.recursive)
     quiet_libraries()
     done = preprocess(files if a.n_length < 0 else files[:a.n_length], a.output_dir, s, overwrite=a.overwrite)
-    for row in done.left_out: print(f"left out {row['source']}: {'; '.join(row['why'])}")
-    for name, why in done.unread.items(): print(f"not read {name}: {why}")
-    print(f"{done}. Report: {done.path}")
+    report(a, "\n".join(done.lines), summary=str(done), left_out={r["source"]: r["why"] for r in done.left_out}, not_read=dict(done.unread),
+           report=done.path)
 
 # %% ../../nbs/67_cli_files.ipynb #20b3f8cd
-@command({"": [Flag("file", default=REQUIRED, help="a LoRA in any format this package reads", place="FILE")]})
+@command({"": [Flag("file", default=REQUIRED, help="a LoRA in any format this package reads: a file or a folder", place="FILE",
+                    check=check_exists), JSON]}, examples=["lora_info dog.safetensors", "lora_info dog.safetensors --json"])
 def lora_info(a):
     "Say what is in a LoRA file."
     from lora_nb.conversion import lora_file_info
-    print(lora_file_info(a.file))
+    info = lora_file_info(a.file)
+    report(a, folded(repr(info), 9), **vars(info))
 
 # %% ../../nbs/67_cli_files.ipynb #58298c77
 OVERWRITE = Flag("overwrite", None, False, "replace what is at the output, whatever it is, even an input")
 LORA_FORMATS = ("kohya", "comfy", "peft", "lora_diffusion", "pt", "textual_inversion", "a1111")          # formats that can be written
 
 CONVERT = {"conversion": [
-    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads", place="IN"),
+    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads", place="IN", check=check_exists),
     Flag("target", default=REQUIRED, help="the file to write", place="OUT"),
     Flag("format", LORA_FORMATS, "peft", "format of the file to write"),
-    Flag("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id"),
+    Flag("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id",
+         check=check_base),
     Flag("dialect", ("diffusers", "sgm"), None, "whose layer names a kohya file for SDXL should have"),
     Flag("bundle", None, False, "put learned words into the kohya file, as A1111 reads them"),
     Flag("drop", None, False, "leave out what the format has no place for, instead of an error"),
-    OVERWRITE]}
+    OVERWRITE, JSON]}
 
 def pipe_of(source: str | None) -> Any:  # of `--base`
     "The pipeline that names the layers of files without names, or None."
@@ -162,7 +166,8 @@ def check_lora_output(
     with flag_words(): check_free(path, overwrite, is_lora_file, "a LoRA that we read")
 
 # %% ../../nbs/67_cli_files.ipynb #96785885
-@command(CONVERT)
+@command(CONVERT, examples=["lora_convert dog.safetensors dog-comfy.safetensors --format kohya",
+                            "lora_convert civitai.safetensors dog-diffusers.safetensors --format peft"])
 def lora_convert(a):
     "Write a LoRA file in another format, and report what it cannot hold."
     options = {k: v for k, v in dict(dialect=a.dialect, bundle=a.bundle).items() if v}
@@ -171,24 +176,27 @@ def lora_convert(a):
     from lora_nb.conversion import convert_lora
     from lora_nb.core import human
     with flag_words(): done = convert_lora(a.source, a.target, a.format, pipe_of(a.base), a.drop, overwrite=a.overwrite, **options)
-    print(f"{a.target}: {len(done.lora)} layers in {a.format} form, {human(Path(a.target).stat().st_size)}.")
-    for line in done.lost: print(f"left out: {line}")
-    for line in done.notes: print(as_flags(line))
+    lost, notes, size = done.lost, [as_flags(n) for n in done.notes], Path(a.target).stat().st_size
+    lines = [f"{a.target}: {len(done.lora)} layers in {a.format} form, {human(size)}.", *(f"left out: {line}" for line in lost), *notes]
+    report(a, "\n".join(lines), file=a.target, format=a.format, layers=len(done.lora), bytes=size, left_out=lost, notes=notes)
 
 # %% ../../nbs/67_cli_files.ipynb #5b7848ce
 ADD = {"sum": [
     Flag("path_1", default=REQUIRED, help="a LoRA; for the modes upl and upl-ckpt-v2 a base", place="PATH_1"),
-    Flag("path_2", default=REQUIRED, help="a LoRA", place="PATH_2"),
+    Flag("path_2", default=REQUIRED, help="a LoRA", place="PATH_2", check=check_exists),
     Flag("output_path", default=REQUIRED, help="the file or folder to write", place="OUT"),
-    Flag("alpha_1", float, .5, "weight of the first LoRA; in the upl modes, of the LoRA", place="ALPHA_1"),
-    Flag("alpha_2", float, .5, "weight of the second LoRA", place="ALPHA_2"),
+    Flag("alpha_1", float, .5, "weight of the first LoRA; in the upl modes, of the LoRA", place="ALPHA_1", least=-100, most=100),
+    Flag("alpha_2", float, .5, "weight of the second LoRA", place="ALPHA_2", least=-100, most=100),
     Flag("mode", ("lpl", "ljl", "upl", "upl-ckpt-v2"), "lpl", "what is added to what"),
     Flag("method", ("cat", "svd", "lerp", "np", "orthogonal", "ties", "dare", "klora"), "cat", "how two LoRAs become one (lpl)"),
-    Flag("rank", int, None, "compress the sum to this rank (lpl, ljl); without it, ranks add up", least=1),
-    Flag("base", str, None, "the base that files without layer names belong to: embedded, folder, file or hub id"),
+    Flag("rank", int, None, "compress the sum to this rank (lpl, ljl); without it, ranks add up", least=1, most=16384),
+    Flag("base", str, None, "the base that files without layer names belong to: embedded, folder, file or hub id",
+         check=check_base),
     Flag("with_text_lora", None, False, "lpl of .pt files: add the text encoders' files, too"),
     Flag("lora", str, None, "a further LoRA and its weight, FILE:0.3 (lpl, ljl); may be repeated", many="again"),
-    OVERWRITE]}
+    OVERWRITE, JSON]}
+
+WEIGHT = Flag("weight", float, least=-100, most=100)
 
 def weighted(
     texts: Iterable[str],       # FILE:WEIGHT
@@ -197,8 +205,9 @@ def weighted(
     found = []
     for text in texts:
         path, _, weight = text.rpartition(":")
-        try: found.append((path, float(weight)))
-        except ValueError: raise UsageError(f"--lora {text}: expected a file and its weight, such as {text}:0.5.") from None
+        try: found.append((path, number(WEIGHT)(weight)))
+        except argparse.ArgumentTypeError: 
+            raise UsageError(f"--lora {text}: expected a file and its weight from -100 to 100, such as {text}:0.5.") from None
     return found
 
 def mix_files(
@@ -226,7 +235,8 @@ def check_sum(a: argparse.Namespace):
     weighted(a.lora)
     if a.mode != "upl": check_file(a.output_path, (".ckpt", ".safetensors") if a.mode == "upl-ckpt-v2" else ())
 
-@command(ADD, name="lora_add")
+@command(ADD, name="lora_add", examples=["lora_add dog.safetensors ink.safetensors both.safetensors 1 0.6",
+                                         "lora_add sdxl dog.safetensors merged 1 --mode upl"])
 def add_command(a):
     "Add LoRA files, or merge one into a base."
     check_sum(a)
@@ -237,22 +247,23 @@ def add_command(a):
         if a.method != "cat": mix_files(a, base)
         else: add_files(a.path_1, a.path_2, a.output_path, a.alpha_1, a.alpha_2, a.mode, a.with_text_lora, rank=a.rank, base=base,
                         more=weighted(a.lora), overwrite=a.overwrite)
-    print(f"{a.output_path} is written.")
+    report(a, f"{a.output_path} is written.", file=a.output_path, mode=a.mode, method=a.method)
 
 # %% ../../nbs/67_cli_files.ipynb #f2195857
 SIZE_FLAGS = [
-    Flag("rank", int, None, "rank of every layer", least=1),
-    Flag("energy", float, None, "or the share of each layer's difference to keep, up to 1", least=0),
-    Flag("megabytes", float, None, "or the size of the file; ranks go where they count most", least=0)]
+    Flag("rank", int, None, "rank of every layer", least=1, most=16384),
+    Flag("energy", float, None, "or the share of each layer's difference to keep, up to 1", least=0, most=1, open="least"),
+    Flag("megabytes", float, None, "or the size of the file; ranks go where they count most", least=0, most=10**6, open="least")]
 
 RESIZE = {"resizing": [
-    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads", place="IN"),
+    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads", place="IN", check=check_exists),
     Flag("target", default=REQUIRED, help="the file to write", place="OUT"),
     *SIZE_FLAGS,
     Flag("format", LORA_FORMATS, None, "format of the file to write; without it, that of IN if it can be written, else peft"),
     Flag("dtype", ("float32", "float16", "bfloat16"), None, "precision of the factors; without it, as they are"),
-    Flag("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id"),
-    OVERWRITE]}
+    Flag("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id",
+         check=check_base),
+    OVERWRITE, JSON]}
 
 def size_of(
     a: argparse.Namespace,           # with the flags of `SIZE_FLAGS`
@@ -265,7 +276,7 @@ def size_of(
     return sizes
 
 # %% ../../nbs/67_cli_files.ipynb #0fe10ac6
-@command(RESIZE)
+@command(RESIZE, examples=["lora_resize dog.safetensors small.safetensors --rank 16"])
 def lora_resize(a):
     "Make a LoRA smaller: by rank, by energy or by the size of the file."
     sizes = size_of(a)
@@ -287,24 +298,29 @@ def lora_resize(a):
     tails = {n: s.square() for n, s in spectra(Lora(plain)).items()}
     kept = {n: small.layers[n].rank if n in small.layers else 0 for n in plain}
     missed, whole = sum(s[kept[n]:].sum() for n, s in tails.items()), sum(s.sum() for s in tails.values())
-    print(f"{a.target}: {len(small)} of {len(lora)} layers in {kind} form, rank {lora.rank} -> {small.rank}, "
-          f"{human(Path(a.target).stat().st_size)}; misses {float(missed / whole) ** .5 if whole else 0:.1%} of the change.")
+    size, error = Path(a.target).stat().st_size, float(missed / whole) ** .5 if whole else 0.
+    report(a, f"{a.target}: {len(small)} of {len(lora)} layers in {kind} form, rank {lora.rank} -> {small.rank}, {human(size)}; "
+           f"misses {error:.1%} of the change.", file=a.target, format=kind, layers=len(small), layers_before=len(lora), rank=small.rank,
+           rank_before=lora.rank, bytes=size, error=error)
+
+
 
 # %% ../../nbs/67_cli_files.ipynb #79a26ea6
 DISTILL = {"distillation": [
-    Flag("target_model", str, REQUIRED, "the fine-tuned model: a folder, a single file, or a hub id"),
-    Flag("base_model", str, REQUIRED, "what it was fine-tuned from"),
+    Flag("target_model", str, REQUIRED, "the fine-tuned model: a folder, a single file, or a hub id", check=check_base),
+    Flag("base_model", str, REQUIRED, "what it was fine-tuned from", check=check_base),
     *(Flag(**vars(f) | (dict(usual=4) if f.name == "rank" else {})) for f in SIZE_FLAGS),
-    Flag("clamp_quantile", float, None, "clamp the factors at this quantile of their absolute values, such as 0.99", least=0),
+    Flag("clamp_quantile", float, None, "clamp the factors at this quantile of their absolute values, such as 0.99", least=0, most=1,
+         open="least"),
     Flag("targets", str, None, "layers to carry: attention, extended, all-linear, or a regular expression", usual="every linear and convolution"),
-    Flag("min_difference", float, 0., "leave out weights none of whose entries changed by more", least=0),
+    Flag("min_difference", float, 0., "leave out weights none of whose entries changed by more", least=0, most=1000),
     Flag("config", str, None, "a pipeline folder of the same architecture, for models that are single files"),
     Flag("device", str, None, "cuda, mps or cpu; without it, the best there is"),
     Flag("save_path", str, "svd_distill.safetensors", "the file to write"),
     Flag("format", LORA_FORMATS, "peft", "format of the file to write"),
-    OVERWRITE]}
+    OVERWRITE, JSON]}
 
-@command(DISTILL)
+@command(DISTILL, examples=["lora_distill --base_model sd1.5 --target_model tuned.safetensors --rank 32 --save_path tuned-lora.safetensors"])
 def lora_distill(a):
     "Turn the difference between a fine-tuned model and its base into a LoRA."
     sizes = size_of(a, usual=4)
@@ -315,24 +331,35 @@ def lora_distill(a):
         found = distillation(a.base_model, a.target_model, clamp_quantile=a.clamp_quantile, device=available_device(a.device),
                              targets=a.targets, min_difference=a.min_difference, config=a.config, **sizes)
         found.lora.save(a.save_path, a.format, overwrite=a.overwrite, **({"pad": False} if a.format == "peft" else {}))
-    print(f"{a.save_path}: {found}")
+    report(a, f"{a.save_path}: {found}", file=a.save_path, format=a.format, layers=len(found.lora), rank=found.lora.rank,
+           bytes=Path(a.save_path).stat().st_size)
 
 # %% ../../nbs/67_cli_files.ipynb #8ae4fc94
 MEMORY = {"task": [
     Flag("base", default=REQUIRED, help="sd1.5, sdxl, sd3.5-medium, sd3.5-large, an embedded base, or a folder", place="BASE"),
     Flag("task", ("train", "generate"), "train", "what is to be done"),
-    Flag("rank", int, 16, "rank of the LoRA", least=1),
-    Flag("targets", str, "attention", "which layers wear it"),
-    Flag("batch_size", int, 1, "pictures at once", least=1),
-    Flag("resolution", int, None, "pixels; without it, the base's", least=8),
+    Flag("rank", int, None, "rank of the LoRA", least=1, most=16384, usual=16),
+    Flag("targets", str, None, "which layers wear it", usual="attention"),
+    Flag("batch_size", int, 1, "pictures at once", least=1, most=4096),
+    Flag("resolution", int, None, "pixels; without it, the base's", least=8, most=16384),
     Flag("gradient_checkpointing", None, False, "recompute activations instead of keeping them"),
-    *(f for f in BASE_FLAGS if f.name in ("t5", "offload"))]}
+    *(f for f in BASE_FLAGS if f.name in ("t5", "offload")), JSON]}
 
-@command(MEMORY)
+@command(MEMORY, examples=["lora_memory sdxl --gradient_checkpointing", "lora_memory sd3.5-medium --task generate"])
 def lora_memory(a):
     "Say what a training or a drawing will need of a card's memory, before anything is downloaded."
+    if a.task == "generate":
+        odd = [n for n in ("rank", "targets", "gradient_checkpointing") if getattr(a, n) not in (None, False)]
+        if odd: raise UsageError(f"--{odd[0]} has no effect on --task generate: leave it out.")
     from lora_nb.memory import estimate_memory
     quiet_libraries()
-    t5 = dict(keep=True, drop=False).get(a.t5, "8bit")
-    need = estimate_memory(**vars(a) | dict(t5=t5, offload=a.offload or False))
-    print(need._repr_markdown_().replace("**", ""))
+    t5: Any = dict(keep=True, drop=False).get(a.t5, "8bit")
+    need = estimate_memory(a.base, a.task, a.rank or 16, a.targets or "attention", a.batch_size, a.resolution,
+                           gradient_checkpointing=a.gradient_checkpointing, t5=t5, offload=a.offload or False)
+    parts = list(dict.fromkeys(n for rows in need.phases.values() for n in rows))
+    gib = lambda x: f"{x / 2**30:.2f}" if x else ""
+    rows = [[n, *(gib(r.get(n)) for r in need.phases.values())] for n in parts] + [["sum", *map(gib, need.sums.values())]]
+    card = f"fits cards of {need.fits[0]} GiB and more" if need.fits else "fits no usual card"
+    report(a, "\n".join([need.title, "", text_table(["GiB", *need.phases], rows), "",
+                         f"{need.total / 2**30:.1f} GiB in the phase {need.peak!r}: {card}. Computed from shapes, not measured on a card."]),
+           title=need.title, phases=need.phases, bytes=need.total, peak=need.peak, fits=need.fits)

@@ -6,26 +6,30 @@ Docs: https://lora-nb.github.io/lora_nb/cli_train.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIMIZER_CHOICES', 'SCHEDULES', 'ENCODERS', 'DATA_FLAGS', 'RUN_FLAGS', 'LORA_FLAGS', 'FORMAT', 'PRIOR_FLAGS',
-           'SCALED_RATES', 'OUTPUT_FORMATS', 'DREAMBOOTH_FLAGS', 'OLD_TRAINING', 'OLD_DREAMBOOTH', 'WORD_FLAGS',
-           'TI_FLAGS', 'TUNING_FLAGS', 'PTI_FLAGS', 'OLD_PTI', 'layer_rates', 'settings_of', 'finished', 'check_data',
-           'check_flag_settings', 'picture_options', 'check_masks', 'previews_of', 'base_with_vae', 'save_formats',
-           'dtype_of', 'try_formats', 'publish', 'repo_of', 'conclude', 'dreambooth_recipe', 'start_from',
-           'check_dreambooth', 'lora_dreambooth', 'check_words', 'check_inversion', 'masked', 'check_tuning',
-           'words_recipe', 'intent_of', 'pti_recipe', 'prepare', 'save_words', 'lora_ti', 'lora_pti']
+           'SCALED_RATES', 'OUTPUT_FORMATS', 'SETTLED', 'DREAMBOOTH_FLAGS', 'OLD_TRAINING', 'OLD_DREAMBOOTH',
+           'CONFIGURED', 'FIRST', 'WORD_FLAGS', 'TI_FLAGS', 'TUNING_FLAGS', 'PTI_FLAGS', 'OLD_PTI', 'layer_rates',
+           'check_targets', 'check_encoders', 'settings_of', 'flag_settings', 'finished', 'check_data', 'check_hub',
+           'check_needs', 'check_flag_settings', 'picture_options', 'check_masks', 'previews_of', 'base_with_vae',
+           'save_formats', 'dtype_of', 'try_formats', 'publish', 'repo_of', 'recipe_toml', 'conclude', 'check_config',
+           'listed_pictures', 'dreambooth_recipe', 'start_from', 'check_dreambooth', 'lora_dreambooth', 'check_words',
+           'check_inversion', 'masked', 'check_tuning', 'words_recipe', 'intent_of', 'pti_recipe', 'prepare',
+           'save_words', 'lora_ti', 'lora_pti']
 
-# %% ../../nbs/65_cli_train.ipynb #9ae8c07a
-import argparse, json, math
+# %% ../../nbs/65_cli_train.ipynb #46ccbf14
+import argparse, json, math, re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from .flags import (BASE_FLAGS, REQUIRED, Flag, Old, UsageError, available_device, base_of, command, folder_of, given,
-                               sets_instead, writable)
+from .flags import (BASE_FLAGS, CONFIG, JSON, REQUIRED, Flag, Old, UsageError, available_device, base_of, check_exists, command,
+                               folder_of, given, report, sets_instead, toml_value, version, writable)
 
 # %% ../../nbs/65_cli_train.ipynb #3032cdcf
 if TYPE_CHECKING:
     import torch
     from lora_nb.bases import Base
     from lora_nb.cli.flags import Command
+    from lora_nb.dataset_config import DatasetConfig
     from lora_nb.lora import Lora
     from lora_nb.recipe import Recipe
 
@@ -34,46 +38,63 @@ OPTIMIZER_CHOICES = ("adamw", "adamw8bit", "prodigy", "adafactor")
 
 def layer_rates(text: str) -> dict[str, float]:
     "Factors of learning rates from 'down_blocks=0.5,mid_block=0'."
-    try: return {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+    try:
+        found = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+        if any(not 0 <= v <= 1000 for v in found.values()): raise ValueError
+        return found
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected parts of names with factors, such as down_blocks=0.5, found {text!r}") from None
+        raise argparse.ArgumentTypeError("expected parts of names with factors from 0 to 1000, such as down_blocks=0.5, "
+                                         f"found {text!r}") from None
+
+def check_targets(text: str):
+    "Refuse what is neither a preset nor a regular expression."
+    try: re.compile(text)
+    except re.error as e: raise UsageError(f"--targets {text}: expected attention, extended, all-linear, or a regular expression ({e}).") from e
+
+def check_encoders(text: str):
+    "Refuse names that no text encoder has."
+    if text not in ("clips", "all") and not all(re.fullmatch(r"text_encoder(_[23])?", n.strip()) for n in text.split(",")):
+        raise UsageError(f"--encoders {text}: expected clips, all, or names with commas, such as text_encoder,text_encoder_2.")
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-ENCODERS = Flag("encoders", str, None, "text encoders that may learn, LoRA or words: clips, all (with T5), or names with commas", "encoders")
+ENCODERS = Flag("encoders", str, None, "text encoders that may learn, LoRA or words: clips, all (with T5), or names with commas", "encoders",
+                check=check_encoders)
 DATA_FLAGS = [
     *BASE_FLAGS,
     Flag("pretrained_vae_name_or_path", str, None, "another VAE for the base: a folder or hub id"),
     Flag("instance_data_dir", str, REQUIRED, "folder with pictures of the subject or style", also="train_data_dir"),
-    Flag("resolution", int, None, "side of the training pictures in pixels, a multiple of 8", least=8),
+    Flag("resolution", int, None, "side of the training pictures in pixels, a multiple of 8", least=8, most=16384),
     Flag("buckets", bool, False, "train on pictures in several shapes, not cut to squares", also="enable_bucket"),
     Flag("flip", bool, None, "also train on mirror images", "flip", also="random_flip flip_aug"),
     Flag("recursive", bool, False, "also read subfolders"),
     Flag("folder_words", bool, False, "pictures without a caption get the words of their folder '10_sks dog'"),
     Flag("shuffle_tags", bool, False, "shuffle the tags of captions at each draw", also="shuffle_caption"),
-    Flag("keep_tokens", int, None, "with shuffle_tags or tag_dropout: first tags that stay", least=0, usual=1),
-    Flag("tag_dropout", float, 0., "chance of each tag to be left out", also="caption_tag_dropout_rate", least=0),
+    Flag("keep_tokens", int, None, "with shuffle_tags or tag_dropout: first tags that stay", least=0, most=1000, usual=1),
+    Flag("tag_dropout", float, 0., "chance of each tag to be left out", also="caption_tag_dropout_rate", least=0, most=1),
     Flag("cache_latents_dir", str, None, "folder that keeps latents for the next run"),
+    CONFIG, JSON,
 ]
 
-# %% ../../nbs/65_cli_train.ipynb #f1a90003
+# %% ../../nbs/65_cli_train.ipynb #80639854
 RUN_FLAGS = [
-    Flag("train_batch_size", int, None, "pictures in a batch", "batch_size", 1),
-    Flag("gradient_accumulation_steps", int, None, "batches whose gradients make one step", "accumulate", 1),
+    Flag("train_batch_size", int, None, "pictures in a batch", "batch_size", 1, most=4096),
+    Flag("gradient_accumulation_steps", int, None, "batches whose gradients make one step", "accumulate", 1, most=4096),
     Flag("gradient_checkpointing", bool, None, "recompute activations: less memory for a third more time", "gradient_checkpointing"),
     Flag("mixed_precision", ("no", "fp16", "bf16"), None, "precision of the computation", "mixed_precision"),
     Flag("weighting", ("v", "x0", "epsilon"), None, "flow models: whose error counts; v is their own", "weighting"),
     Flag("scale_lr", bool, False, "multiply the rates by batch size, accumulation and number of processes"),
     Flag("lr_scheduler", SCHEDULES, None, "course of the learning rate", "lr_schedule"),
-    Flag("lr_warmup_steps", int, None, "steps over which the learning rate rises", "warmup", 0),
+    Flag("lr_warmup_steps", int, None, "steps over which the learning rate rises", "warmup", 0, most=10**7),
     Flag("optimizer", OPTIMIZER_CHOICES, None, "AdamW, or another from its own package", "optimizer", also="optimizer_type"),
     Flag("use_8bit_adam", bool, False, "the same as --optimizer adamw8bit"),
-    Flag("ema", float, None, "decay of a moving average of what learns, which becomes the result; 0.99 for short runs", "ema", 0),
-    Flag("snr_gamma", float, None, "Min-SNR weighting of timesteps; 5 is usual", "snr_gamma", 0, "min_snr_gamma"),
-    Flag("offset_noise", float, None, "strength of noise that is constant over a channel", "offset_noise", 0, "noise_offset"),
-    Flag("caption_dropout", float, None, "share of samples trained without a caption", "caption_dropout", 0, "caption_dropout_rate"),
-    Flag("validation_steps", int, None, "steps between losses on fixed samples, 0 for none", "validate_every", 0),
+    Flag("ema", float, None, "decay of a moving average of what learns, which becomes the result; 0.99 for short runs", "ema", 0, most=1),
+    Flag("snr_gamma", float, None, "Min-SNR weighting of timesteps; 5 is usual", "snr_gamma", 0, "min_snr_gamma", most=1000, open="least"),
+    Flag("offset_noise", float, None, "strength of noise that is constant over a channel", "offset_noise", 0, "noise_offset", most=1),
+    Flag("device_noise", bool, None, "draw noise on the GPU", "device_noise"),
+    Flag("caption_dropout", float, None, "share of samples trained without a caption", "caption_dropout", 0, "caption_dropout_rate", most=1),
+    Flag("validation_steps", int, None, "steps between losses on fixed samples, 0 for none", "validate_every", 0, most=10**7),
     Flag("save_steps", int, 0, "steps between checkpoints, each with a LoRA that can be used; 0 for none", "checkpoint_every", 0,
-         "checkpointing_steps save_every_n_steps"),
+         "checkpointing_steps save_every_n_steps", most=10**7),
     Flag("save_precision", ("auto", "fp32", "fp16"), "auto", "precision of the files; auto: fp16 for bases in fp16 or bf16"),
     Flag("model_card", bool, False, "write a README.md for the Hub into output_dir"),
     Flag("push_to_hub", bool, False, "upload the files and their card, with the login of huggingface_hub"),
@@ -85,27 +106,28 @@ RUN_FLAGS = [
 
 # %% ../../nbs/65_cli_train.ipynb #7162d0a7
 LORA_FLAGS = [
-    Flag("lora_rank", int, None, "rank of the LoRA", "rank", 1, "rank network_dim"),
-    Flag("lora_alpha", float, None, "the update is scaled by alpha / rank; without it, alpha = rank", "alpha", also="network_alpha"),
+    Flag("lora_rank", int, None, "rank of the LoRA", "rank", 1, "rank network_dim", most=16384),
+    Flag("lora_alpha", float, None, "the update is scaled by alpha / rank; without it, alpha = rank", "alpha", 0, "network_alpha",
+         most=10**6, open="least"),
     Flag("use_dora", bool, None, "DoRA: learn the lengths of the weights' rows too", "dora"),
     Flag("use_rslora", bool, None, "rsLoRA: scale by alpha / sqrt(rank)", "rslora"),
-    Flag("loraplus_lr_ratio", float, None, "LoRA+: how many times faster the up factors learn", "lora_plus", 0),
+    Flag("loraplus_lr_ratio", float, None, "LoRA+: how many times faster the up factors learn", "lora_plus", 0, most=10**4, open="least"),
     Flag("layer_rates", layer_rates, None, "factors of the learning rate for layers by parts of their names: down_blocks=0.5,mid_block=0",
          "layer_rates"),
-    Flag("targets", str, None, "layers to adapt: attention, extended, all-linear, or a regular expression", "targets"),
+    Flag("targets", str, None, "layers to adapt: attention, extended, all-linear, or a regular expression", "targets", check=check_targets),
     Flag("train_text_encoder", bool, None, "train a LoRA of the text encoders too", "train_text_encoder"),
-    Flag("learning_rate_text", float, None, "learning rate of the text encoders' LoRA", "text_learning_rate", 0, "text_encoder_lr"),
-    Flag("max_grad_norm", float, None, "longer gradients are shortened to this", "max_grad_norm", 0),
+    Flag("learning_rate_text", float, None, "learning rate of the text encoders' LoRA", "text_learning_rate", 0, "text_encoder_lr", most=10),
+    Flag("max_grad_norm", float, None, "longer gradients are shortened to this", "max_grad_norm", 0, most=10**6),
 ]
 FORMAT = Flag("output_format", ("peft", "safe", "pt", "both"), "peft",
               "peft: loads in diffusers; safe and pt: the two formats of lora_diffusion; both: safe and pt")
 PRIOR_FLAGS = [
     Flag("class_prompt", str, None, "the prompt without the new word: 'a toy'"),
     Flag("class_data_dir", str, None, "folder with pictures of the class; the base draws what is missing there"),
-    Flag("prior", ("images", "prediction"), "images", "protect the class with pictures, or with the base's own predictions"),
-    Flag("prior_loss_weight", float, None, "weight of the prior's half of the loss", "prior_weight", 0),
-    Flag("num_class_images", int, 24, "how many class pictures to have", least=1),
-    Flag("sample_batch_size", int, 24, "class pictures drawn together", least=1),
+    Flag("prior", ("images", "prediction"), None, "protect the class with pictures, or with the base's own predictions", usual="images"),
+    Flag("prior_loss_weight", float, None, "weight of the prior's half of the loss", "prior_weight", 0, most=1000),
+    Flag("num_class_images", int, None, "how many class pictures to have", least=1, most=10**5, usual=24),
+    Flag("sample_batch_size", int, None, "class pictures drawn together", least=1, most=4096, usual=24),
 ]
 
 # %% ../../nbs/65_cli_train.ipynb #a3ad7d76
@@ -113,9 +135,13 @@ def settings_of(
     a: argparse.Namespace,  # parsed flags
     c: "Command",           # whose tables say what they set
 ) -> dict[str, Any]:        # setting -> value
-    "The settings that the flags ask for, in the recipe's own terms."
+    "The settings that a recipe file and the flags ask for, in the recipe's own terms; a flag beats the file."
+    return {**a.recipe, **flag_settings(a, c)}
+
+def flag_settings(a: argparse.Namespace, c: "Command") -> dict[str, Any]:
+    "The settings that the flags ask for."
     found = given(a, c.groups)
-    if "," in str(found.get("encoders", "")): found["encoders"] = found["encoders"].split(",")
+    if "," in str(found.get("encoders", "")): found["encoders"] = [n.strip() for n in found["encoders"].split(",")]
     if a.use_8bit_adam: found["optimizer"] = "adamw8bit"
     return {k: "constant" if v == "constant_with_warmup" else v for k, v in found.items()}
 
@@ -128,19 +154,17 @@ def finished(
 ) -> "Recipe":
     "The recipe with rates scaled and previews spread over the run, as the flags ask."
     if a.preview_prompt: r = r.replace(preview_every=max(1, r.steps // 4))
+    if getattr(a, "learning_rate_text", None) is not None and not r.train_text_encoder:
+        raise UsageError("--learning_rate_text has no effect without --train_text_encoder.")
     k = r.batch_size * r.accumulate * processes if a.scale_lr else 1
     return r.replace(**{n: getattr(r, n) * k for n in SCALED_RATES if hasattr(r, n)})
 
-# %% ../../nbs/65_cli_train.ipynb #f951750b
+# %% ../../nbs/65_cli_train.ipynb #c24f3477
 def check_data(a: argparse.Namespace):
     "Refuse a missing folder of pictures, and a resolution that is not a multiple of 8."
-    folder_of(a.instance_data_dir, "pictures of the subject or style")
+    if getattr(a, "dataset_config", None) is None: folder_of(a.instance_data_dir, "pictures of the subject or style")
     if a.resolution is not None and a.resolution % 8: raise UsageError(f"--resolution {a.resolution}: expected a multiple of 8.")
     if a.hub_model_id and not a.push_to_hub: raise UsageError("--hub_model_id needs --push_to_hub.")
-    from lora_nb.model_card import check_card, check_repo
-    if a.push_to_hub: check_repo(repo_of(a))
-    if a.model_card or a.push_to_hub: check_card(a.output_dir)
-    if a.tag_dropout > 1: raise UsageError(f"--tag_dropout {a.tag_dropout}: expected a share of the tags, 0 to 1.")
     if a.keep_tokens is not None and not (a.shuffle_tags or a.tag_dropout):
         raise UsageError("--keep_tokens needs --shuffle_tags or --tag_dropout.")
     if a.use_8bit_adam and a.optimizer not in (None, "adamw8bit"):
@@ -148,13 +172,29 @@ def check_data(a: argparse.Namespace):
     if a.lr_scheduler == "constant_with_warmup" and not a.lr_warmup_steps:
         raise UsageError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps, such as 50; without a warmup it is constant.")
 
+def check_hub(a: argparse.Namespace):
+    "Refuse a card or an upload that cannot be made."
+    from lora_nb.model_card import check_card, check_repo
+    if a.push_to_hub: check_repo(repo_of(a))
+    if a.model_card or a.push_to_hub: check_card(a.output_dir)
+
+def check_needs(
+    a: argparse.Namespace,  # parsed flags
+    flags: str,             # names of flags that work together with another one only
+    needed: str,            # the other one, as an error says it
+    there: Any,             # whether it is there
+):
+    "Refuse flags that would have no effect."
+    for name in flags.split():
+        if not there and getattr(a, name) not in (None, False): raise UsageError(f"--{name} has no effect without {needed}.")
+
 def check_flag_settings(
     a: argparse.Namespace,  # parsed flags
     c: "Command",
     kind: type,             # of the recipe
 ):
     "Refuse settings that are impossible for every base, and a device that is not there."
-    available_device(a.device)
+    check_hub(a); available_device(a.device)
     r = kind().replace(**settings_of(a, c))
     from lora_nb.optimizers import optimizer_class
     from lora_nb.tracking import tracker_names
@@ -238,16 +278,35 @@ def publish(
     lora: "Lora",
     made: list[Path],       # its files
     out: Path,              # their folder
-):
+) -> dict[str, Any]:        # what was made, for a report
     "Write the card and upload, as the flags ask."
     from lora_nb.model_card import push_to_hub, write_card
-    if a.model_card or a.push_to_hub: print(f"Card: {write_card(lora, out, made[0].name)}.")
-    if a.push_to_hub: print(f"Uploaded: {push_to_hub(out, repo_of(a), [p.name for p in made])}.")
+    done: dict[str, Any] = {}
+    if a.model_card or a.push_to_hub: done["card"] = write_card(lora, out, made[0].name)
+    if a.push_to_hub: done["uploaded"] = push_to_hub(out, repo_of(a), [p.name for p in made])
+    return done
 
-# %% ../../nbs/65_cli_train.ipynb #f1a90006
 def repo_of(a: argparse.Namespace) -> str:
     "The repository that the flags name."
     return a.hub_model_id or Path(a.output_dir).resolve().name
+
+# %% ../../nbs/65_cli_train.ipynb #f1a90006
+SETTLED = ("config", "json", "resume", "push_to_hub", "hub_model_id", "scale_lr", "num_train_epochs", "use_8bit_adam", "lora_scale",
+           "use_extended_lora", "continue_inversion", "continue_inversion_lr", "clip_ti_decay", "perform_inversion")
+
+def recipe_toml(
+    a: argparse.Namespace,  # parsed flags
+    c: "Command",
+    recipe: "Recipe",       # as it was used
+) -> str:
+    "A run as a file for `--config`."
+    rows = [f for flags in c.groups.values() for f in flags if f.name not in SETTLED]
+    kept = {f.name: getattr(a, f.name) for f in rows if not (f.sets and f.default is None)}
+    kept = {k: v for k, v in kept.items() if v is not None and v is not False}
+    here = {k: str(Path(v).expanduser().resolve()) for k, v in kept.items() if isinstance(v, str) and Path(v).expanduser().exists()}
+    lines = [f"# Written by {version()}. To repeat the run: {c.name} --config recipe.toml",
+             f"command = {toml_value(c.name)}", *(f"{k} = {toml_value(v)}" for k, v in {**kept, **here}.items())]
+    return "\n".join([*lines, "", "[recipe]", *(f"{k} = {toml_value(v)}" for k, v in recipe.to_dict().items()), ""])
 
 def conclude(
     run: Any,                          # a finished training
@@ -255,38 +314,45 @@ def conclude(
     save: Callable[[], list[Path]],    # writes its files
     out: Path,                         # folder for the log
     a: argparse.Namespace,             # flags: whether there is a card, and where it goes
+    c: "Command",
 ):
-    "Write LoRA and log, in the main process only, and say where everything is."
+    "Write LoRA, recipe and log, in the main process only, and say where everything is."
     from lora_nb.core import atomic_path, human
     from lora_nb.processes import is_main_process
     from lora_nb.show import save_jpeg
     if not is_main_process(): return
-    made = save()
-    files = ", ".join(f"{p} ({human(p.stat().st_size)})" for p in made)
+    made, settings = save(), out / "recipe.toml"
     run.log.curve(out / "loss.svg")
-    with atomic_path(out / "log.json") as tmp: Path(tmp).write_text(json.dumps(run.log.to_dict()))
+    for path, text in ((out / "log.json", json.dumps(run.log.to_dict())), (settings, recipe_toml(a, c, run.recipe))):
+        with atomic_path(path) as tmp: Path(tmp).write_text(text, "utf-8")
     if run.log.previews: save_jpeg(run.log.preview_grid(), out / "previews.jpg")
-    print(f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. "
-          f"Trigger: {lora.metadata['trigger']!r}. Loss: {out / 'loss.svg'}.")
-    publish(a, lora, made, out)
+    more = publish(a, lora, made, out)
+    files = ", ".join(f"{p} ({human(p.stat().st_size)})" for p in made)
+    text = [*(f"{k.capitalize()}: {v}." for k, v in more.items()), f"Again: {c.name} --config {settings}",
+            f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. Trigger: {lora.metadata['trigger']!r}. "
+            f"Loss: {out / 'loss.svg'}."]
+    report(a, "\n".join(text), files=made, trigger=lora.metadata["trigger"], steps=run.log.steps, seconds=round(run.log.seconds, 2),
+           loss=out / "loss.svg", log=out / "log.json", config=settings, **more)
 
-# %% ../../nbs/65_cli_train.ipynb #4a69cd1a
+# %% ../../nbs/65_cli_train.ipynb #bf2f4a0a
 DREAMBOOTH_FLAGS = {
     "base and pictures": [
-        *DATA_FLAGS, Flag("instance_prompt", str, REQUIRED, "prompt that names the subject by a rare word and a class noun: 'a sks toy'")],
+        *(replace(f, default=None) if f.name == "instance_data_dir" else f for f in DATA_FLAGS),
+        Flag("dataset_config", str, None, "file of kohya's scripts (TOML) that lists the pictures, in place of instance_data_dir"),
+        Flag("instance_prompt", str, None, "prompt that names the subject by a rare word and a class noun: 'a sks toy'; a file may name it")],
     "class": [Flag("with_prior_preservation", bool, False, "protect the class while the subject is learned"), *PRIOR_FLAGS],
     "output": [
         Flag("output_dir", str, "lora-dreambooth", "folder for the LoRA, the loss curve, previews and checkpoints"), FORMAT,
-        Flag("resume_unet", str, None, "file of a LoRA whose denoiser part training starts from"),
-        Flag("resume_text_encoder", str, None, "file of a LoRA whose text-encoder part training starts from")],
+        Flag("resume_unet", str, None, "file of a LoRA whose denoiser part training starts from", check=check_exists),
+        Flag("resume_text_encoder", str, None, "file of a LoRA whose text-encoder part training starts from", check=check_exists)],
     "learning": [
-        Flag("seed", int, 0, "of everything random", "seed"),
-        Flag("max_train_steps", int, None, "optimiser steps", "steps", 1),
-        Flag("num_train_epochs", int, None, "passes over the pictures, where max_train_steps is not given", least=1),
+        Flag("seed", int, 0, "of everything random", "seed", -10**18, most=10**18),
+        Flag("max_train_steps", int, None, "optimiser steps", "steps", 1, most=10**7),
+        Flag("num_train_epochs", int, None, "passes over the pictures, where max_train_steps is not given", least=1, most=10**6),
         *RUN_FLAGS, *LORA_FLAGS, ENCODERS,
-        Flag("learning_rate", float, None, "learning rate of the denoiser's LoRA", "learning_rate", 0, "unet_lr"),
-        Flag("mask_floor", float, None, "weigh the loss by the pictures' masks, with this outside of them", "mask_floor", 0),
-        Flag("adam_weight_decay", float, None, "decay of the factors", "weight_decay", 0)],
+        Flag("learning_rate", float, None, "learning rate of the denoiser's LoRA", "learning_rate", 0, "unet_lr", most=10),
+        Flag("mask_floor", float, None, "weigh the loss by the pictures' masks, with this outside of them", "mask_floor", 0, most=1),
+        Flag("adam_weight_decay", float, None, "decay of the factors", "weight_decay", 0, most=10)],
 }
 
 # %% ../../nbs/65_cli_train.ipynb #9e76d43e
@@ -312,7 +378,27 @@ OLD_DREAMBOOTH = {
     "local_rank": Old("accelerate launch tells each process its number", same=("any",)),
 }
 
-# %% ../../nbs/65_cli_train.ipynb #1917adef
+# %% ../../nbs/65_cli_train.ipynb #b1b33702
+CONFIGURED = ("instance_data_dir", "buckets", "recursive", "folder_words", "shuffle_tags", "tag_dropout")    # what a dataset file says
+
+def check_config(a: argparse.Namespace):
+    "Refuse flags whose place a dataset file takes, and without one, the lack of a folder or a prompt."
+    if a.dataset_config is None:
+        if lost := [k for k in ("instance_data_dir", "instance_prompt") if not getattr(a, k)]:
+            raise UsageError(f"--{lost[0]} is required, or a --dataset_config that says it.")
+        return
+    from lora_nb.dataset_config import load_dataset_config
+    file = load_dataset_config(a.dataset_config)
+    twice = [k for k in CONFIGURED if getattr(a, k)] + ["train_batch_size"] * bool(file.batch_size and a.train_batch_size)
+    if twice: raise UsageError(f"--{twice[0]}: {a.dataset_config} says it already. Leave the flag out, or change the file.")
+    if a.class_prompt and not a.with_prior_preservation: raise UsageError("--class_prompt needs --with_prior_preservation.")
+
+def listed_pictures(config: "DatasetConfig") -> list[Path]:
+    "The pictures of the subjects in a dataset file, each as often as it is repeated."
+    from lora_nb.dataset_config import subset_pictures
+    return [f for s in config.of(False) for f in subset_pictures(s)[0] for _ in range(s.options["num_repeats"])]
+
+# %% ../../nbs/65_cli_train.ipynb #1a432cf2
 def dreambooth_recipe(
     a: argparse.Namespace,  # flags of `lora_dreambooth`
     base: "Base",
@@ -335,35 +421,47 @@ def start_from(unet: str | None, text: str | None) -> "Lora | None":  # files
 
 def check_dreambooth(a: argparse.Namespace):
     "Refuse flags that do not go together."
+    check_config(a)
     check_data(a)
     if a.with_prior_preservation and not a.class_prompt:
         raise UsageError("--with_prior_preservation needs --class_prompt, such as 'a toy'.")
-    if a.class_data_dir and not a.with_prior_preservation:
-        raise UsageError("--class_data_dir needs --with_prior_preservation: add it, or leave the folder out.")
+    check_needs(a, "class_prompt class_data_dir prior prior_loss_weight num_class_images sample_batch_size",
+                "--with_prior_preservation", a.with_prior_preservation)
+    if a.num_train_epochs is not None and a.max_train_steps is not None:
+        raise UsageError("--num_train_epochs and --max_train_steps both say when to stop: give one of them.")
     from lora_nb.recipe import Recipe
     check_flag_settings(a, lora_dreambooth, Recipe)
 
-# %% ../../nbs/65_cli_train.ipynb #d7003069
-@command(DREAMBOOTH_FLAGS, OLD_DREAMBOOTH)
+# %% ../../nbs/65_cli_train.ipynb #d4c68244
+FIRST = "pretrained_model_name_or_path instance_data_dir output_dir resolution preview_prompt resume config "
+
+@command(DREAMBOOTH_FLAGS, OLD_DREAMBOOTH,
+         first=FIRST + "instance_prompt with_prior_preservation class_prompt max_train_steps learning_rate lora_rank train_text_encoder",
+         examples=['lora_dreambooth --instance_data_dir photos --instance_prompt "a sks dog" \\',
+                   '  --with_prior_preservation --class_prompt "a dog" --output_dir out/dog',
+                   "lora_dreambooth --config out/dog/recipe.toml --output_dir out/again",
+                   "accelerate launch -m lora_nb.cli lora_dreambooth ...     (several GPUs)"])
 def lora_dreambooth(a):
-    """Teach a base one subject from a few pictures.
-    Runs as it is, or under accelerate launch -m lora_nb.cli lora_dreambooth ..."""
+    "Teach a base one subject from a few pictures."
     check_dreambooth(a)
     out = writable(a.output_dir)
+    from lora_nb.dataset_config import load_dataset_config
     from lora_nb.dreambooth import DreamBooth
     from lora_nb.pictures import find_pictures
     from lora_nb.processes import number_of_processes
-    start, pictures = start_from(a.resume_unet, a.resume_text_encoder), find_pictures(a.instance_data_dir, a.recursive)
+    start, config = start_from(a.resume_unet, a.resume_text_encoder), a.dataset_config and load_dataset_config(a.dataset_config)
+    pictures = listed_pictures(config) if config else find_pictures(a.instance_data_dir, a.recursive)
     if a.mask_floor is not None: check_masks("mask_floor", pictures)
     base = base_with_vae(a)
     recipe = dreambooth_recipe(a, base, len(pictures), number_of_processes())
-    prior, sampling = a.prior if a.with_prior_preservation else None, dict(batch_size=a.sample_batch_size)
-    run = DreamBooth(base, pictures, a.instance_prompt, a.class_prompt, a.class_data_dir, prior, recipe, out,
-                     num_class_images=a.num_class_images, previews=previews_of(a), sampling=sampling, start=start,
+    prior = (a.prior or "images") if a.with_prior_preservation else "auto" if config else None
+    sampling = dict(batch_size=a.sample_batch_size or 24)
+    run = DreamBooth(base, None if config else pictures, a.instance_prompt, a.class_prompt, a.class_data_dir, prior, recipe, out,
+                     dataset_config=config, num_class_images=a.num_class_images or 24, previews=previews_of(a), sampling=sampling, start=start,
                      report_to=a.report_to, **picture_options(a))
     try_formats(run, a.output_format, run.worn.remove)
     lora = run.fit(a.resume)
-    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, precision=a.save_precision), out, a)
+    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, precision=a.save_precision), out, a, lora_dreambooth)
 
 # %% ../../nbs/65_cli_train.ipynb #d0839924
 WORD_FLAGS = [
@@ -372,15 +470,14 @@ WORD_FLAGS = [
     Flag("placeholder_tokens", str, "<s1>", "the new words, with bars between them: '<s1>|<s2>'; each caption has all of them"),
     Flag("initializer_tokens", str, "<rand>", "where they begin, with bars between: words, <rand-SIGMA>, <zero>, <mean>"),
     Flag("use_template", ("object", "style", "face"), None, "sentences in place of the pictures' captions", "template"),
-    Flag("vectors", int, None, "vectors per word", "vectors", 1),
-    Flag("learning_rate_ti", float, None, "learning rate of the words", "words_learning_rate", 0),
+    Flag("vectors", int, None, "vectors per word", "vectors", 1, most=70),
+    Flag("learning_rate_ti", float, None, "learning rate of the words", "words_learning_rate", 0, most=10),
     Flag("clip_ti_decay", bool, True, "pull their length towards that of the encoder's own words"),
-    Flag("weight_decay_ti", float, 0., "only 0: the pull on lengths takes its place"),
-    Flag("max_train_steps_ti", int, None, "steps for the words alone", "steps", 1),
-    Flag("seed", int, 42, "of everything random", "seed"),
+    Flag("max_train_steps_ti", int, None, "steps for the words alone", "steps", 1, most=10**7),
+    Flag("seed", int, 42, "of everything random", "seed", -10**18, most=10**18),
     Flag("use_mask_captioned_data", bool, False, "weigh the loss by the masks that lora_ppim wrote"),
     Flag("use_face_segmentation_condition", bool, False, "the same, for masks of lora_ppim --masks faces"),
-    Flag("mask_floor", float, None, "with masks: weight of what is outside of them; without it, 0", least=0),
+    Flag("mask_floor", float, None, "with masks: weight of what is outside of them; without it, 0", least=0, most=1),
     Flag("train_inpainting", bool, False, "demand an inpainting base; such a base always learns to fill holes"),
     ENCODERS,
 ]
@@ -392,18 +489,18 @@ TUNING_FLAGS = [
     Flag("class_noun", str, "", "follows the new words in captions: '<s1> toy'"),
     Flag("perform_inversion", bool, True, "False: no phase for the words alone"),
     Flag("continue_inversion", bool, False, "the words go on learning beside the LoRA"),
-    Flag("continue_inversion_lr", float, None, "at this rate; without it, at learning_rate_ti", least=0),
-    Flag("load_pretrained_inversion_embeddings_path", str, None, "file with words to begin with"),
-    Flag("max_train_steps_tuning", int, None, "steps for the LoRA (joint: for both)", "steps", 1),
+    Flag("continue_inversion_lr", float, None, "at this rate; without it, at learning_rate_ti", least=0, most=10),
+    Flag("load_pretrained_inversion_embeddings_path", str, None, "file with words to begin with", check=check_exists),
+    Flag("max_train_steps_tuning", int, None, "steps for the LoRA (joint: for both)", "steps", 1, most=10**7),
     *LORA_FLAGS, FORMAT,
-    Flag("lora_dropout_p", float, None, "dropout in front of the branches", "dropout", 0),
-    Flag("lora_scale", float, 1., "strength of the update: alpha = lora_scale * rank"),
+    Flag("lora_dropout_p", float, None, "dropout in front of the branches", "dropout", 0, most=1, open="most"),
+    Flag("lora_scale", float, 1., "strength of the update: alpha = lora_scale * rank", least=0, most=10**4, open="least"),
     Flag("use_extended_lora", bool, False, "adapt convolutions too"),
-    Flag("learning_rate_unet", float, None, "learning rate of the denoiser's LoRA", "learning_rate", 0, "learning_rate unet_lr"),
+    Flag("learning_rate_unet", float, None, "learning rate of the denoiser's LoRA", "learning_rate", 0, "learning_rate unet_lr", most=10),
     Flag("lr_scheduler_lora", SCHEDULES, None, "course of the LoRA's learning rate; without it, lr_scheduler", "lr_schedule"),
-    Flag("lr_warmup_steps_lora", int, None, "its warmup; without it, lr_warmup_steps", "warmup", 0),
-    Flag("weight_decay_lora", float, None, "decay of the factors", "weight_decay", 0),
-    Flag("words_turn", int, None, "joint mode: one turn in so many is the words'", "words_turn", 1),
+    Flag("lr_warmup_steps_lora", int, None, "its warmup; without it, lr_warmup_steps", "warmup", 0, most=10**7),
+    Flag("weight_decay_lora", float, None, "decay of the factors", "weight_decay", 0, most=10),
+    Flag("words_turn", int, None, "joint mode: one turn in so many is the words'", "words_turn", 2, most=1000),
 ]
 PTI_FLAGS = {"base and pictures": DATA_FLAGS, "words": sets_instead(WORD_FLAGS, max_train_steps_ti="ti_steps"), "class": PRIOR_FLAGS,
        "learning": sets_instead(RUN_FLAGS, lr_scheduler="ti_lr_schedule"), "LoRA": TUNING_FLAGS}
@@ -411,6 +508,7 @@ PTI_FLAGS = {"base and pictures": DATA_FLAGS, "words": sets_instead(WORD_FLAGS, 
 # %% ../../nbs/65_cli_train.ipynb #5f5ed65f
 OLD_PTI = {
     **OLD_TRAINING,
+    "weight_decay_ti": Old("the pull on the length of words takes its place", "Leave it out, or see --clip_ti_decay", same=(0,)),
     "cached_latents": Old("latents are always cached", same=(True,)),
     "enable_xformers_memory_efficient_attention": Old("PyTorch's own attention needs as little memory", same=("any",)),
     "mask_temperature": Old("the masks are those that lora_ppim wrote", "Give its --temp", (1,)),
@@ -427,18 +525,17 @@ OLD_PTI = {
 # %% ../../nbs/65_cli_train.ipynb #333f5afe
 def check_words(a: argparse.Namespace):
     "Refuse flags with which words cannot be learned, before a base is loaded."
-    from lora_nb.textual_inversion import concepts_of
     check_data(a)
     if not all(w.strip() for w in a.placeholder_tokens.split("|")):
         raise UsageError(f"--placeholder_tokens {a.placeholder_tokens!r}: expected words such as '<s1>' or '<s1>|<s2>'.")
+    check_needs(a, "mask_floor", "--use_mask_captioned_data", masked(a))
+    from lora_nb.textual_inversion import concepts_of
     concepts_of(a.instance_data_dir, a.placeholder_tokens, a.initializer_tokens)
-    if a.weight_decay_ti: raise UsageError("--weight_decay_ti: expected 0. --clip_ti_decay holds the length of the words.")
-    if a.mask_floor is not None and not masked(a): raise UsageError("--mask_floor needs --use_mask_captioned_data.")
 
 def check_inversion(a: argparse.Namespace):
     "Refuse flags of `lora_ti` that do not go together."
-    from lora_nb.textual_inversion import InversionRecipe
     check_words(a)
+    from lora_nb.textual_inversion import InversionRecipe
     check_flag_settings(a, lora_ti, InversionRecipe)
 
 def masked(a: argparse.Namespace) -> bool:
@@ -447,18 +544,20 @@ def masked(a: argparse.Namespace) -> bool:
 
 def check_tuning(a: argparse.Namespace):
     "Refuse flags of `lora_pti` that do not go together."
-    from lora_nb.pti import PivotalRecipe
-    check_words(a)
-    if not a.lora_scale > 0: raise UsageError(f"--lora_scale {a.lora_scale}: expected above zero.")
     if a.lr_scheduler_lora == "constant_with_warmup" and not (a.lr_warmup_steps_lora or a.lr_warmup_steps):
         raise UsageError("--lr_scheduler_lora constant_with_warmup needs --lr_warmup_steps_lora, such as 50.")
-    check_flag_settings(a, lora_pti, PivotalRecipe)
-    if a.class_data_dir and not a.class_prompt: raise UsageError("--class_data_dir needs --class_prompt, such as 'a toy'.")
-    if a.words_turn is not None and a.mode != "joint": raise UsageError("--words_turn needs --mode joint.")
+    check_needs(a, "class_data_dir prior prior_loss_weight num_class_images sample_batch_size", "--class_prompt, such as 'a toy'",
+                a.class_prompt)
+    check_needs(a, "words_turn", "--mode joint", a.mode == "joint")
+    check_needs(a, "continue_inversion_lr", "--continue_inversion", a.continue_inversion)
+    check_needs(a, "max_train_steps_ti", "a phase for the words: leave out --perform_inversion=False", a.perform_inversion)
     if a.lora_alpha is not None and a.lora_scale != 1:
         raise UsageError("--lora_alpha and --lora_scale set the same thing: give one of them.")
     if a.use_extended_lora and a.targets is not None:
         raise UsageError("--use_extended_lora and --targets choose the same layers: give one of them.")
+    check_words(a)
+    from lora_nb.pti import PivotalRecipe
+    check_flag_settings(a, lora_pti, PivotalRecipe)
 
 # %% ../../nbs/65_cli_train.ipynb #0e33222b
 def words_recipe(
@@ -481,7 +580,7 @@ def pti_recipe(
 ) -> "Recipe":              # a `PivotalRecipe`
     "The recipe for the base with what the flags ask for."
     from lora_nb.pti import pivotal_recipe_for
-    s = settings_of(a, lora_pti)
+    s = flag_settings(a, lora_pti)
     if "ti_lr_schedule" in s: s.setdefault("lr_schedule", s["ti_lr_schedule"])
     if a.lr_warmup_steps is not None: s["warmup"] = a.lr_warmup_steps if a.lr_warmup_steps_lora is None else a.lr_warmup_steps_lora
     rate = a.learning_rate_ti if a.continue_inversion_lr is None else a.continue_inversion_lr
@@ -489,6 +588,7 @@ def pti_recipe(
     if a.use_extended_lora: s["targets"] = "extended"
     if not a.perform_inversion: s["ti_steps"] = 0
     recipe = pivotal_recipe_for(base, intent_of(a))
+    s = {**a.recipe, **s}
     if a.lora_scale != 1: s["alpha"] = a.lora_scale * s.get("rank", recipe.rank)
     return words_recipe(a, s, recipe)
 
@@ -519,7 +619,10 @@ def save_words(
     return paths
 
 # %% ../../nbs/65_cli_train.ipynb #2d07e86f
-@command(TI_FLAGS, OLD_PTI)
+@command(TI_FLAGS, OLD_PTI,
+         first=FIRST + "placeholder_tokens initializer_tokens use_template vectors max_train_steps_ti learning_rate_ti",
+         examples=['lora_ti --instance_data_dir photos --placeholder_tokens "<dog>" --initializer_tokens dog \\',
+                   "  --output_dir out/word"])
 def lora_ti(a):
     "Find the word for a subject or style (textual inversion)."
     check_inversion(a)
@@ -528,9 +631,13 @@ def lora_ti(a):
     recipe = words_recipe(a, settings_of(a, lora_ti), inversion_recipe_for(base, intent_of(a)))
     run = TextualInversion(base, pictures, a.placeholder_tokens, a.initializer_tokens, recipe, **kw)
     lora = run.fit(a.resume)
-    conclude(run, lora, lambda: save_words(lora, out, a.out_name or "learned_embeds", dtype_of(a.save_precision, base, lora)), out, a)
+    conclude(run, lora, lambda: save_words(lora, out, a.out_name or "learned_embeds", dtype_of(a.save_precision, base, lora)), out, a,
+             lora_ti)
 
-@command(PTI_FLAGS, OLD_PTI)
+@command(PTI_FLAGS, OLD_PTI,
+         first=FIRST + "placeholder_tokens initializer_tokens class_prompt class_noun lora_rank max_train_steps_ti max_train_steps_tuning",
+         examples=['lora_pti --instance_data_dir photos --placeholder_tokens "<dog>" --initializer_tokens dog \\',
+                   '  --class_prompt "a dog" --output_dir out/dog'])
 def lora_pti(a):
     "Find the word, then train a LoRA around it, or both in turns (pivotal tuning)."
     check_tuning(a)
@@ -538,10 +645,10 @@ def lora_pti(a):
     from lora_nb.pti import PivotalTuning
     start = a.load_pretrained_inversion_embeddings_path and Lora.load(a.load_pretrained_inversion_embeddings_path)
     out, pictures, base, kw = prepare(a)
-    prior = dict(class_prompt=a.class_prompt, class_data=a.class_data_dir, prior=a.prior if a.class_prompt else None,
-                 num_class_images=a.num_class_images, sampling=dict(batch_size=a.sample_batch_size))
+    prior = dict(class_prompt=a.class_prompt, class_data=a.class_data_dir, prior=(a.prior or "images") if a.class_prompt else None,
+                 num_class_images=a.num_class_images or 24, sampling=dict(batch_size=a.sample_batch_size or 24))
     run = PivotalTuning(base, pictures, a.placeholder_tokens, a.initializer_tokens, recipe=pti_recipe(a, base),
                         class_noun=a.class_noun, start=start, **prior, **kw)
     try_formats(run, a.output_format, run.remove)
     lora = run.fit(a.resume)
-    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, a.out_name or "lora", a.save_precision), out, a)
+    conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, a.out_name or "lora", a.save_precision), out, a, lora_pti)

@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 
 # %% ../../nbs/58_studio_code.ipynb #c422b189
 from ..core import DataError, data_path
-from .settings import SCALES, Settings, Wear, settings_from
+from ..prompts import Prompt, parse_prompt
+from .settings import SCALES, Settings, Wear, settings_from, without_tags
 from .easel import LIVE, bundled_files
 
 # %% ../../nbs/58_studio_code.ipynb #0c9e4e13
@@ -28,9 +29,19 @@ def _load_code(x, base):
         return f"Lora.load(data_path{file.relative_to(data_path()).parts})"
     return f"Lora.load({x.source or x.name + '.safetensors'!r}, base=base)"
 
+def _base_code(s):
+    "The line that loads the base."
+    t5 = "" if s.t5 == "keep" else ", t5=" + ("'8bit'" if s.t5 == "8bit" else "False")
+    return f"base = load_base({s.base!r}{t5})"
+
+def _worn(s, vary=""):
+    "What is worn, and the LoRA that a grid over scale varies."
+    off = {x.name for x in s.wears()}
+    return [*(x for x in s.loras if x.name == vary and vary not in off), *s.wears()]
+
 def _plan_code(s, vary=""):
     "The plan as an expression; the scale of the LoRA called `vary` is the variable `scale`."
-    worn, scale = [x for x in s.loras if x.on or x.name == vary], lambda x: "scale" if x.name == vary else repr(x.scale)
+    worn, scale = _worn(s, vary), lambda x: "scale" if x.name == vary else repr(x.scale)
     if s.method not in LIVE and len(worn) > 1:
         values, scales = (", ".join(xs) for xs in ([f"loras[{x.name!r}]" for x in worn], map(scale, worn)))
         return f"{{compose([{values}], [{scales}], method={s.method!r}): 1.0}}"
@@ -41,12 +52,24 @@ def _plan_code(s, vary=""):
     return f"LoraComposite({text})" if s.method == "composite" and len(worn) > 1 else text
 
 # %% ../../nbs/58_studio_code.ipynb #7b45cf2a
+def _call_code(s, prompt):
+    "The lines that draw with what is worn, and enlarge."
+    picture = lambda f: f"Image.open({f!r})"
+    if s.mask: call = f"base.inpaint({picture(s.image)}, {picture(s.mask)}, [{prompt}], strength={s.strength!r}, **how)[0]"
+    elif s.image: call = f"base.img2img({picture(s.image)}, [{prompt}], {s.strength!r}, **how)[0]"
+    else: call = f"base.generate([{prompt}], **how)[0]"
+    large = f"image = enlarged(base, image, {s.enlarge!r}, {prompt}, **{{k: v for k, v in how.items() if k != 'size'}})"
+    return [f"image = {call}", *([large] if s.enlarge else [])]
+
 def _draw_code(s, vary=""):
     "The lines that draw one picture."
-    worn = [x for x in s.loras if x.on or x.name == vary]
-    if not worn: return [f"image = base.generate([{s.prompt!r}], **how)[0]"]
-    return [f"plan = {_plan_code(s, vary)}", "with scheduled(base, plan):",
-            f"    image = base.generate([{s.prompt!r}], **how)[0]"]
+    texts, inside = [s.prompt, s.negative_prompt], lambda lines: [f"    {l}" for l in lines]
+    read = [Prompt(parse_prompt(t).pieces) for t in texts] if s.notation else []
+    lines = _call_code(s, repr(read[0].text if read else s.prompt))
+    if any(p.weighted for p in read):
+        lines = [f"with weighted(base, {[str(p) for p in read]!r}) as (prompt, how['negative_prompt']):", *inside(_call_code(s, "prompt"))]
+    if not _worn(s, vary): return lines
+    return [f"plan = {_plan_code(s, vary)}", "with scheduled(base, plan):", *inside(lines)]
 
 def python_of(
     s: Settings,
@@ -54,16 +77,18 @@ def python_of(
 ) -> str:
     "The Python that makes the same picture."
     s = settings_from(s.to_json())                  # plain data, or an error
-    worn = [x for x in s.loras if x.on or (s.compare == "scale" and x.name == s.over)]
-    how = dict(negative_prompt=s.negative_prompt, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale,
+    if s.compare == "grid": return _with_imports(_grid_code(s))
+    worn = _worn(s, s.over if s.compare == "scale" else "")
+    negative = parse_prompt(s.negative_prompt).text if s.notation else s.negative_prompt
+    how = dict(negative_prompt=negative, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale,
                size=s.size)
-    if s.skip_layers: how["skip_layers"] = True
-    t5 = "" if s.t5 == "keep" else ", t5=" + ("'8bit'" if s.t5 == "8bit" else "False")
+    if s.skip_layers and not s.image: how["skip_layers"] = True
     files = ",\n         ".join(f"{x.name!r}: {_load_code(x, s.base)}" for x in worn)
-    lines = [f"base = load_base({s.base!r}{t5})", *([f"loras = {{{files}}}"] if worn else []),
+    lines = [_base_code(s), *([f"loras = {{{files}}}"] if worn else []),
              "how = dict(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")"]
-    if s.compare == "without": lines += [*_draw_code(replace(s, loras=())), "without = image"]
-    if turbo: lines += [f"base.pipe.scheduler = turbo_scheduler(base.pipe, loras[{turbo!r}])",
+    if s.sampler: lines.append(f"base.pipe.scheduler = sampler(base, {s.sampler!r})")
+    if s.compare == "without": lines += [*_draw_code(replace(without_tags(s), loras=())), "without = image"]
+    if turbo and not s.sampler: lines += [f"base.pipe.scheduler = turbo_scheduler(base.pipe, loras[{turbo!r}])",
                         f"how = {{**turbo_settings(loras[{turbo!r}], {s.steps!r}), **how}}"]
     if s.compare == "scale":
         body = [f"    {l}" for l in _draw_code(s, s.over)]
@@ -74,14 +99,22 @@ def python_of(
     return _with_imports([*lines, 'image.save("picture.png")'])
 
 # %% ../../nbs/58_studio_code.ipynb #a5a5ecdd
+def _grid_code(s):
+    "The lines that draw a grid over one or two settings."
+    loads = [f"easel.loras[{x.name!r}] = {_load_code(x, s.base)}" for x in s.loras]
+    return [_base_code(s), "easel = Easel(base)", *loads, f"image = easel.render(settings_from({s.to_json()!r}))", 'image.save("picture.png")']
+
+# %% ../../nbs/58_studio_code.ipynb #22c4cf7d
 _HOMES = {"lora_nb": ("Lora", "LoraComposite", "compose", "data_path", "grid", "load_base", "parse_schedule", "scheduled",
                       "turbo_settings"),
-          "lora_nb.turbo": ("turbo_scheduler",), "dataclasses": ("replace",)}
+          "lora_nb.prompts": ("weighted",), "lora_nb.studio.samplers": ("enlarged", "sampler"), "lora_nb.studio.easel": ("Easel",),
+          "lora_nb.studio.settings": ("settings_from",),
+          "PIL": ("Image",), "lora_nb.turbo": ("turbo_scheduler",), "dataclasses": ("replace",)}
 
 def _with_imports(lines):
     "The program with the imports that it needs."
     body = "\n".join(lines)
-    used = {home: [n for n in names if re.search(rf"\b{n}\b(\(|\.load)", body)] for home, names in _HOMES.items()}
+    used = {home: [n for n in names if re.search(rf"\b{n}\b(\(|\.load|\.open)", body)] for home, names in _HOMES.items()}
     return "\n".join([*(f"from {home} import {', '.join(names)}" for home, names in used.items() if names), "", body]) + "\n"
 
 # %% ../../nbs/58_studio_code.ipynb #3c86125f
@@ -91,9 +124,10 @@ def described_loras(loras: Iterable[Wear]) -> str:
 
 def parameters_of(s: Settings) -> str:
     "The settings in the form of A1111 and related programs."
-    worn = described_loras(s.loras)
+    worn = described_loras(s.wears())
     numbers = {"Steps": s.steps, "CFG scale": f"{s.guidance_scale:g}", "Seed": s.seed, "Size": "{}x{}".format(*s.size),
-               "Model": s.base, **({"Lora": worn} if worn else {})}
+               "Model": s.base, **({"Sampler": s.sampler} if s.sampler else {}), **({"Lora": worn} if worn else {}),
+               **({"Denoising strength": f"{s.strength:g}"} if s.image else {})}
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     return "\n".join([s.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in numbers.items())])
 
@@ -108,14 +142,14 @@ def png_bytes(
     return buffer.getvalue()
 
 def read_settings(
-    path: str | Path,  # a PNG or JSON file that the studio saved
+    path: str | Path | bytes,  # a PNG or JSON file that the studio saved, or what it holds
 ) -> Settings:
     "The settings that a saved picture carries."
-    path = Path(path)
+    raw, path = (path, Path("this file")) if isinstance(path, bytes) else (None, Path(path))
     try:
-        if path.suffix == ".json": text = path.read_text("utf-8")
+        if path.suffix == ".json" or raw and raw[:1] == b"{": text = raw.decode() if raw else path.read_text("utf-8")
         else:
-            with Image.open(path) as im: text = im.info.get("lora_nb")
+            with Image.open(io.BytesIO(raw) if raw else path) as im: text = im.info.get("lora_nb")
     except (OSError, ValueError) as e: raise DataError(f"cannot read {path} ({e}): expected a picture that the studio saved") from e
     if text: return settings_from(text)
     raise DataError(f"{path} holds no settings: expected a PNG that the studio saved. Programs that re-save a picture "
