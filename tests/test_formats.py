@@ -262,6 +262,34 @@ def test_which_component_an_adapter_is_for(folder, key, width, config, component
     assert list(load_lora(tmp_path/folder).layers) == [f"{component}.{key.removeprefix('text_model.')}"]
 
 
+@pytest.mark.parametrize("wrapped", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "unet.module.{}", "unet._orig_mod.base_model.model.{}",
+                                     "base_model.model._orig_mod.{}", "_fsdp_wrapped_module.{}", "diffusion_model._orig_mod.{}"])
+def test_wrappers_of_torch_are_no_part_of_a_name(wrapped, tmp_path):
+    path = "middle_block.1.proj_in" if "diffusion" in wrapped else "mid_block.attentions.0.proj_in"
+    safetensors.torch.save_file(layer(wrapped.format(path)), tmp_path/"a.safetensors")
+    assert [*load_lora(tmp_path/"a.safetensors").layers] == ["unet.mid_block.attentions.0.proj_in"]
+    save_lora(small_lora(), tmp_path/"a.safetensors")                       # a LoRA may replace it
+    safetensors.torch.save_file(layer("unet.module.conv_in") | layer("unet.conv_in"), tmp_path/"b.safetensors")
+    refused("with and without its wrapper", load_lora, tmp_path/"b.safetensors", exc=FormatError)
+
+
+@pytest.mark.parametrize("spelt", ["{}", "{}_lora", "lora_{}"])
+def test_folders_named_for_what_they_hold(spelt, tmp_path):
+    for component, key in {"unet": "mid_block.attentions.0.proj_in", "text_encoder_2": "encoder.layers.0.mlp.fc1"}.items():
+        (tmp_path/spelt.format(component)).mkdir()
+        safetensors.torch.save_file(layer(f"base_model.model.{key}"), tmp_path/spelt.format(component)/"adapter_model.safetensors")
+        (tmp_path/spelt.format(component)/"adapter_config.json").write_text('{"r": 2, "lora_alpha": 6}')
+    lora = load_lora(tmp_path)
+    assert {n: f.alpha for n, f in lora.layers.items()} == {"unet.mid_block.attentions.0.proj_in": 6., "text_encoder_2.encoder.layers.0.mlp.fc1": 6.}
+
+
+@pytest.mark.parametrize("key", ["diffusion_model.middle_block.1.proj_in.oft_R.weight", "lora_unet.middle_block.1.proj_in.boft_R",
+                                 "unet.mid_block.attentions.0.proj_in.hra_u", "transformer.transformer_blocks.0.attn.to_q.on_input"])
+def test_adapters_of_other_kinds_are_refused_by_name(key, tmp_path):
+    safetensors.torch.save_file({key: torch.ones(2, 28)}, tmp_path/"a.safetensors")
+    refused("another kind, (OFT|BOFT|hra|IA3) ", load_lora, tmp_path/"a.safetensors", exc=FormatError)
+
+
 def test_a_component_that_nobody_names_is_an_error(tmp_path):
     safetensors.torch.save_file(layer("base_model.model.blocks.0.attn1.to_q"), tmp_path/"adapter_model.safetensors")
     refused("no known", load_lora, tmp_path)

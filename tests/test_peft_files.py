@@ -182,7 +182,9 @@ ALPHA_8 = [{"lora_alpha": "8"}, {"lora_alpha": "8", "r": "2"}, {"unet.lora_alpha
            {"lora_adapter_metadata": '{"unet.lora_alpha": 8}'}, {"lora_adapter_metadata": '{"unet": {"r": 2, "lora_alpha": 8}}'},
            {"lora_adapter_metadata": '{"r": 2, "lora_alpha": 8}'}, {"lora_config": '{"r": 2, "lora_alpha": 8}'},
            {"config": '{"default": {"r": 2, "lora_alpha": 8, "target_modules": ["to_q"]}}'},
-           {"peft": '{"unet": {"lora_alpha": 8}, "text_encoder": {"lora_alpha": 1}}'}]
+           {"peft": '{"unet": {"lora_alpha": 8}, "text_encoder": {"lora_alpha": 1}}'},
+           {"network_alpha": "8"}, {"lora_network_alpha": "8.0"}, {"rank": "2", "alpha": "8"}, {"network_dim": "2", "network_alpha": "8"},
+           {"unet.network_alpha": "8"}, {"unet.rank": "2", "unet.alpha": "8"}, {"lora_rank": "2", "lora_alpha": "8"}]
 
 
 @pytest.mark.parametrize("header", ALPHA_8, ids=str)
@@ -196,13 +198,48 @@ def test_alpha_is_found_wherever_the_header_has_it(tmp_path, header):
 
 def test_what_a_header_says_that_is_no_configuration():
     tensors = {f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}
-    for header in ({"r": "16"}, {"note": "lora_alpha"}, {"ss_network_alpha": "1"}, {"config": '{"rank": 4}'}, {"use_rslora": "True"}):
+    for header in ({"r": "16"}, {"note": "lora_alpha"}, {"ss_network_alpha": "1"}, {"config": '{"rank": 4}'}, {"use_rslora": "True"},
+                   {"alpha": "8"}, {"rank": "2"}, {"rank": "2", "alpha": "None"}, {"text_encoder.network_alpha": "8"},
+                   {"about": '{"rank": 2, "alpha": 8}'}):                # whose alpha that is nobody says
         assert read_peft(tensors, header).layers[TO_Q].scaling == 1
     assert read_peft(tensors, {"lora_alpha": "8", "use_rslora": "True"}).layers[TO_Q].scaling == pytest.approx(8 / 2**.5)
     for header in ({"lora_alpha": "nan"}, {"lora_alpha": "much"}, {"lora_adapter_metadata": "[]"}, {"c": '{"lora_alpha": 1e999}'},
-                   {"c": '{"lora_alpha"'},
+                   {"c": '{"lora_alpha"'}, {"rank": "16", "alpha": "8"},
                    {"adapter_config": "3"}, {"adapter_config": "[" * 100_000}, {"lora_alpha": "8", "alpha_pattern": "3"}):
         with pytest.raises(FormatError): read_peft(tensors, header)
+
+
+@pytest.mark.parametrize("config", [{"use_qalora": True}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 1]]}, {"use_bdlora": True},
+                                    {"peft_type": "ADALORA"}, {"peft_type": "XLORA"}], ids=str)
+def test_a_configuration_that_makes_something_else_of_the_factors_is_refused(config, tmp_path):
+    save_file({f"{TO_Q}.lora_A.weight": torch.ones(2, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}, tmp_path/"adapter_model.safetensors")
+    for extra in (config, {k: False if v is True else None for k, v in config.items()}):
+        (tmp_path/"adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8, "peft_type": "LORA", **extra}))
+        if extra is config: refused("not read", Lora.load, tmp_path)
+        else: assert Lora.load(tmp_path).layers[TO_Q].alpha == 8
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config", "VeraConfig", "HRAConfig", "FourierFTConfig",
+                                  "RandLoraConfig", "AdaLoraConfig"])
+def test_every_kind_of_peft_is_exact_or_refused_by_name(kind, tmp_path):
+    "The weights that peft itself merges are the judge"
+    import copy
+    import peft
+    sd, targets = random_pipe("sd"), ["to_q", "to_v", "ff.net.2"]
+    options = {"LoHaConfig": dict(r=4, alpha=2), "LoKrConfig": dict(r=4, alpha=2), "OFTConfig": dict(oft_block_size=8), "BOFTConfig": dict(
+        boft_block_size=4), "IA3Config": dict(feedforward_modules=["ff.net.2"]), "VeraConfig": dict(r=4), "FourierFTConfig": dict(n_frequency=10),
+        "AdaLoraConfig": dict(init_r=4, target_r=2, total_step=10)}
+    if kind == "VeraConfig": targets = ["to_q"]                             # which want layers of one size
+    model = peft.get_peft_model(copy.deepcopy(sd.unet), getattr(peft, kind)(target_modules=targets, **options.get(kind, {})))
+    torch.manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad: p.data += torch.randn_like(p) * .1
+    model.save_pretrained(tmp_path)
+    if kind in ("HRAConfig", "FourierFTConfig", "RandLoraConfig", "AdaLoraConfig"):
+        return refused(f"(?i)another kind, {kind.removesuffix('Config')} ", Lora.load, tmp_path, base=sd)
+    want = model.merge_and_unload().state_dict()
+    apply_lora(sd, Lora.load(tmp_path, base=sd), mode="merge")
+    for k, t in sd.unet.state_dict().items(): close(t, want[k], 1e-5)
 
 
 def folder_of_peft(tmp_path, model, steps=0, **kw):
