@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from helpers_ground import fingerprint, look, random_lora, tiny_clip, tiny_mmdit, tiny_pipe, tiny_unet
 
+from lora_nb.core import LoraError
 from lora_nb.injection import (apply_lora, disabled, extract_lora, find_targets, inject_lora, remove_lora, set_scale)
 from lora_nb.lora import Lora
 from lora_nb.names import stream_of
@@ -240,3 +241,14 @@ def test_magnitudes_are_never_lost_on_the_way_into_branches():
     worn = inject_lora(unet)
     with pytest.raises(ValueError, match="inject with dora=True"): worn.load(taught)
     assert all(not m.lora_up.weight.any() for m in worn.layers.values())          # nothing was written before the error
+
+@pytest.mark.parametrize("kw, says", [(dict(dropout=float("nan")), "dropout"), (dict(dropout=1.), "dropout"), (dict(dropout=-1), "dropout"),
+                                      (dict(targets=None), "targets=None"), (dict(targets={"unet": "attention"}, rank={"text_encoder": 4}), "nothing for unet")])
+def test_injections_that_mean_nothing(kw, says):
+    unet = tiny_unet(); bits = fingerprint(unet)
+    with pytest.raises(LoraError, match=says): inject_lora(unet, **kw)
+    assert fingerprint(unet) == bits
+
+@pytest.mark.parametrize("lora, says", [(None, "found NoneType"), (3, "found int"), ([], "one by one")])
+def test_what_cannot_be_worn(lora, says):
+    with pytest.raises(LoraError, match=says): apply_lora(tiny_unet(), lora)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_nb.core import LoraError
 from lora_nb.layers import LoraInjectedConv2d, LoraInjectedLinear, set_scales
 
 torch.set_num_threads(1)
@@ -220,3 +221,12 @@ def test_gradients_and_autocast_of_a_stack():
 def test_more_branches_than_python_has_frames():
     top, layers = stacked(nn.Linear(8, 8), 700, r=1)
     assert torch.isfinite(top(torch.randn(2, 8))).all()
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_strengths_of_a_layer_are_numbers(bad):
+    with pytest.raises(LoraError): LoraInjectedLinear.from_base(nn.Linear(4, 4), r=2, scale=bad)
+    with pytest.raises(LoraError): LoraInjectedLinear.from_base(nn.Linear(4, 4), r=2, alpha=bad)
+    layer = LoraInjectedLinear.from_base(nn.Linear(4, 4), r=2, alpha=1)
+    for change in (lambda: setattr(layer, "scale", bad), lambda: setattr(layer, "alpha", bad), lambda: layer.set_selector_from_diag(torch.tensor([bad, 1]))):
+        with pytest.raises(LoraError): change()
+    assert layer.scale == 1 and layer.alpha == 1 and type(layer.selector) is nn.Identity

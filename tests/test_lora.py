@@ -1,10 +1,13 @@
-import subprocess, sys
+import json, math, subprocess, sys
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 
-from lora_nb.core import row_norms
+from lora_nb.composition import compose
+from lora_nb.core import LoraError, row_norms
+from lora_nb.extraction import resize
 from lora_nb.lora import Factors, Lora, add_factors, gather, join_words
 
 torch.manual_seed(0)
@@ -118,3 +121,49 @@ def test_the_operators_are_what_compose_makes():
     made = [(lora + other, [1., 1.]), (lora - other, [1., -1.])]
     from lora_nb.composition import compose
     for total, weights in made: assert total == compose([lora, other], weights)
+
+
+# Strengths are numbers, and a sum knows what it is made of
+
+def one(trigger="", alpha=None): return Lora({"unet.q": Factors(torch.randn(3, 2), torch.randn(2, 5), alpha)}, metadata={"trigger": trigger} if trigger else {})
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, "x", None])
+def test_a_value_is_scaled_by_numbers(bad):
+    a = one()
+    for f in (lambda: a.scaled(bad), lambda: a.layers["unet.q"].scaled(bad)):
+        with pytest.raises(LoraError, match="expected a finite number"): f()
+    if isinstance(bad, float):
+        with pytest.raises(LoraError): a * bad
+    with pytest.raises(LoraError): a * 1e38 * 1e38
+    with pytest.raises(LoraError, match="divided by 0"): a / 0
+
+@pytest.mark.parametrize("s", [.5, np.float32(.5), np.float64(.5), torch.tensor(.5), True])
+def test_numbers_of_other_libraries(s):
+    a = one()
+    for b in (a * s, s * a, a / (1 / float(s))): assert torch.allclose(b.layers["unet.q"].delta(), float(s) * a.layers["unet.q"].delta())
+
+@pytest.mark.parametrize("f", [lambda a, b: a + b, lambda a, b: compose([a, b]), lambda a, b: a - b, lambda a, b: resize(b, 1)])
+def test_an_alpha_that_is_no_number_is_refused(f):
+    with pytest.raises(LoraError, match="alpha of unet.q"): f(one(), one(alpha=math.nan))
+
+def test_a_sum_notes_the_weights_of_its_parts():
+    a, b, c = (one(t) for t in "abc")
+    parts = lambda lora: {p["trigger"]: p["weight"] for p in json.loads(lora.metadata["parts"])}
+    assert parts(a + .5 * b - c / 4) == {"a": 1, "b": .5, "c": -.25}
+    assert parts(2 * (a + b / 4) - c) == {"a": 2, "b": .5, "c": -1}
+    assert parts(compose([a + b, 2 * c], [.5, 3])) == {"a": .5, "b": .5, "c": 6}
+    assert parts(compose([compose([a, b], method="svd"), c])) == {"a, b": 1, "c": 1}
+    assert (a * 2 / 2) == a and (a * 2).metadata["scaled"] == "2.0" and "scaled" not in (a + 2 * b).metadata
+    assert (a + -c).metadata["trigger"] == (a - c).metadata["trigger"] == "a"
+    damaged = Lora(a.layers, metadata={**(a + b).metadata, "parts": "{", "scaled": "?"})
+    assert parts(damaged + c) == {"a, b": 1, "c": 1}
+
+@pytest.mark.parametrize("x", [None, 3, [one()], object()])
+def test_what_is_no_lora(x):
+    for f in (lambda: resize(x, 1), lambda: Lora.load(x), lambda: one().save(x)):
+        with pytest.raises(LoraError, match="expected"): f()
+
+def test_a_file_where_a_lora_is_expected(tmp_path):
+    one().save(path := tmp_path / "a.safetensors")
+    assert resize(path, 1).rank == resize(str(path), 1).rank == 1
+    with pytest.raises(LoraError, match="no such file"): resize(tmp_path / "b.safetensors", 1)

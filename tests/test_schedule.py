@@ -6,7 +6,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from lora_nb.core import LoraError, TargetError
 from lora_nb.lora import Lora
 from lora_nb.names import BLOCK_LISTS, block_positions, parse_blocks
-from lora_nb.schedule import (LoraSchedule, Moment, as_schedule, interpolate, lora_switch, parse_lora, parse_schedule, ramp,
+from lora_nb.schedule import (LoraSchedule, Moment, as_plan, as_schedule, interpolate, lora_switch, parse_lora, parse_schedule, ramp,
                               rank_at, trained_schedule)
 from lora_nb.worn import places
 
@@ -123,3 +123,12 @@ def test_text_encoders_keep_a_constant_weight():
 def test_turns_of_three():
     plan = lora_switch("abc", every=2, scale=.5)
     assert [s.values(7) for s in plan.values()] == [[.5, .5, 0, 0, 0, 0, .5], [0, 0, .5, .5, 0, 0, 0], [0, 0, 0, 0, .5, .5, 0]]
+
+
+@pytest.mark.parametrize("kw", [dict(rank_power=float("nan")), dict(rank_min=float("nan")), dict(rank_min=1.5), dict(start="x"), dict(turn=1)], ids=str)
+def test_fields_that_are_no_numbers(kw):
+    with pytest.raises(LoraError): LoraSchedule(**kw)
+
+@pytest.mark.parametrize("x", [None, 3, object()])
+def test_what_is_no_plan(x):
+    with pytest.raises(LoraError, match="expected {lora: schedule}"): as_plan(x)

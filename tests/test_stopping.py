@@ -3,17 +3,21 @@ import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from lora_nb.core import TrainingError, data_path
+from lora_nb.dataset import ConceptDataset, encode
 from lora_nb.dreambooth import DreamBooth, train_dreambooth
 from lora_nb.families import as_base
+from lora_nb.injection import inject_lora
 from lora_nb.lora import Lora
 from lora_nb.log import TrainingLog
 from lora_nb.pti import PivotalTuning
 from lora_nb.random_pipes import random_pipe
-from lora_nb.stopping import RunStopped, rise, stop_signals, worse
-from lora_nb.training import Trainer
+from lora_nb.recipe import Recipe
+from lora_nb.stopping import RunStopped, rise, stop_signals, superfluous, worse
+from lora_nb.training import Stream, Trainer
 
 WALL = [Image.new("RGB", (64, 64), "red")]
 QUICK = dict(batch_size=1, rank=2, targets="attention", guard=False, steps=6)
@@ -115,3 +119,30 @@ def test_numbers_that_are_none_before_the_first_step(base):
 def test_advice_after_a_schedule_s_end_names_the_rate_that_was_used():
     text = rise(TrainingLog(lrs=[1e-3, 0.], norms=[1., 2.], level=[(0, 1.), (2, float("nan"))]), [Path("step-000001.pt")])
     assert "learning_rate = 0.0001" in text and "is nan at step 2" in text
+
+
+# --- what is left when it went wrong -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("at, ema", ((3, 0), (12, .9), (19, 0)))
+def test_a_nan_that_is_seen_late_leaves_the_numbers_from_before(base, at, ema):
+    "As on a GPU, where losses are read every ten steps"
+    worn, seen = inject_lora(base.denoiser, "attention", rank=2), {}
+    def note(t): seen[t.done] = [p.detach().clone() for p in t.all_params()]
+    trainer = Trainer(base, worn, [Stream("a", encode(base, ConceptDataset(WALL, "a wall")), 1)],
+                      Recipe(rank=2, batch_size=1, steps=30, guard=False, **(dict(ema=ema) if ema else {})), callback=note,
+                      penalty=lambda: {"odd": torch.tensor(float("nan") if trainer.done == at else 0.)})
+    trainer.window = 10; seen[0] = [p.detach().clone() for p in trainer.all_params()]
+    try:
+        with pytest.raises(TrainingError, match=f"became nan at step {at + 1}"): trainer.fit()
+        assert trainer.done <= at and trainer.done == at // 10 * 10
+        assert all(torch.equal(a, b) for a, b in zip(trainer.all_params(), seen[trainer.done]))
+        assert worn.lora().check() and (not ema or all(v.isfinite().all() for v in trainer.average.values))
+    finally: worn.remove()
+
+
+def test_the_checkpoint_from_before_the_rise_is_kept(tmp_path):
+    for n in range(10, 60, 10): (tmp_path / f"step-{n:06d}.pt").touch()
+    gone = lambda keep, levels: [int(p.stem[5:]) for p in superfluous(tmp_path, keep, levels)]
+    assert gone(2, []) == [10, 20, 30] and gone(2, [(0, 1.)]) == [10, 20, 30]
+    assert gone(2, [(0, 1.), (25, .5)]) == [10, 30] and gone(1, [(0, 1.), (25, .5), (50, .7)]) == [10, 30, 40]
+    assert gone(2, [(0, 1.), (25, .5), (50, .4)]) == [10, 20, 30] and gone(2, [(0, 1.), (25, float("nan"))]) == [10, 20, 30]
