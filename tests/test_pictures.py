@@ -267,3 +267,12 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     (lambda: vary(scene(), None, seeded(0), angle=-5), "angle")))
 def test_numbers_have_a_range(call, match):
     with pytest.raises(LoraError, match=match): call()
+
+
+def test_links_that_lead_nowhere_or_back(tmp_path):
+    scene().save(tmp_path / "a.png")
+    (tmp_path / "sub").mkdir(); scene().save(tmp_path / "sub/b.png")
+    (tmp_path / "gone.png").symlink_to("nothing.png"); (tmp_path / "sub/back").symlink_to(tmp_path)
+    found = find_pictures(tmp_path, recursive=True)
+    assert [f.name for f in found] == ["a.png", "b.png"]
+    assert found.left_out == {"gone.png": "a link to a file that is not there", "sub/back/": "a link back to a folder around it"}
