@@ -226,3 +226,20 @@ def test_tokens_that_are_cut():
 
 @pytest.mark.parametrize("caption, yes", [("a photo of SKS toy", 1), ("toy, sks.", 1), ("sks", 0), ("desks toy", 0), ("", 0), ("(sks) 'toy'", 1)])
 def test_captions_that_say_a_trigger(caption, yes): assert says(caption, "sks toy") == bool(yes) and says(caption, "")
+
+
+@pytest.mark.parametrize("bad, match", (
+    (dict(size=0), "size = 0: expected a whole number from 8"),
+    (dict(size=12.5), "whole"), (dict(size="64"), "whole"), (dict(size=True), "whole"),
+    (dict(buckets=[(64,)]), "buckets"), (dict(buckets=64), "buckets"), (dict(buckets=[(64, -8)]), "buckets"), (dict(buckets="x"), "buckets"),
+    (dict(tags="shuffle"), "tags"), (dict(trigger=None), "texts"), (dict(prompt=3), "texts"), (dict(keep=-1), "keep")))
+def test_options_that_cannot_be(bad, match):
+    with pytest.raises(LoraError, match=match): ConceptDataset([scene()], **bad)
+
+
+@pytest.mark.parametrize("call, match", (
+    (lambda: TagWording(dropout=1.5), "dropout = 1.5: expected a number from 0 to 1"), (lambda: TagWording(keep=1.5), "keep"),
+    (lambda: TagWording(dropout=float("nan")), "dropout"), (lambda: drop_caption("a", 1.5, random.Random(0)), "share"),
+    (lambda: encode(None, ConceptDataset([scene()]), 0), "batch_size")))
+def test_shares_and_numbers_have_a_range(call, match):
+    with pytest.raises(LoraError, match=match): call()

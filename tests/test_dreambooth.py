@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lora_nb.core import DataError, LoraError
-from lora_nb.dreambooth import (Concept, DreamBooth, check_prior, class_pictures, concept_streams, load_concepts,
+from lora_nb.dreambooth import (Concept, DreamBooth, check_prior, class_noun, class_pictures, concept_streams, load_concepts,
                                 swapped, train_dreambooth, trigger_of)
 from lora_nb.similarity import to_tensor
 from lora_nb.evaluation import wearing
@@ -222,3 +222,20 @@ def test_lists_of_concepts_in_other_encodings(tmp_path, kind):
 def test_rates_with_which_nothing_is_learned(sd, rates):
     with pytest.raises(LoraError, match="Nothing would be learned"):
         train_dreambooth(sd, NOISE, "a sks toy", rank=2, steps=1, batch_size=1, **rates)
+
+
+@pytest.mark.parametrize("prompt", ("   ", "a photo of a", "the"))
+def test_a_prompt_without_a_subject(sd, prompt):
+    with pytest.raises(LoraError, match="names no subject|No instance_prompt"): train_dreambooth(sd, NOISE, prompt, steps=1, rank=1)
+
+
+def test_a_class_that_has_the_subject_s_words_is_warned_of():
+    with pytest.warns(UserWarning, match="says 'sks toy', the subject's own words"): Concept("x", "a sks toy", ["a toy", "a sks toy"])
+
+
+@pytest.mark.parametrize("prompts, trigger, noun", (
+    (["a face"], "sks face", "face"), (["a face on a red background", "a face on a blue background"], "sks face", "face"),
+    (["a toy on a shelf", "a toy on a bed"], "sks", "toy"), (["a photo of a wooden toy"], "sks", "wooden toy"),
+    (["a cat", "a dog"], "sks", "cat"),
+    (["a plush toy in snow"], "sks plush toy", "plush toy")))
+def test_the_noun_of_class_prompts(prompts, trigger, noun): assert class_noun(prompts, trigger) == noun

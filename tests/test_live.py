@@ -1,5 +1,6 @@
 "The page that draws and learns: its JavaScript in Chromium, against Python."
 import contextlib, functools, http.server, json, random, shutil, threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -477,3 +478,22 @@ def test_a_graphics_card_draws_the_same_or_is_left_alone(live, browser):
             return {race, pixels: await draw()} }""")
         assert found["race"]["difference"] <= 2, found["race"]
         assert np.abs(np.array(found["pixels"]).reshape(*expected.shape[:2], 4)[..., :3] - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kw, match", (
+    (dict(rank=0), "rank = 0"), (dict(rank=1.5), "rank"), (dict(training=(0,)), "training = 0"), (dict(training=4), "batch sizes"),
+    (dict(training="46"), "training"), (dict(loras={"../x": "a"}), "becomes a file's"), (dict(loras={"": "a"}), "becomes a file's"),
+    (dict(loras={"x": "none.safetensors"}), "none.safetensors"), (dict(examples={"x": "folder"}), "class noun"),
+    (dict(examples={"x": ("nowhere", "toy")}), "No folder nowhere"), (dict(examples={"x": ("nowhere", " ")}), "class noun"),
+    (dict(runtime="nowhere"), "onnxruntime-web"), (dict(loras={"x": "kohya"}), "kohya form"), (dict(loras={"x": "other"}), "another base"),
+    (dict(loras={"x": "dora"}), "no plain pair")))
+def test_an_export_is_refused_before_any_work(kw, match, tmp_path):
+    base = as_base(random_pipe("sd"), "random")
+    layers = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": Factors(torch.zeros(32, 2), torch.zeros(2, 32))}
+    name = next(iter(layers))
+    dora = {name: replace(layers[name], magnitude=torch.ones(32))}
+    Lora(layers).save(tmp_path / "kohya.safetensors", "kohya"); Lora(dora).save(tmp_path / "dora.safetensors")
+    Lora({"unet.nowhere.to_q": layers[name]}).save(tmp_path / "other.safetensors")
+    if "loras" in kw and (file := tmp_path / f"{kw['loras'].get('x')}.safetensors").exists(): kw = dict(loras={"x": file})
+    with pytest.raises(LoraError, match=match): export_live(base, tmp_path / "page", **kw)
+    assert not (tmp_path / "page").exists()

@@ -9,7 +9,7 @@ import torch
 from helpers_pictures import album, bear, broken_files, scene, tiny_swin
 from PIL import Image, ImageCms
 
-from lora_nb.core import DataError, data_path
+from lora_nb.core import DataError, LoraError, data_path
 from lora_nb.pictures import (IMAGENET_NORM, bucket_sizes, can_read, crop_box, cut, drop_duplicates, enlarge, find_pictures, folder_words,
                               hash_distance, list_sources, load_pair, mask_owner, masks_beside, measure, nearest_bucket, open_picture, phash,
                               pixels_for, profile_name, read_mask, read_picture, rotate, seeded, square, to_rgb, vary)
@@ -255,3 +255,24 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(DataError, match="cannot be read: Permission denied"): find_pictures(tmp_path)
     with pytest.raises(DataError, match="cannot be read: Permission denied"): list_sources(tmp_path)
+
+
+@pytest.mark.parametrize("call, match", (
+    (lambda: square(scene(), 0), "size"), (lambda: crop_box((64, 48), 0), "aspect"),
+    (lambda: crop_box((64, 48), 1., "middle"), "expected one of center"),
+    (lambda: crop_box((64, 48), 1., "random"), "needs rng"), (lambda: bucket_sizes(0), "size"), (lambda: bucket_sizes(64, 1000), "step"),
+    (lambda: bucket_sizes(64, 8, -1), "max_area"), (lambda: nearest_bucket((3, 4), []), "bucket"),
+    (lambda: nearest_bucket((0, 4), [(8, 8)]), "picture"),
+    (lambda: rotate(scene(), float("nan")), "angle"), (lambda: vary(scene(), None, seeded(0), jitter=2), "jitter"),
+    (lambda: vary(scene(), None, seeded(0), angle=-5), "angle")))
+def test_numbers_have_a_range(call, match):
+    with pytest.raises(LoraError, match=match): call()
+
+
+def test_links_that_lead_nowhere_or_back(tmp_path):
+    scene().save(tmp_path / "a.png")
+    (tmp_path / "sub").mkdir(); scene().save(tmp_path / "sub/b.png")
+    (tmp_path / "gone.png").symlink_to("nothing.png"); (tmp_path / "sub/back").symlink_to(tmp_path)
+    found = find_pictures(tmp_path, recursive=True)
+    assert [f.name for f in found] == ["a.png", "b.png"]
+    assert found.left_out == {"gone.png": "a link to a file that is not there", "sub/back/": "a link back to a folder around it"}

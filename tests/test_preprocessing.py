@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from lora_nb import preprocessing
 from lora_nb.core import DataError, LoraError, data_path
 from lora_nb.pictures import list_sources, measure, open_picture, square
-from lora_nb.preprocessing import faults, preprocess, prepare_picture, settings_for
+from lora_nb.preprocessing import PreprocessSettings, faults, preprocess, prepare_picture, settings_for
 
 SETTINGS = settings_for("embedded", masks="saliency", crop="salience", subject="{trigger}")
 PLAIN = SETTINGS.replace(captions="keep", masks="none", crop="center")
@@ -26,8 +26,8 @@ def files_of(folder):
 
 @pytest.mark.parametrize("bad, words", [
     (dict(crop="middle"), "crop"), (dict(masks="clipseg"), "mask_prompt"), (dict(zoom=.2), "salience"), (dict(copies=2), "flip"),
-    (dict(sise=64), "Did you mean 'size'"), (dict(fill="reddish"), "colour"), (dict(size=4), "at least 8"),
-    (dict(temperature=0.), "more than 0"), (dict(mask_floor=2.), "up to 1"), (dict(jitter=1.), "less than 1"),
+    (dict(sise=64), "Did you mean 'size'"), (dict(fill="reddish"), "colour"), (dict(size=4), "whole number from 8"),
+    (dict(temperature=0.), "above 0"), (dict(mask_floor=2.), "0 to 1"), (dict(jitter=1.), "0 to 0.99"),
     (dict(size=32, buckets=True), "at most size")])
 def test_settings_that_are_refused(bad, words):
     with pytest.raises(LoraError, match=words): settings_for(**bad)
@@ -185,3 +185,12 @@ def test_no_name_reaches_a_terminal_as_it_is(raw, tmp_path):
     lines = preprocess(raw, tmp_path / "out", size=64).lines
     assert sum("left out" in l[:8] for l in lines) == len(preprocess(raw, tmp_path / "out", size=64).left_out)
     assert sum("\\x1b[2J\\nleft" in l for l in lines) == 2 and not any(c in "".join(lines) for c in "\x1b\n")
+
+
+@pytest.mark.parametrize("bad", (
+    dict(mask_floor=2), dict(mask_floor=float("nan")), dict(size=float("inf")), dict(size="x"), dict(size=64.5), dict(max_area=0),
+    dict(rotate=400), dict(jitter=1.), dict(temperature=float("nan")), dict(min_contrast=-1),
+    dict(max_darkest=256), dict(min_distance=65), dict(min_side=-1),
+    dict(seed=.5), dict(flip="no"), dict(buckets=None), dict(prefix=3), dict(fill=None), dict(copies=True), dict(zoom=-1, crop="salience")))
+def test_each_setting_has_a_range(bad):
+    with pytest.raises(LoraError, match=f"{next(iter(bad))} = .*expected"): PreprocessSettings(**bad)

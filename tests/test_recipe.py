@@ -30,7 +30,7 @@ def test_a_line_for_each_setting(): assert str(Recipe()).count("\n") == len(fiel
 
 
 @pytest.mark.parametrize("wrong, match", (
-    (dict(steps=0), "at least 1"), (dict(learning_rate=-1.), "zero or more"), (dict(caption_dropout=2.), "0 to 1"),
+    (dict(steps=0), "at least 1"), (dict(learning_rate=-1.), "0 to 10"), (dict(caption_dropout=2.), "0 to 1"),
     (dict(mask_floor=-.1), "0 to 1"), (dict(dropout=1.), "below 1"), (dict(snr_gamma=-1.), "above zero"),
     (dict(keep_checkpoints=0), "at least 1"), (dict(validate_every=-5), "zero or more"),
     (dict(rank_min=17), "the rank"), (dict(holes="some"), "expected one of random"),
@@ -38,10 +38,13 @@ def test_a_line_for_each_setting(): assert str(Recipe()).count("\n") == len(fiel
     (dict(weighting="x1"), "None, v, x0"), (dict(weighting="x0", snr_gamma=5.), "choose one"),
     (dict(snr_gamma=0), "above zero"), (dict(snr_gamma=-5.), "above zero"), (dict(snr_gamma=float("nan")), "a number"),
     (dict(alpha=0), "None or above zero"), (dict(alpha=-4.), "above zero"), (dict(dropout=1.5), "below 1"),
-    (dict(weight_decay=-.1), "zero or more"), (dict(learning_rate=float("inf")), "a number"), (dict(steps=2.5), "a whole number"),
+    (dict(weight_decay=-.1), "0 to 1"), (dict(learning_rate=float("inf")), "a number"), (dict(steps=2.5), "a whole number"),
     (dict(steps="100"), "a whole number"), (dict(rank=True), "a whole number"), (dict(flip="yes"), "True or False"),
     (dict(lr_schedule="constant_with_warmup"), "one of constant"), (dict(optimizer="lion"), "adamw8bit"),
-    (dict(optimizer="prodigy", learning_rate=1e-4), "about 1"), (dict(lora_plus=0), "above zero"), (dict(ema=2.), "0 to 1"),
+    (dict(optimizer="prodigy", learning_rate=1e-4), "about 1"), (dict(lora_plus=0), "above zero"), (dict(ema=2.), "0 to below 1"),
+    (dict(ema=1.), "below 1"), (dict(mask_floor=2), "0 to 1"), (dict(learning_rate=11.), "0 to 10"), (dict(offset_noise=1.5), "0 to 1"),
+    (dict(input_perturbation=2.), "0 to 1"), (dict(prior_weight=1e6), "0 to 100"),
+    (dict(weight_decay=2.), "0 to 1"),
     (dict(layer_rates={"mid": -1}), "factor"), (dict(layer_rates=[1]), "factor"), (dict(t_range=(0, float("nan"))), "from < to"),
     (dict(t_range=.5), "two numbers"),
     (dict(t_range=(.5, .2)), "from < to"), (dict(learning_rat=1), "Did you mean 'learning_rate'")))

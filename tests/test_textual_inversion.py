@@ -75,7 +75,7 @@ def test_recipes(sd3):
     assert inversion_recipe_for(sd3, "style", steps=7).steps == 7 and inversion_recipe_for(sd3, "style").template == "caption"
     with pytest.raises(LoraError, match="vectors"): InversionRecipe(vectors=0)
     with pytest.raises(LoraError, match="vectors"): InversionRecipe().replace(vektors=2)
-    with pytest.raises(LoraError, match="zero or more"): InversionRecipe(words_learning_rate=-1.)
+    with pytest.raises(LoraError, match="0 to 10"): InversionRecipe(words_learning_rate=-1.)
 
 
 def test_initialisers_for_words():
@@ -164,7 +164,7 @@ def test_initialisers_that_are_none(base, init):
 
 
 @pytest.mark.parametrize("wrong, match", ((dict(vectors=100), "77 tokens"), (dict(template="objct"), "expected caption"),
-                                          (dict(norm_prior=-1.), "zero or more")))
+                                          (dict(norm_prior=-1.), "0 to 100")))
 def test_settings_of_words_that_are_impossible(wrong, match):
     from lora_nb.textual_inversion import InversionRecipe
     with pytest.raises(LoraError, match=match): InversionRecipe(**wrong)
