@@ -58,7 +58,8 @@ def table(page):
     "Five subjects, trained in the page, judged in Python."
     from lora_nb.zoo.judge import load_judge
     from lora_nb.zoo.subjects import CLASS_OF
-    base, judge, rows = load_base("tiny-sd", device="cpu"), load_judge(), {}
+    base, judge, target = load_base("tiny-sd", device="cpu"), load_judge(), ROOT / "nbs/results/live.json"
+    rows = json.loads(target.read_text()) if sys.argv[3:] else {}          # some subjects: the others' rows stay
     for subject in (sys.argv[3:] or SUBJECTS):
         measure, seconds, total = taught(page, subject)
         with page.expect_download() as d, tempfile.TemporaryDirectory() as box:
@@ -68,12 +69,12 @@ def table(page):
         name, pictures = subject.replace("_", " "), find_pictures(data_path("subjects", subject))
         paper = judge.exam("sks", name, CLASS_OF[name], 8, pictures)
         with wearing(base, lora): after = marks(paper, answers(base, paper, steps=25), judge, pictures)
-        rows[subject] = dict(subject=int(np.sum(after["subject_fidelity"])), ground=int(np.sum(after["prompt_fidelity"])), of=8,
+        rows[subject] = dict(steps=int(lora.metadata["steps"]), subject=int(np.sum(after["subject_fidelity"])), ground=int(np.sum(after["prompt_fidelity"])), of=8,
                              similarity=round(float(np.mean(after["subject_similarity"])), 2),
                              others_of_its_class=round(float(np.mean(after["class_retention"])), 2),
                              train_seconds=round(seconds, 1), total_seconds=round(total, 1), page_says=measure)
         print(subject, rows[subject], flush=True)
-    with atomic_path(ROOT / "nbs/results/live.json") as tmp: Path(tmp).write_text(json.dumps(rows, indent=1) + "\n")
+        with atomic_path(target) as tmp: Path(tmp).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def picture(page):

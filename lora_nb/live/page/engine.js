@@ -185,7 +185,8 @@ export class Engine {
       step = few ? lcmStep(this.schedule, z, answer, times[k], before, before >= 0 ? random.normal(n) : null)
                  : ddimStep(this.schedule, z, answer, times[k], before)
       z = step.z
-      const last = k + 1 === times.length, picture = wish.show && !last && k % wish.show === wish.show - 1 ? await this.decode(step.clean) : null
+      const last = k + 1 === times.length, look = wish.show && k % wish.show === wish.show - 1 && k + 1 + wish.show / 2 < times.length   // not just before the end
+      const picture = look ? await this.decode(step.clean) : null
       await breathe()
       if (seen(k + 1, picture) && !last) { stopped = true; break }
     }

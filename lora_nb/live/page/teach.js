@@ -48,6 +48,7 @@ function refresh() {
     t.input.title = t.input.value; t.input.classList.toggle('unsaid', !t.input.value.includes(said))
   }
   $('learn').disabled = !tiles.length || model.busy || !loaded
+  $('learn').textContent = !model.busy && plan && !plan.done && tiles.length && key(plan) === key(newPlan()) ? 'Resume' : 'Train'
   $('hint').textContent = tiles.length ? `${tiles.length} picture${tiles.length > 1 ? 's' : ''} to learn from.${tiles.length < 3 ? ' Three to eight teach more.' : ''}`
     : 'Drop pictures here. The middle square of each is used. They stay on your machine.'
 }
@@ -115,7 +116,7 @@ async function learn() {
       said(`step ${step} of ${plan.steps}, loss ${plot.mean().toFixed(3)}, ${Math.ceil((plan.steps - step) * seconds)} s left`)
     })
     plan.done = !out.stopped
-    said(out.stopped ? `stopped after ${out.step} steps; Train goes on from here` : `${out.step} steps, loss ${plot.mean().toFixed(3)}. Looking at what it learned …`)
+    said(out.stopped ? `stopped after ${out.step} steps; Resume goes on from here` : `${out.step} steps, loss ${plot.mean().toFixed(3)}. Looking at what it learned …`)
     await result(out.step)
     if (!out.stopped) said(`${out.step} steps, loss ${plot.mean().toFixed(3)}`)
   } catch (e) { plan = null; fail(e); said('') } finally { model.free(); $('halt').disabled = true }
@@ -183,7 +184,7 @@ $('halt').onclick = () => model.client.ask('stop', {what: 'train'})
 $('pick').onclick = () => $('files').click()
 $('files').onchange = () => { give([...$('files').files]); $('files').value = '' }
 $('example').onchange = () => { if ($('example').value) example($('example').value) }
-$('trigger').oninput = $('noun').oninput = refresh
+$('trigger').oninput = $('noun').oninput = $('many').oninput = $('prior').onchange = refresh
 $('snap').onclick = () => shoot(true)
 $('away').onclick = () => shoot(false)
 $('take').onclick = () => taken($('video'), $('video').videoWidth, $('video').videoHeight, `photo ${tiles.length + 1}`)
