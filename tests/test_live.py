@@ -228,7 +228,7 @@ def test_a_reader_teaches_the_page(live, browser, tmp_path, width):
     (tmp_path / "notes.txt").write_text("no picture")
     p.set_input_files("#files", [hostile, tmp_path / "b.png", tmp_path / "notes.txt"])
     p.wait_for_selector("#error:has-text('notes.txt is no picture')")
-    assert p.locator("#tiles figure").count() == 2 and p.locator("#tiles input").first.input_value() == "a sks toy on a red background"
+    assert p.locator("#tiles figure").count() == 2 and p.locator("#tiles textarea").first.input_value() == "a sks toy on a red background"
     p.fill("#trigger", "<b>x</b>"); p.fill("#many", "20"); p.uncheck("#prior")
     p.click("#learn")
     p.wait_for_selector("#progress:has-text('20 steps, loss')", timeout=60000)
@@ -404,7 +404,8 @@ def plain(live):
 
 
 CORES = "Object.defineProperty(navigator, 'hardwareConcurrency', {get: () => %d})"
-PICTURE = """() => lora_nb.model.client.ask('draw', {prompt: 'a cat', seed: 5, steps: 4, guidance: 3, worn: []}).then(o => Array.from(o.pixels))"""
+PICTURE = """() => lora_nb.model.client.ask('draw', {prompt: 'a cat', seed: 5, steps: 4, guidance: 3, worn: []})
+    .then(o => Array.from(o.pixels))"""
 
 
 @needs_runtime
@@ -478,3 +479,50 @@ def test_a_graphics_card_draws_the_same_or_is_left_alone(live, browser):
             return {race, pixels: await draw()} }""")
         assert found["race"]["difference"] <= 2, found["race"]
         assert np.abs(np.array(found["pixels"]).reshape(*expected.shape[:2], 4)[..., :3] - expected).max() <= 2
+
+
+CONTRAST = """() => {
+    const numbers = c => c.match(/[\\d.]+/g).map(Number), light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+        .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0)
+    const ground = e => {
+        for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3]) return c }
+        return [255, 255, 255] }
+    const poor = []
+    for (const e of document.querySelectorAll('main *')) {
+        const text = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) || e.value
+        if (!text || e.disabled || !e.checkVisibility() || ['OPTION', 'CANVAS'].includes(e.tagName)) continue
+        const a = light(numbers(getComputedStyle(e).color)), b = light(ground(e)), ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
+        if (ratio < 4.5) poor.push([e.tagName, e.id, ratio])
+    }
+    return poor }"""
+
+
+@needs_runtime
+@pytest.mark.parametrize("width, scheme", [(1280, "dark"), (420, "light"), (420, "dark")])
+def test_looks(live, browser, tmp_path, width, scheme):
+    page, _, _ = live
+    context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
+    p = context.new_page()
+    opened(page, p)
+    from PIL import Image
+    for tab in ("play", "teach"):
+        p.click(f"#tab-{tab}")
+        if tab == "teach":
+            for i in range(3): Image.new("RGB", (40, 40), ("red", "blue", "green")[i]).save(tmp_path / f"{i}.png")
+            p.set_input_files("#files", [tmp_path / f"{i}.png" for i in range(3)])
+            p.wait_for_selector("#learn:enabled")
+        assert p.evaluate("document.documentElement.scrollWidth") <= width
+        assert not p.evaluate(CONTRAST)
+        wide = p.evaluate("""w => [...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && e.getBoundingClientRect().right > w)
+            .map(e => e.outerHTML.slice(0, 80))""", width)
+        assert not wide, wide
+        p.focus(f"#tab-{tab}")
+        seen = []
+        while len(seen) < 60:                               # the Tab key goes down the page, column by column
+            p.keyboard.press("Tab")
+            at = p.evaluate("""() => { const e = document.activeElement, r = e.getBoundingClientRect()
+                return e === document.body || e.id.startsWith('tab-') ? null : [e.tagName, e.id, r.top + scrollY, r.height] }""")
+            if at is None: break
+            seen.append(at)
+        assert len(seen) >= 10 and not [(a, b) for a, b in zip(seen, seen[1:]) if b[2] + b[3] < a[2]], seen
+    context.close()

@@ -69,7 +69,8 @@ def table(page):
         name, pictures = subject.replace("_", " "), find_pictures(data_path("subjects", subject))
         paper = judge.exam("sks", name, CLASS_OF[name], 8, pictures)
         with wearing(base, lora): after = marks(paper, answers(base, paper, steps=25), judge, pictures)
-        rows[subject] = dict(steps=int(lora.metadata["steps"]), subject=int(np.sum(after["subject_fidelity"])), ground=int(np.sum(after["prompt_fidelity"])), of=8,
+        rows[subject] = dict(steps=int(lora.metadata["steps"]), of=8, subject=int(np.sum(after["subject_fidelity"])),
+                             ground=int(np.sum(after["prompt_fidelity"])),
                              similarity=round(float(np.mean(after["subject_similarity"])), 2),
                              others_of_its_class=round(float(np.mean(after["class_retention"])), 2),
                              train_seconds=round(seconds, 1), total_seconds=round(total, 1), page_says=measure)

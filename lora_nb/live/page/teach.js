@@ -50,15 +50,15 @@ function refresh() {
   $('learn').disabled = !tiles.length || model.busy || !loaded
   $('learn').textContent = !model.busy && plan && !plan.done && tiles.length && key(plan) === key(newPlan()) ? 'Resume' : 'Train'
   $('hint').textContent = tiles.length ? `${tiles.length} picture${tiles.length > 1 ? 's' : ''} to learn from.${tiles.length < 3 ? ' Three to eight teach more.' : ''}`
-    : 'Drop pictures here. The middle square of each is used. They stay on your machine.'
+    : 'Drop pictures of one thing here. The middle square of each is used. They stay on your machine.'
 }
 
 const WORDINGS = ['a {trigger}', 'a picture of a {trigger}', 'a {trigger}', 'an image of a {trigger}', 'a photo of a {trigger}']   // not one sentence by heart
 
 function tile(canvas, what, words = `${WORDINGS[tiles.length % WORDINGS.length]} ${ground(canvas)}`.trim()) {
   if (tiles.length >= MOST) throw new Error(`Eight pictures are enough here: ${what} was left out.`)
-  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('input'), t = {canvas, input, words}
-  input.spellcheck = false; input.maxLength = 200; input.setAttribute('aria-label', `caption of ${what}`)
+  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('textarea'), t = {canvas, input, words}
+  input.spellcheck = false; input.maxLength = 200; input.rows = 3; input.setAttribute('aria-label', `caption of ${what}`)
   input.oninput = () => { t.words = null; refresh() }
   canvas.setAttribute('role', 'img'); canvas.setAttribute('aria-label', what)
   away.type = 'button'; away.textContent = '×'; away.title = 'leave it out'; away.setAttribute('aria-label', `leave out ${what}`)
@@ -87,7 +87,7 @@ async function example(name) {
 
 const newPlan = () => {
   const {trigger, noun} = words(), steps = Math.min(400, Math.max(20, Math.floor(+$('many').value || 100))), {sampling} = model.manifest
-  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.input.value.trim() || `a ${trigger} ${noun}`),
+  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.input.value.trim().replace(/\s+/g, ' ') || `a ${trigger} ${noun}`),
     classPrompt: $('prior').checked ? a(noun) : null, trigger, noun, steps, lr: RATE, seed: 0, every: Math.ceil(steps / PREVIEWS),
     preview: {prompt: `a ${trigger} ${noun} on ${GROUNDS[0]}`, seed: 1, steps: 10, guidance: sampling.guidance_scale}}
 }
@@ -102,6 +102,7 @@ async function learn() {
   try {
     if (!on) {
       plan = wish; made = null; $('previews').replaceChildren(); $('result').hidden = true
+      $('soon').hidden = true; $('loss').hidden = false
       plot = new Plot($('loss'), plan.steps)
       said('preparing the pictures …')
       preview('0', (await model.client.ask('draw', {...plan.preview, worn: []})).pixels)
