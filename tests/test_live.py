@@ -84,6 +84,37 @@ def test_files_that_are_none(modules):
     assert "of type I64" in read(save({"unet.x.lora_A.weight": torch.zeros(1, 2, dtype=torch.int64)}))
 
 
+@needs_browser
+def test_runs_take_turns_and_a_lost_graphics_card_is_no_end(modules):
+    found = modules.evaluate("""async () => { const {Engine} = await import('/engine.js'), e = new Engine(), log = []
+        const slow = {run: async x => { log.push(`+${x}`); await new Promise(go => setTimeout(go, 20)); log.push(`-${x}`); return x }}
+        const lost = {run: async () => { throw new Error('device lost') }}
+        Object.assign(e, {last: Promise.resolve(), racing: false, providers: {denoiser: 'webgpu', decoder: 'webgpu'},
+            sessions: {'denoiser webgpu': lost, 'denoiser wasm': slow, 'decoder wasm': slow}})
+        const out = [await e.run('denoiser', 1), ...await Promise.all([e.run('denoiser', 2), e.run('decoder', 3)])]
+        e.providers = {denoiser: 'webgpu'}; e.racing = true
+        const raced = await e.run('denoiser', 4).catch(x => x.message)
+        return {out, log: log.join(' '), raced} }""")
+    assert found == dict(out=[1, 2, 3], log="+1 -1 +2 -2 +3 -3", raced="device lost")
+
+
+@needs_browser
+def test_few_steps_see_every_picture_and_every_noise_level(modules):
+    found = modules.evaluate("""async () => { const {Trainer} = await import('/trainer.js'), {Generator} = await import('/random.js')
+        const t = new Trainer()
+        Object.assign(t, {batch: 6, random: new Generator(0), decks: {subject: [], prior: []}, engine: {schedule: {trained: 1000}}})
+        const list = (n, at) => Array.from({length: n}, (_, i) => ({latents: new Float32Array(16).fill(at + i), states: new Float32Array(2)}))
+        return Array.from({length: 20}, () => { const b = t.sample(list(5, 0), list(8, 100), 4)
+            return {times: b.times, who: b.times.map((_, i) => b.latents[16 * i]), weight: Array.from(b.weight)} }) }""")
+    own = [w for b in found for w in b["who"][:4]]
+    assert all(sorted(own[i:i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 80, 5)), "every picture once before one comes again"
+    assert all(sorted(x) == list(range(100, 108)) for x in np.array([b["who"][4:] for b in found]).reshape(-1, 8))
+    for b in found:
+        assert [t // 250 for t in b["times"][:4]] == [0, 1, 2, 3] and [t // 500 for t in b["times"][4:]] == [0, 1]
+        assert b["weight"] == [.25] * 4 + [.5] * 2
+    assert len({b["times"][0] for b in found}) > 10
+
+
 def random_lora(base, seed, rank=2):
     g = torch.Generator().manual_seed(seed)
     layers = {}
