@@ -72,7 +72,7 @@ live: $(VENV)/.dev
 	$(BIN)/python -m lora_nb.live export --output_dir out/live
 
 docs: $(VENV)/.dev
-	[ -e out/live/page.json ] || ! command -v npm >/dev/null || $(MAKE) live
+	grep -qs '"draw"' out/live/page.json || ! command -v npm >/dev/null || $(MAKE) live
 	$(BIN)/python tools/docs.py
 
 readme: $(VENV)/.dev
