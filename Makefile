@@ -1,6 +1,6 @@
 # make demo                     train a subject and see it: out/demo/   (SUBJECT=name or folder of your pictures, BASE=tiny-sd3)
 # make test                     everything that is checked; the browser's part only where Chromium is installed
-# make test-browser             the studio in a real browser: JupyterLab, Voila, old and new widgets (ONLY="lab voila voila7")
+# make test-browser             the studio in a real browser: JupyterLab, Voila, old and new widgets (ONLY="lab live voila voila7")
 # make test-colab               run the lessons (nbs/tutorials) in an environment of Colab's versions, constraints-colab.txt
 # make readme / export          README.md from nbs/index.ipynb / lora_nb/*.py from the notebooks
 # make docs                     the site, without Quarto: _docs/index.html (with Quarto: nbdev-docs)
@@ -72,7 +72,7 @@ live: $(VENV)/.dev
 	$(BIN)/python -m lora_nb.live export --output_dir out/live
 
 docs: $(VENV)/.dev
-	[ -e out/live/page.json ] || ! command -v npm >/dev/null || $(MAKE) live
+	grep -qs '"draw"' out/live/page.json || ! command -v npm >/dev/null || $(MAKE) live
 	$(BIN)/python tools/docs.py
 
 readme: $(VENV)/.dev

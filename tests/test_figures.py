@@ -12,7 +12,7 @@ from lora_nb.show import frames
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from docs import LIVE as PLACE, moving, to_live  # noqa: E402
+from docs import LIVE as PLACE, moving, to_live, with_page  # noqa: E402
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 210, 20)]
 WISH = dict(prompt="a <cat> & \"dog\"", seed=0, steps=2, guidance=1, worn=[dict(name="a", strength=0)])
@@ -98,6 +98,20 @@ def test_html_holds_the_note_and_nothing_breaks_out():
     plain = dict(data={"image/jpeg": "xx"}, metadata={})
     moving(plain)
     assert plain["data"] == {"image/jpeg": "xx"}                              # a picture without a note stays a picture
+
+
+def test_the_site_takes_the_page_of_this_version_only(tmp_path, capsys):
+    page, target = tmp_path / "made", tmp_path / "site/live"
+    with_page(page, target)
+    assert "without the page that draws" in capsys.readouterr().out and not target.exists()
+    (page / "model").mkdir(parents=True); (page / "play.js").write_text("old"); (page / "model/draw.gzip").write_text("weights")
+    (page / "page.json").write_text('{"bytes": {"model": 1, "runtime": 2}}')
+    with pytest.raises(SystemExit, match="make live"): with_page(page, target)
+    (page / "page.json").write_text('{"bytes": {"draw": 1}}')
+    target.mkdir(parents=True); (target / "weights.bin").write_text("of an earlier version")
+    with_page(page, target)
+    assert (target / "play.js").read_text() == (PAGE / "play.js").read_text() and (target / "model/draw.gzip").exists()
+    assert not (target / "weights.bin").exists()
 
 
 def test_a_picture_that_leads_to_the_page_is_one_link(tmp_path):

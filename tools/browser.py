@@ -1,7 +1,7 @@
 """The studio in a real browser: headless Chromium clicks through it in JupyterLab and Voila, with ipywidgets 8 and 7.7.1.
 
     python tools/browser.py               all of it
-    python tools/browser.py lab voila7    some of: lab, voila, voila7
+    python tools/browser.py lab voila7    some of: lab, live, voila, voila7
 Screenshots are left in out/browser/.
 """
 import contextlib, json, os, re, shutil, socket, subprocess, sys, sysconfig, tempfile, time, venv
@@ -198,13 +198,14 @@ def ready(page, name, times, began):
     return hand
 
 
-def lab(browser, folder, times):
-    "JupyterLab 4 with ipywidgets 8"
+@contextlib.contextmanager
+def in_lab(browser, folder, code):
+    "JupyterLab's page after a cell with this code was started"
     port, settings = free_port(), Path(folder, "settings", "@jupyterlab", "apputils-extension")
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    code = "import warnings; warnings.filterwarnings('ignore')\nfrom lora_nb import Studio\nStudio('tiny-sd', folder='pictures')"
-    cell = dict(cell_type="code", id="a", metadata={}, execution_count=None, outputs=[], source=code)
+    cell = dict(cell_type="code", id="a", metadata={}, execution_count=None, outputs=[],
+                source="import warnings; warnings.filterwarnings('ignore')\n" + code)
     spec = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     Path(folder, "studio.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=spec, nbformat=4, nbformat_minor=5)))
     url = f"http://127.0.0.1:{port}/lab/tree/studio.ipynb"
@@ -212,14 +213,38 @@ def lab(browser, folder, times):
                "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
     with serving(command, url, folder, JUPYTERLAB_SETTINGS_DIR=str(Path(folder, "settings")),
                  JUPYTER_CONFIG_DIR=str(Path(folder, "config"))):
-        began = time.time(); page = new_page(browser); page.goto(url)
+        page = new_page(browser); page.goto(url)
         page.locator(".jp-Notebook .cm-content").first.click(timeout=PATIENCE * 1000)
         page.locator(".jp-NotebookPanel-toolbar .jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=60_000 * SLOW)
         page.keyboard.press("Shift+Enter")
+        yield page
+        page.close()
+
+
+def lab(browser, folder, times):
+    "JupyterLab 4 with ipywidgets 8"
+    began = time.time()
+    with in_lab(browser, folder, "from lora_nb import Studio\nStudio('tiny-sd', folder='pictures')") as page:
         hand = ready(page, "lab", times, began)
         page.locator(".ls").first.scroll_into_view_if_needed()
         draws(hand, times); looks(hand); compares(hand); looks(hand); trains(hand, times); looks(hand)
-        page.close()
+
+
+def live(browser, folder, times):
+    "The page that draws, shown by a cell of JupyterLab from local files"
+    if not shutil.which("npm"): raise Missing("the page's runtime comes from npm, which is not installed")
+    code = """from lora_nb import export_live, show_live
+from lora_nb.families import as_base
+from lora_nb.random_pipes import random_pipe
+show_live(export_live(as_base(random_pipe('sd'), 'random'), 'page', training=()))"""
+    began = time.time()
+    with in_lab(browser, folder, code) as page:
+        inner = page.frame_locator(".jp-OutputArea iframe")
+        inner.locator("#load:enabled").click(timeout=2 * PATIENCE * 1000)
+        inner.locator("#state", has_text=re.compile(r"^\d+\.\d s$")).wait_for(timeout=PATIENCE * 1000)
+        times["first picture"] = round(time.time() - began, 1)
+        assert not inner.locator("#tab-teach").is_visible(), "a page without training graphs offers no lesson"
+        Hand(page, "live").shot("drawn")
 
 
 def voila_of(python, name, browser, folder, times, train=False):
@@ -250,7 +275,7 @@ def voila7(browser, folder, times):
     voila_of(python, "voila7", browser, folder, times)
 
 
-PLACES = dict(lab=lab, voila=voila, voila7=voila7)
+PLACES = dict(lab=lab, live=live, voila=voila, voila7=voila7)
 
 
 def check():

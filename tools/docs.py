@@ -207,10 +207,17 @@ def build(target):
     failed = main(["-b", "html", *strict, *map(str, places)])
     if failed: return failed
     shutil.copytree(made, target, dirs_exist_ok=True)
-    page = ROOT / "out/live"
-    if (page / "page.json").exists(): shutil.copytree(page, Path(target, "live"), dirs_exist_ok=True)
-    else: print("out/live is not there: the site comes without the page that draws (make live)")
+    with_page(ROOT / "out/live", Path(target, "live"))
     return failed
+
+
+def with_page(page, target):
+    "The page that draws, with its scripts as they are today."
+    if not (page / "page.json").exists(): return print(f"{page.name} is not there: the site comes without the page that draws (make live)")
+    if "draw" not in json.loads((page / "page.json").read_text())["bytes"]:
+        raise SystemExit(f"{page} was made by an earlier version of the chapter `live`: make it again (make live)")
+    shutil.rmtree(target, ignore_errors=True)
+    for folder in (page, ROOT / "lora_nb/live/page"): shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The page that draws and learns, measured in Chromium: python tools/live.py table|picture|times [out/live]
+"""The page that draws and learns, measured in Chromium: python tools/live.py table|picture|times|parity [out/live]
 
 table    trains five held-out subjects in the page, with its buttons, and lets the judge look at eight unseen prompts of each
          (nbs/results/live.json)
 picture  the moving picture of the README (nbs/images/live.gif)
 times    seconds of what a reader waits for, and memory after fifty pictures
+parity   the largest difference from Python's pictures: the base, each bundled LoRA, the turbo LoRA
 """
 import io, json, os, shutil, sys, tempfile, time
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from lora_nb import load_base
 from lora_nb.core import atomic_path, data_path
 from lora_nb.evaluation import answers, marks, wearing
+from lora_nb.injection import apply_lora, remove_lora
 from lora_nb.live import serve_live
 from lora_nb.lora import Lora
 from lora_nb.pictures import find_pictures
@@ -58,7 +60,8 @@ def table(page):
     "Five subjects, trained in the page, judged in Python."
     from lora_nb.zoo.judge import load_judge
     from lora_nb.zoo.subjects import CLASS_OF
-    base, judge, rows = load_base("tiny-sd", device="cpu"), load_judge(), {}
+    base, judge, target = load_base("tiny-sd", device="cpu"), load_judge(), ROOT / "nbs/results/live.json"
+    rows = json.loads(target.read_text()) if sys.argv[3:] else {}          # some subjects: the others' rows stay
     for subject in (sys.argv[3:] or SUBJECTS):
         measure, seconds, total = taught(page, subject)
         with page.expect_download() as d, tempfile.TemporaryDirectory() as box:
@@ -68,12 +71,13 @@ def table(page):
         name, pictures = subject.replace("_", " "), find_pictures(data_path("subjects", subject))
         paper = judge.exam("sks", name, CLASS_OF[name], 8, pictures)
         with wearing(base, lora): after = marks(paper, answers(base, paper, steps=25), judge, pictures)
-        rows[subject] = dict(subject=int(np.sum(after["subject_fidelity"])), ground=int(np.sum(after["prompt_fidelity"])), of=8,
+        rows[subject] = dict(steps=int(lora.metadata["steps"]), of=8, subject=int(np.sum(after["subject_fidelity"])),
+                             ground=int(np.sum(after["prompt_fidelity"])),
                              similarity=round(float(np.mean(after["subject_similarity"])), 2),
                              others_of_its_class=round(float(np.mean(after["class_retention"])), 2),
                              train_seconds=round(seconds, 1), total_seconds=round(total, 1), page_says=measure)
         print(subject, rows[subject], flush=True)
-    with atomic_path(ROOT / "nbs/results/live.json") as tmp: Path(tmp).write_text(json.dumps(rows, indent=1) + "\n")
+        with atomic_path(target) as tmp: Path(tmp).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def picture(page):
@@ -130,9 +134,33 @@ def times(page):
     print(f"memory: {before:.0f} MiB, after fifty pictures {memory():.0f} MiB")
 
 
+def parity(page):
+    "The base, each bundled LoRA at strength 0.8 with its word, and the turbo LoRA: largest difference in any channel, of 255."
+    from lora_nb.turbo import turbo_scheduler, turbo_settings
+    base, cards = load_base("tiny-sd", device="cpu"), page.evaluate("lora_nb.model.cards")
+    plain, worst = base.pipe.scheduler, 0
+    for card in [dict(name=None), *cards]:
+        lora = card["name"] and Lora.load(data_path("loras", f"{card['name']}.safetensors"))
+        turbo, prompt = bool(card.get("turbo")), f"a {card.get('trigger') or 'cat face'} on a striped blue background"
+        strength, how = (1. if turbo else .8), turbo_settings(lora) if turbo else dict(steps=25, guidance_scale=4.)
+        base.pipe.scheduler = turbo_scheduler(base.pipe, lora) if turbo else plain
+        if lora: apply_lora(base, lora, scale=strength)
+        expected = np.asarray(base.generate([prompt], seeds=[1], **how)[0]).astype(int)
+        if lora: remove_lora(base)
+        found = page.evaluate("""async ([name, turbo, strength, prompt, steps, guidance]) => { const m = lora_nb.model
+            if (name) await m.load(name)
+            const wish = {prompt, seed: 1, steps, guidance, worn: name && !turbo ? [{name, strength}] : [], turbo: turbo ? name : null}
+            return Array.from((await m.client.ask('draw', wish)).pixels) }""",
+                              [card["name"], turbo, strength, prompt, how["steps"], how["guidance_scale"]])
+        difference = np.abs(np.array(found).reshape(*expected.shape[:2], 4)[..., :3] - expected).max()
+        worst = max(worst, difference)
+        print(f"{card['name'] or 'base':20} {difference} of 255", flush=True)
+    if worst > 2: raise SystemExit("the page does not draw what Python draws")
+
+
 if __name__ == "__main__":
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         page, seconds = opened(p, sys.argv[2] if len(sys.argv) > 2 else ROOT / "out/live")
         print(f"ready after {seconds:.1f} s")
-        dict(table=table, picture=picture, times=times)[sys.argv[1]](page)
+        dict(table=table, picture=picture, times=times, parity=parity)[sys.argv[1]](page)

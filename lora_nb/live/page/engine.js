@@ -28,7 +28,7 @@ export class Engine {
     const engine = new Engine()
     engine.ort = null; engine.url = url; engine.manifest = manifest
     engine.weights = new Float32Array(manifest.weights.total)
-    engine.models = {}; engine.sessions = {}; engine.providers = {}; engine.last = Promise.resolve(); engine.learns = null
+    engine.models = {}; engine.sessions = {}; engine.providers = {}; engine.last = Promise.resolve(); engine.racing = false; engine.learns = null
     engine.tokenizer = new Tokenizer(manifest.tokenizer)
     const s = manifest.schedule
     engine.schedule = {alphas: Float64Array.from(s.alphas), prediction: s.prediction, last: s.last, trained: s.trained, timesteps: s.timesteps}
@@ -62,11 +62,19 @@ export class Engine {
     })()
   }
 
-  /** Run a graph; one run at a time, whoever asks. @param {string} graph @param {Object<string, any>} inputs @param {string} [provider] */
-  async run(graph, inputs, provider) {
-    const session = await this.session(graph, provider), go = () => session.run(inputs), out = this.last.then(go, go)
-    this.last = out.catch(() => {})
-    return out
+  /** Run a graph; one run at a time, whoever asks. If the graphics card is lost, the processor goes on. @param {string} graph
+   * @param {Object<string, any>} inputs */
+  async run(graph, inputs) {
+    const provider = this.providers[graph] ?? 'wasm'
+    try {
+      const session = await this.session(graph, provider), go = () => session.run(inputs), out = this.last.then(go, go)
+      this.last = out.catch(() => {})
+      return await out
+    } catch (e) {
+      if (provider === 'wasm' || this.racing) throw e
+      this.providers = {}
+      return this.run(graph, inputs)
+    }
   }
 
   /** Numbers of a weight, as a view. @param {string} path @returns {Float32Array} */
@@ -185,7 +193,8 @@ export class Engine {
       step = few ? lcmStep(this.schedule, z, answer, times[k], before, before >= 0 ? random.normal(n) : null)
                  : ddimStep(this.schedule, z, answer, times[k], before)
       z = step.z
-      const last = k + 1 === times.length, picture = wish.show && !last && k % wish.show === wish.show - 1 ? await this.decode(step.clean) : null
+      const last = k + 1 === times.length, look = wish.show && k % wish.show === wish.show - 1 && k + 1 + wish.show / 2 < times.length   // not just before the end
+      const picture = look ? await this.decode(step.clean) : null
       await breathe()
       if (seen(k + 1, picture) && !last) { stopped = true; break }
     }
@@ -203,10 +212,11 @@ export class Engine {
       drawn[p] = (await this.draw(wish)).pixels; seconds[p] = (performance.now() - began) / 1000
     }
     let difference = NaN, why
+    this.racing = true
     try {
       await time('wasm'); await time('webgpu')
       difference = drawn.wasm.reduce((d, x, i) => Math.max(d, Math.abs(x - drawn.webgpu[i])), 0)
-    } catch (e) { why = String(e?.message ?? e) }
+    } catch (e) { why = String(e?.message ?? e) } finally { this.racing = false }
     const provider = difference <= 2 && seconds.webgpu < seconds.wasm ? 'webgpu' : 'wasm'
     choose(provider)
     for (const g of GRAPHICS) {                           // the loser's memory is given back

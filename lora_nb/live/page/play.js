@@ -52,7 +52,7 @@ export async function draw() {
   busy = model.busy = true; again = false; $('draw').disabled = true; $('stop').disabled = false; say()
   const turbo = $('few').checked ? model.turbo : null
   const list = [...worn].filter(([, s]) => s !== 0)
-  const settings = {prompt: $('prompt').value, seed: Math.max(0, Math.floor(+$('seed').value || 0)), turbo: turbo?.name ?? null, show: turbo ? 0 : 5,
+  const settings = {prompt: $('prompt').value, seed: Math.max(0, Math.floor(+$('seed').value || 0)), turbo: turbo?.name ?? null, show: turbo ? 0 : 6,
     steps: turbo ? turbo.turbo.steps : Math.min(50, Math.max(1, Math.floor(+$('steps').value || 25))), guidance: turbo ? turbo.turbo.guidance_scale : +$('guidance').value || 1}
   try {
     for (const name of [...list.map(([n]) => n), ...turbo ? [turbo.name] : []]) await model.load(name)

@@ -48,16 +48,17 @@ function refresh() {
     t.input.title = t.input.value; t.input.classList.toggle('unsaid', !t.input.value.includes(said))
   }
   $('learn').disabled = !tiles.length || model.busy || !loaded
+  $('learn').textContent = !model.busy && plan && !plan.done && tiles.length && key(plan) === key(newPlan()) ? 'Resume' : 'Train'
   $('hint').textContent = tiles.length ? `${tiles.length} picture${tiles.length > 1 ? 's' : ''} to learn from.${tiles.length < 3 ? ' Three to eight teach more.' : ''}`
-    : 'Drop pictures here. The middle square of each is used. They stay on your machine.'
+    : 'Drop pictures of one thing here. The middle square of each is used. They stay on your machine.'
 }
 
 const WORDINGS = ['a {trigger}', 'a picture of a {trigger}', 'a {trigger}', 'an image of a {trigger}', 'a photo of a {trigger}']   // not one sentence by heart
 
 function tile(canvas, what, words = `${WORDINGS[tiles.length % WORDINGS.length]} ${ground(canvas)}`.trim()) {
   if (tiles.length >= MOST) throw new Error(`Eight pictures are enough here: ${what} was left out.`)
-  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('input'), t = {canvas, input, words}
-  input.spellcheck = false; input.maxLength = 200; input.setAttribute('aria-label', `caption of ${what}`)
+  const box = document.createElement('figure'), away = document.createElement('button'), input = document.createElement('textarea'), t = {canvas, input, words}
+  input.spellcheck = false; input.maxLength = 200; input.rows = 3; input.setAttribute('aria-label', `caption of ${what}`)
   input.oninput = () => { t.words = null; refresh() }
   canvas.setAttribute('role', 'img'); canvas.setAttribute('aria-label', what)
   away.type = 'button'; away.textContent = '×'; away.title = 'leave it out'; away.setAttribute('aria-label', `leave out ${what}`)
@@ -86,7 +87,7 @@ async function example(name) {
 
 const newPlan = () => {
   const {trigger, noun} = words(), steps = Math.min(400, Math.max(20, Math.floor(+$('many').value || 100))), {sampling} = model.manifest
-  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.input.value.trim() || `a ${trigger} ${noun}`),
+  return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.input.value.trim().replace(/\s+/g, ' ') || `a ${trigger} ${noun}`),
     classPrompt: $('prior').checked ? a(noun) : null, trigger, noun, steps, lr: RATE, seed: 0, every: Math.ceil(steps / PREVIEWS),
     preview: {prompt: `a ${trigger} ${noun} on ${GROUNDS[0]}`, seed: 1, steps: 10, guidance: sampling.guidance_scale}}
 }
@@ -101,6 +102,7 @@ async function learn() {
   try {
     if (!on) {
       plan = wish; made = null; $('previews').replaceChildren(); $('result').hidden = true
+      $('soon').hidden = true; $('loss').hidden = false
       plot = new Plot($('loss'), plan.steps)
       said('preparing the pictures …')
       preview('0', (await model.client.ask('draw', {...plan.preview, worn: []})).pixels)
@@ -115,7 +117,7 @@ async function learn() {
       said(`step ${step} of ${plan.steps}, loss ${plot.mean().toFixed(3)}, ${Math.ceil((plan.steps - step) * seconds)} s left`)
     })
     plan.done = !out.stopped
-    said(out.stopped ? `stopped after ${out.step} steps; Train goes on from here` : `${out.step} steps, loss ${plot.mean().toFixed(3)}. Looking at what it learned …`)
+    said(out.stopped ? `stopped after ${out.step} steps; Resume goes on from here` : `${out.step} steps, loss ${plot.mean().toFixed(3)}. Looking at what it learned …`)
     await result(out.step)
     if (!out.stopped) said(`${out.step} steps, loss ${plot.mean().toFixed(3)}`)
   } catch (e) { plan = null; fail(e); said('') } finally { model.free(); $('halt').disabled = true }
@@ -183,7 +185,7 @@ $('halt').onclick = () => model.client.ask('stop', {what: 'train'})
 $('pick').onclick = () => $('files').click()
 $('files').onchange = () => { give([...$('files').files]); $('files').value = '' }
 $('example').onchange = () => { if ($('example').value) example($('example').value) }
-$('trigger').oninput = $('noun').oninput = refresh
+$('trigger').oninput = $('noun').oninput = $('many').oninput = $('prior').onchange = refresh
 $('snap').onclick = () => shoot(true)
 $('away').onclick = () => shoot(false)
 $('take').onclick = () => taken($('video'), $('video').videoWidth, $('video').videoHeight, `photo ${tiles.length + 1}`)

@@ -9,6 +9,7 @@ export class Trainer {
   static async open(engine, {batch, seed = 0}) {
     const t = new Trainer(), {layout, rank} = engine.manifest.training, n = layout[layout.length - 1].end
     t.engine = engine; t.batch = batch; t.rank = rank; t.layout = layout; t.random = new Generator(seed)
+    t.decks = {subject: [], prior: []}
     t.graph = `train${batch}`
     await engine.session(t.graph)                        // it takes seconds: before the first step, not in it
     t.theta = new Float32Array(n); t.m = new Float32Array(n); t.v = new Float32Array(n); t.k = 0
@@ -35,16 +36,28 @@ export class Trainer {
     return loss
   }
 
-  /** A random batch: `own` examples of the subject, the rest of the class. @param {Example[]} subject @param {Example[]} prior
+  /** The next of some examples: all of them in a random order before one comes again. @param {Example[]} list @param {'subject'|'prior'} which */
+  next(list, which) {
+    const deck = this.decks[which]
+    if (!deck.length) {
+      for (let i = 0; i < list.length; i++) deck.push(i)
+      for (let i = deck.length - 1; i > 0; i--) { const o = this.random.below(i + 1), x = deck[i]; deck[i] = deck[o]; deck[o] = x }
+    }
+    return list[deck.pop()]
+  }
+
+  /** A random batch: `own` examples of the subject, the rest of the class. The noise levels of each kind are spread over the whole range,
+   * one at random in each equal part of it: few steps see them all. @param {Example[]} subject @param {Example[]} prior
    * @param {number} own @param {number} priorWeight */
   sample(subject, prior, own, priorWeight = 1) {
     const B = this.batch, n = subject[0].latents.length, w = subject[0].states.length, rest = B - own
     const b = {latents: new Float32Array(B * n), noise: new Float32Array(B * n), times: [], states: new Float32Array(B * w), weight: new Float32Array(B)}
     for (let i = 0; i < B; i++) {
-      const from = i < own ? subject : prior, x = from[this.random.below(from.length)]
+      const mine = i < own, x = mine ? this.next(subject, 'subject') : this.next(prior, 'prior'), T = this.engine.schedule.trained
+      const part = ((mine ? i : i - own) + this.random.uniform()) / (mine ? own : rest)
       b.latents.set(x.latents, i * n); b.states.set(x.states, i * w); b.noise.set(this.random.normal(n), i * n)
-      b.times.push(this.random.below(this.engine.schedule.trained))
-      b.weight[i] = i < own ? 1 / own : priorWeight / rest
+      b.times.push(Math.min(T - 1, Math.floor(part * T)))
+      b.weight[i] = mine ? 1 / own : priorWeight / rest
     }
     return b
   }
@@ -58,9 +71,4 @@ export class Trainer {
     }
     return {name, layers, words: {}, note: {base: this.engine.manifest.base, ...note}}
   }
-
-  /** All that is needed to go on later. */
-  save() { return {theta: this.theta.slice(), m: this.m.slice(), v: this.v.slice(), k: this.k, random: {state: this.random.state.slice(), at: this.random.at}} }
-  /** @param {ReturnType<Trainer['save']>} s */
-  restore(s) { this.theta = s.theta; this.m = s.m; this.v = s.v; this.k = s.k; this.random.state = s.random.state.slice(); this.random.at = s.random.at }
 }

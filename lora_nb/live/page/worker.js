@@ -80,6 +80,6 @@ onmessage = async ({data: {id, call, args}}) => {
 
 function sentence(e) {
   const text = String(e?.message ?? e)
-  if (/out of memory|Array buffer allocation|bad_alloc|memory access/i.test(text)) return 'This device has too little free memory for the model. Close other tabs and reload the page.'
+  if (/out of memory|allocat|bad_alloc|memory access|WebAssembly\.Memory/i.test(text)) return 'This device has too little free memory for the model. Close other tabs and reload the page.'
   return text
 }
