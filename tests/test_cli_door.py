@@ -117,9 +117,9 @@ def test_the_door_for_completion_knows_every_command():
 # ------------------------------------------------------------------------------------------ settings from a file
 def test_a_run_is_repeated_by_one_command(tmp_path):
     first = tmp_path / "first"
+    how = ("--max_train_steps", 3, "--learning_rate", "2e-3", "--scale_lr", "--train_text_encoder", "--caption_dropout", ".3", "--seed", 7)
     works(lora_dreambooth, *SHORT, "--instance_prompt", "a sks toy", "--with_prior_preservation", "--class_prompt", "a toy",
-          "--num_class_images", 2, "--max_train_steps", 3, "--learning_rate", "2e-3", "--scale_lr", "--train_text_encoder", "--caption_dropout", ".3",
-          "--seed", 7, "--output_dir", first)
+          "--num_class_images", 2, *how, "--output_dir", first)
     kept = tomllib.loads((first / "recipe.toml").read_text())
     assert kept["command"] == "lora_dreambooth" and kept["recipe"]["learning_rate"] > 2e-3 and "scale_lr" not in kept
     works(lora_dreambooth, "--config", first / "recipe.toml", "--output_dir", tmp_path / "again")
