@@ -10,7 +10,7 @@ from PIL import Image
 from lora_nb.cli import main
 from lora_nb.cli.draw import lora_evaluate, lora_generate
 from lora_nb.cli.files import add_command, lora_convert, lora_distill, lora_info, lora_memory, lora_ppim, lora_resize
-from lora_nb.cli.flags import COMMANDS, REQUIRED, asks_for_the_same, terminal
+from lora_nb.cli.flags import COMMANDS, CONFIG, REQUIRED, asks_for_the_same, help_text, terminal
 from lora_nb.cli.train import lora_dreambooth, lora_pti, lora_ti
 from lora_nb.core import data_path
 from lora_nb.lora import Lora
@@ -72,9 +72,9 @@ def test_no_flag_is_accepted_and_forgotten(name):
     for f in reached:
         names, whole = uses(found[f])
         read |= names; everything |= whole
-    settings = bool({"given", "settings_of"} & reached)
+    settings = bool({"given", "settings_of", "flag_settings"} & reached)
     unread = [f.name for flags in c.groups.values() for f in flags
-              if not everything and f.name not in read and not (settings and f.sets)]
+              if not everything and f.name not in read and not (settings and f.sets) and f != CONFIG]     # Command.parse reads that one
     assert not unread, unread
 
 
@@ -84,8 +84,25 @@ def test_every_flag_is_explained_once(name):
     rows = [f for flags in c.groups.values() for f in flags]
     names = [*(f.name for f in rows), *c.old]
     assert len(set(names)) == len(names) and all(f.help for f in rows) and all(o.why and o.do for o in c.old.values())
-    text = works(c, "--help").replace("\n", " ")
+    text = works(c, "--help-all").replace("\n", " ")
     assert "usage" in text and all(f"--{n}" in text for n in [*c.old, *(f.name for f in rows if not f.place)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_begins_with_what_matters_and_fits_a_terminal(name):
+    c = COMMANDS[name]
+    rows = [f for flags in c.groups.values() for f in flags]
+    short, whole = help_text(c, width=80), help_text(c, True, 80)
+    shown = [f for f in rows if f"  --{f.name} " in short.replace("\n", " \n") or (f.place and f"  {f.place} " in short)]
+    assert len(shown) <= 18 and {f.name for f in rows if f.default is REQUIRED} <= {f.name for f in shown}
+    assert set(c.first) <= {f.name for f in rows} and {f.name for f in shown} >= set(c.first)
+    assert len(shown) == len(rows) or f"{name} --help-all shows all {len(rows)} flags" in short
+    for text in (short, whole):
+        lines = text.partition("examples:")[0].splitlines()
+        assert "default: None" not in text and all(len(line) <= 80 for line in lines), [x for x in lines if len(x) > 80]
+    for example in " ".join(c.examples).replace("\\", "").split(f"{name} ")[1:]:
+        flags = [w.partition("=")[0][2:] for w in example.split() if w.startswith("--")]
+        assert set(flags) <= {n for f in rows for n in (f.name, *f.also.split())}, example
 
 
 def recipes():
@@ -164,7 +181,6 @@ def test_pti_flags_depend_on_each_other():
     assert recipe("--lr_scheduler", "linear", "--lr_scheduler_lora", "cosine").lr_schedule == "cosine"
     assert (recipe("--lr_warmup_steps", 5).warmup, recipe("--lr_warmup_steps", 5, "--lr_warmup_steps_lora", 0).warmup) == (5, 0)
     assert recipe("--continue_inversion", "--learning_rate_ti", "3e-4").tuning_words_learning_rate == 3e-4
-    assert recipe("--continue_inversion_lr", "3e-4").tuning_words_learning_rate == recipe().tuning_words_learning_rate
     assert recipe("--lora_scale", "0.5", "--lora_rank", 8).alpha == 4 and recipe("--use_extended_lora").targets == "extended"
     assert recipe("--clip_ti_decay=False").norm_prior == 0 and recipe("--use_mask_captioned_data").mask_floor == 0
 
@@ -172,6 +188,20 @@ def test_pti_flags_depend_on_each_other():
 # ------------------------------------------------------------------------------------------ wrong usage, before a base is loaded
 WRONG = {
     "no folder": (lora_dreambooth, (*SUBJECT, "--instance_data_dir", "nowhere"), "No folder nowhere"),
+    "no such base": (lora_dreambooth, (*SUBJECT, "--pretrained_model_name_or_path", "tiny-ds"), "Did you mean tiny-sd?"),
+    "steps twice": (lora_dreambooth, (*SUBJECT, "--num_train_epochs", 3), "give one of them"),
+    "class of nothing": (lora_dreambooth, (*SUBJECT, "--num_class_images", 3), "--with_prior_preservation"),
+    "class prompt alone": (lora_dreambooth, (*SUBJECT, "--class_prompt", "a toy"), "--with_prior_preservation"),
+    "no class in pti": (lora_pti, (*WORDS, "--output_dir", "x", "--prior", "prediction"), "--class_prompt"),
+    "rate of nothing": (lora_pti, (*WORDS, "--output_dir", "x", "--continue_inversion_lr", "1e-3"), "--continue_inversion"),
+    "no phase": (lora_pti, (*WORDS, "--output_dir", "x", "--perform_inversion=False"), "--perform_inversion"),
+    "regex": (lora_dreambooth, (*SUBJECT, "--targets", "attn["), "regular expression"),
+    "encoders": (lora_ti, (*WORDS, "--output_dir", "x", "--encoders", "clip"), "text_encoder_2"),
+    "misspelt LoRA": (lora_generate, ("--prompt", "x", "--lora", "noen:0.5"), "Did you mean neon?"),
+    "nothing to draw": (lora_generate, ("--lora", "neon"), "--from_png"),
+    "size of a page": (lora_generate, ("--prompt", "x", "--size", "999999"), "8 to 16384"),
+    "a weight that is none": (add_command, (PUMPKIN, NEON, "x.safetensors", "--lora", f"{NEON}:nan"), "a file and its weight"),
+    "rank of a drawing": (lora_memory, ("sd1.5", "--task", "generate", "--rank", 4), "has no effect"),
     "prior without class": (lora_dreambooth, (*SUBJECT, "--with_prior_preservation"), "--class_prompt"),
     "class folder without prior": (lora_dreambooth, (*SUBJECT, "--class_data_dir", "x"), "--with_prior_preservation"),
     "resolution": (lora_dreambooth, (*SUBJECT, "--resolution", 100), "multiple of 8"),
@@ -180,24 +210,24 @@ WRONG = {
     "rate": (lora_dreambooth, (*SUBJECT, "--learning_rate", "nan"), "finite number"),
     "half a name": (lora_dreambooth, (*SUBJECT, "--lora_ran", 4), "Did you mean --lora_rank?"),
     "resume file": (lora_dreambooth, (*SUBJECT, "--resume_unet", "absent.safetensors"), "absent.safetensors"),
-    "schedule": (lora_ti, (*WORDS, "--output_dir", "x", "--lr_scheduler", "zigzag"), "invalid choice"),
+    "schedule": (lora_ti, (*WORDS, "--output_dir", "x", "--lr_scheduler", "zigzag"), "expected one of linear"),
     "words folder": (lora_ti, (*WORDS, "--output_dir", "x", "--instance_data_dir", "nowhere"), "No folder nowhere"),
     "initialisers": (lora_pti, (*WORDS, "--output_dir", "x", "--initializer_tokens", "a|b|c"), "3 initialisers for 1 words"),
     "no word": (lora_pti, (*WORDS, "--output_dir", "x", "--placeholder_tokens", "<a>||<b>"), "<s1>|<s2>"),
     "switch": (lora_pti, (*WORDS, "--output_dir", "x", "--clip_ti_decay", "perhaps"), "True or False"),
     "template": (lora_pti, (*WORDS, "--output_dir", "x", "--use_template", "objct"), "object"),
     "class": (lora_pti, (*WORDS, "--output_dir", "x", "--class_data_dir", "y"), "--class_prompt"),
-    "decay": (lora_pti, (*WORDS, "--output_dir", "x", "--weight_decay_ti", "0.1"), "--clip_ti_decay"),
+    "decay": (lora_pti, (*WORDS, "--output_dir", "x", "--weight_decay_ti", "0.1"), "cannot be honoured"),
     "floor": (lora_pti, (*WORDS, "--output_dir", "x", "--mask_floor", "0.1"), "--use_mask_captioned_data"),
     "turn": (lora_pti, (*WORDS, "--output_dir", "x", "--words_turn", 2), "--mode joint"),
     "alpha twice": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_alpha", 4, "--lora_scale", .5), "give one of them"),
     "layers twice": (lora_pti, (*WORDS, "--output_dir", "x", "--use_extended_lora", "--targets", "attention"), "give one of them"),
-    "no gamma": (lora_dreambooth, (*SUBJECT, "--snr_gamma", 0), "above zero"),
-    "no alpha": (lora_dreambooth, (*SUBJECT, "--lora_alpha", 0), "alpha = 0.0: expected None or above zero"),
+    "no gamma": (lora_dreambooth, (*SUBJECT, "--snr_gamma", 0), "above 0"),
+    "no alpha": (lora_dreambooth, (*SUBJECT, "--lora_alpha", 0), "expected above 0"),
     "decay below zero": (lora_dreambooth, (*SUBJECT, "--adam_weight_decay", -1), "at least 0"),
-    "all dropped": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_dropout_p", 1.5), "dropout = 1.5"),
-    "no scale": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_scale", 0), "above zero"),
-    "many vectors": (lora_ti, (*WORDS, "--output_dir", "x", "--vectors", 100), "77 tokens"),
+    "all dropped": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_dropout_p", 1.5), "below 1"),
+    "no scale": (lora_pti, (*WORDS, "--output_dir", "x", "--lora_scale", 0), "above 0"),
+    "many vectors": (lora_ti, (*WORDS, "--output_dir", "x", "--vectors", 100), "at most 70"),
     "size of a random word": (lora_ti, (*WORDS, "--output_dir", "x", "--initializer_tokens", "<rand-x>"), "'<rand-0.02>'"),
     "no GPU": (lora_dreambooth, (*SUBJECT, "--device", "cuda:9"), "this machine has"),
     "constant with no warmup": (lora_dreambooth, (*SUBJECT, "--lr_scheduler", "constant_with_warmup"), "--lr_warmup_steps"),
@@ -225,8 +255,9 @@ WRONG = {
     "ranks of a LoRA twice": (lora_resize, (NEON, "x.safetensors", "--rank", 4, "--megabytes", 1), "give one of them"),
     "half a weight": (add_command, (PUMPKIN, NEON, "x.safetensors", "--lora", NEON), "expected a file and its weight"),
     "third of a merge": (add_command, ("tiny-sd", NEON, "x", "--mode", "upl", "--lora", f"{NEON}:1"), "one after the other"),
-    "format of a name": (lora_distill, ("--base_model", "a", "--target_model", "b", "--format", "kohya", "--save_path", "x.pt"), ".safetensors"),
-    "ranks twice": (lora_distill, ("--base_model", "a", "--target_model", "b", "--rank", 4, "--energy", .9), "give one of them"),
+    "format of a name": (lora_distill, ("--base_model", "tiny-sd", "--target_model", "b/c", "--format", "kohya", "--save_path", "x.pt"),
+                         ".safetensors"),
+    "ranks twice": (lora_distill, ("--base_model", "tiny-sd", "--target_model", "b/c", "--rank", 4, "--energy", .9), "give one of them"),
     "no file": (lora_info, ("absent.safetensors",), "absent.safetensors"),
     "no base": (lora_memory, ("sd9",), "sd3.5-medium"),
     "no command": (main, ("lora_paint",), "lora_paint"),
@@ -243,7 +274,7 @@ def test_wrong_usage_is_refused_before_a_base_is_loaded(case, no_base, tmp_path,
 
 def test_what_only_the_base_can_tell(tmp_path):
     out = ("--output_dir", tmp_path / "out")
-    assert "100000" in refused(lora_dreambooth, *SUBJECT, *out, "--lora_rank", 100000)
+    assert "10000" in refused(lora_dreambooth, *SUBJECT, *out, "--lora_rank", 10000)
     assert "channels for a hole" in refused(lora_pti, *WORDS, *out, "--train_inpainting")
     assert "offload" in refused(lora_generate, "--prompt", "x", "--offload", "model", "--device", "cpu", *out)
     sd3 = ("--pretrained_model_name_or_path", "tiny-sd3", "--device", "cpu")
@@ -297,16 +328,38 @@ def test_an_evaluation_saves_its_numbers(tmp_path):
     assert "subject_fidelity" in saved["metrics"] and saved["about"]["trigger"]
 
 
-NUMBERS = [(n, f) for n in NAMES for flags in COMMANDS[n].groups.values() for f in flags if f.kind in (int, float) and not f.place]
-BELOW_ZERO = {"scale", "lora_scale", "lora_alpha", "n_length", "seed", "temp", "zoom", "weight_decay_ti"}     # has a meaning, or is checked later
+NUMBERS = [(n, f) for n in NAMES for flags in COMMANDS[n].groups.values() for f in flags if f.kind in (int, float)]
+
+
+def recipe_of(name):
+    "What checks the settings of a command, or None."
+    from lora_nb.preprocessing import PreprocessSettings
+    if name == "lora_ppim": return lambda **kw: PreprocessSettings(**{**dict(crop="salience", flip=True), **kw})
+    if name in recipes(): return lambda **kw: recipes()[name]().replace(**kw)
 
 
 @pytest.mark.parametrize("name, flag", NUMBERS, ids=lambda x: getattr(x, "name", x))
-def test_numbers_that_no_flag_takes(name, flag):
-    odd = ["x", "", "nan", "inf", "-inf", "1e999", "1" + "0" * 400] + ["1.5", "1e3"] * (flag.kind is int)
-    odd += [str(flag.least - 1)] if flag.least is not None else []
-    assert flag.least is not None or flag.name in BELOW_ZERO, f"{name} --{flag.name} takes -3"
-    for text in odd: assert f"--{flag.name}" in refused(COMMANDS[name], f"--{flag.name}={text}")
+def test_every_number_has_a_range_that_makes_sense(name, flag):
+    "-1, 0, a billion, nan and the like are refused in a sentence, or are inside of a range whose ends the recipe accepts"
+    assert flag.least is not None and flag.most is not None and flag.least < flag.most
+    read = COMMANDS[name].parser()
+    named = flag.place or f"--{flag.name}"
+    for text in ["-1", "0", "1e9" if flag.kind is float else "1000000000", "-" + "9" * 19, "x", "", "nan", "inf", "-inf", "1e999",
+                 "1" + "0" * 400, *(["1.5", "1e3"] if flag.kind is int else [])]:
+        try: value = flag.kind(text)
+        except ValueError: value = None
+        good = value is not None and flag.least <= value <= flag.most
+        good = good and not (value == flag.least and "least" in flag.open or value == flag.most and "most" in flag.open)
+        words = dict(lora_add=["a", "b", "c", *(["1"] if flag.name == "alpha_2" else [])]).get(name, []) if flag.place else []
+        code, said = terminal(read.parse_args, *words, *([text] if flag.place else [f"--{flag.name}={text}"]))
+        if good: assert f"argument {named}:" not in said and f"argument --{flag.name}" not in said, said
+        else: assert code == 2 and "\n" not in said and (named in said or text[:1] == "-" and flag.place) and len(said) < 300, said
+    if not flag.sets or (make := recipe_of(name)) is None: return
+    step = 1 if flag.kind is int else 1e-6
+    for value, open in ((flag.least, "least" in flag.open), (flag.most, "most" in flag.open)):
+        value = flag.kind(value + (step if value == flag.least else -step) * open)
+        if flag.sets == "bucket_step": value = min(value, 64)
+        make(**{flag.sets: value})
 
 
 @pytest.mark.parametrize("text, said", [("0x64", "1024x768"), ("0", "1024x768"), ("-64", "1024x768"), ("64x", "1024x768"), ("9" * 9, "1024x768")])
