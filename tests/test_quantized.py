@@ -34,10 +34,16 @@ NAME = "transformer_blocks.0.attn.to_q"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("flux"); random_pipe("flux").save_pretrained(path); return path
+    "A FLUX whose sides are multiples of 64, as those of all published models are"
+    path, pipe = tmp_path_factory.mktemp("flux"), random_pipe("flux")
+    torch.manual_seed(0)
+    pipe.transformer = type(pipe.transformer).from_config({**pipe.transformer.config, "num_attention_heads": 4, "joint_attention_dim": 64})
+    config = {**pipe.text_encoder_2.config.to_dict(), "d_model": 64, "num_heads": 8}
+    pipe.text_encoder_2 = type(pipe.text_encoder_2)(type(pipe.text_encoder_2.config)(**config))
+    pipe.save_pretrained(path); return path
 
 
-def layer(kind, rows=32, columns=64):
+def layer(kind, rows=64, columns=128):
     "One packed linear, and a plain one with the same numbers"
     torch.manual_seed(0)
     class Net(nn.Module):
@@ -53,9 +59,9 @@ def bits(net): return {n: str(getattr(p, "data", p)) + str(getattr(p, "quant_sta
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_shape_and_numbers_of_a_packed_layer(kind):
-    m, same = layer(kind); x = torch.randn(5, 64)
-    assert packing(m) and outline(m).shape == (32, 64) and outline(m).device == m.weight.device
-    assert dense_weight(m).shape == (32, 64)
+    m, same = layer(kind); x = torch.randn(5, 128)
+    assert packing(m) and outline(m).shape == (64, 128) and outline(m).device == m.weight.device
+    assert dense_weight(m).shape == (64, 128)
     assert torch.allclose(m(x), same(x), atol=1e-4)          # the numbers that it computes with
 
 
@@ -67,7 +73,7 @@ def test_gradients_are_those_beside_the_same_numbers_unpacked(kind, dora):
         torch.manual_seed(1)
         branch = LoraInjectedLinear.from_base(m, 3, dora=dora, dtype=torch.float32)
         nn.init.normal_(branch.lora_up.weight, std=.1)
-        x = torch.randn(5, 64, requires_grad=True); branch(x).square().sum().backward()
+        x = torch.randn(5, 128, requires_grad=True); branch(x).square().sum().backward()
         grads.append([x.grad, *(p.grad for p in branch.parameters() if p.grad is not None)])
     assert len(grads[0]) == len(grads[1]) == (4 if dora else 3)
     for a, b in zip(*grads): assert torch.allclose(a, b, atol=2e-3, rtol=2e-3) and b.abs().max() > 0
@@ -77,7 +83,7 @@ def test_gradients_are_those_beside_the_same_numbers_unpacked(kind, dora):
 def test_packed_again_and_put_back(kind):
     m, same = layer(kind); before = dense_weight(m)
     other = packed_like(m, before + .5)
-    assert type(other.data) is type(m.weight.data) and type(other) is type(m.weight) and outline(m).shape == (32, 64)
+    assert type(other.data) is type(m.weight.data) and type(other) is type(m.weight) and outline(m).shape == (64, 128)
     again = packed_like(m, before)
     assert (again.data.dequantize() if hasattr(again.data, "qtype") else again).shape == m.weight.shape
 
@@ -89,6 +95,7 @@ def test_a_base_is_loaded_packed(kind, folder):
     assert (packing(m) != "") == (kind != "fp8") and base.dtype == torch.float32
     if kind == "fp8": assert m.weight.dtype == torch.float8_e4m3fn
     assert all(not packing(x) for x in base.pipe.text_encoder_2.modules())
+    torch.manual_seed(0)
     z, t, c = torch.randn(2, 16, 8, 8), torch.tensor([300., 800.]), plain.encode_prompts(["a", "b"])
     a, b = base.predict(z, t, c), plain.predict(z, t, c)
     assert 1e-6 < (a - b).norm() / b.norm() < .25            # rounded, but the same network
@@ -102,6 +109,7 @@ def test_a_lora_trains_on_it_and_fits_the_plain_base(kind, folder, tmp_path):
     worn = inject_lora(base.pipe, "feed-forward", rank=4)
     assert {p.dtype for p in worn.params()} == {torch.float32}
     optimizer = torch.optim.AdamW(worn.params(), 1e-2)
+    torch.manual_seed(0)
     z, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([300., 800.])
     c, losses = base.encode_prompts(["a", "b"]), []
     for _ in range(12):
@@ -185,3 +193,61 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(LoraError, match="package bitsandbytes: pip install bitsandbytes"): wanted_packings("nf4", "unet", torch.device("cpu"))
     with pytest.raises(LoraError, match="pip install optimum-quanto"): wanted_packings("quanto", "unet", torch.device("cpu"))
     assert wanted_packings("fp8", "unet", torch.device("cpu")) == {"unet": "fp8"}
+
+
+@pytest.mark.skipif(not there("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_numbers_of_a_layer_that_a_cpu_has_repacked():
+    "Where the CPU can, bitsandbytes changes the packing at the first drawing"
+    import bitsandbytes as bnb
+    m = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
+    before = dense_weight(m)
+    with torch.no_grad(): m(torch.randn(4, 128, dtype=torch.bfloat16))
+    assert torch.allclose(dense_weight(m).float(), before.float(), atol=2e-3)
+
+
+def gguf_of_zimage(path):
+    "A GGUF file of a random Z-Image's transformer under its authors' names, in 8 bits"
+    import gguf, numpy as np
+    net = random_pipe("zimage").transformer; state = {k: t.detach().numpy() for k, t in net.state_dict().items()}
+    writer = gguf.GGUFWriter(str(path), "zimage")
+    for name in [k for k in state if k.endswith("to_q.weight")]:
+        state[name.replace("to_q", "qkv")] = np.concatenate([state.pop(name.replace("to_q", f"to_{x}")) for x in "qkv"])
+    names = (("all_x_embedder.2-1.", "x_embedder."), ("all_final_layer.2-1.", "final_layer."), (".to_out.0.", ".out."),
+             (".norm_q.", ".q_norm."), (".norm_k.", ".k_norm."))
+    for name, w in state.items():
+        for a, b in names: name = name.replace(a, b)
+        if w.ndim == 2 and w.shape[1] % 32 == 0 and "layers" in name:
+            writer.add_tensor(name, gguf.quantize(w, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else: writer.add_tensor(name, w)
+    writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
+
+
+@pytest.mark.skipif(not there("gguf"), reason="gguf is not installed")
+def test_a_gguf_file_is_a_base(tmp_path):
+    random_pipe("zimage").save_pretrained(tmp_path / "zimage"); gguf_of_zimage(tmp_path / "small.gguf")
+    base = load_base(tmp_path / "small.gguf", device="cpu", config=str(tmp_path / "zimage"))
+    plain = as_base(random_pipe("zimage"))
+    m = base.denoiser.get_submodule("layers.0.feed_forward.w1")
+    assert base.family == "zimage" and packing(m) == "GGUF" and outline(m).shape == plain.denoiser.get_submodule("layers.0.feed_forward.w1").weight.shape
+    torch.manual_seed(0)
+    z, t, c = torch.randn(1, 16, 8, 8), torch.tensor([500.]), plain.encode_prompts(["a"])
+    a, b = base.predict(z, t, c), plain.predict(z, t, c)
+    assert 1e-6 < (a - b).norm() / b.norm() < .05
+    worn = inject_lora(base.pipe, "feed-forward", rank=2); lora = worn.lora()
+    base.predict(z, t, c).square().mean().backward()
+    assert all(m.lora_up.weight.grad.abs().sum() > 0 for m in worn.layers.values()); worn.remove()
+    apply_lora(base.pipe, lora, mode="inject"); remove_lora(base.pipe)
+    with pytest.raises(LoraError, match="requantize=True"): apply_lora(base.pipe, lora)
+    with pytest.raises(LoraError, match="cannot be packed again"): apply_lora(base.pipe, lora, requantize=True)
+    assert base.predict(z, t, c).equal(a)
+    with pytest.raises(LoraError, match="packed already"): load_base(tmp_path / "small.gguf", device="cpu", config=str(tmp_path / "zimage"), quantize="fp8")
+
+
+@pytest.mark.parametrize("kind", [p for p in PACKED if p.values[0] in ("quanto", "int8-torchao")])
+def test_a_folder_that_was_saved_packed(kind, folder, tmp_path):
+    base = load_base(folder, device="cpu", quantize=kind)
+    base.pipe.save_pretrained(tmp_path / "packed", safe_serialization=kind != "int8-torchao")
+    again = load_base(tmp_path / "packed", device="cpu")
+    assert packing(again.denoiser.get_submodule(NAME))
+    assert dense_weight(again.denoiser.get_submodule(NAME)).equal(dense_weight(base.denoiser.get_submodule(NAME)))
+    apply_lora(again.pipe, lora_for(again), mode="inject")
