@@ -10,7 +10,7 @@ from PIL import Image
 
 from lora_nb import dataset
 from lora_nb.core import DataError, LoraError
-from lora_nb.dataset import (ConceptDataset, TagWording, TextCache, cut_captions, derive, drop_caption, encode, hole_for, order, order_by_size,
+from lora_nb.dataset import (ConceptDataset, TagWording, cut_captions, derive, drop_caption, encode, hole_for, order, order_by_size,
                               random_hole, says, start_report)
 from lora_nb.families import as_base
 from lora_nb.pictures import find_pictures
@@ -186,12 +186,6 @@ def test_tags():
     assert TagWording(dropout=1.)(caption, random.Random(0)) == "sks"
     for bad in (dict(dropout=1.5), dict(dropout=-.1), dict(keep=-1), dict(separator="")):
         with pytest.raises(LoraError, match="expected"): TagWording(**bad)
-
-
-def test_texts_that_are_forgotten():
-    texts = TextCache(as_base(random_pipe("sd")), most=3)
-    first = texts(["a", "b", "c", "d", "e"])["prompt_embeds"]
-    assert len(texts.seen) == 3 and torch.allclose(texts(["a"])["prompt_embeds"][0], first[0], atol=1e-5)
 
 
 def test_a_report_says_what_is_used_and_what_is_not(tmp_path):

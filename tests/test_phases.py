@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_nb.core import LoraError
 from lora_nb.families import as_base
-from lora_nb.phases import Placement, Remembered, encode_fitting, fitting, frugal_vae, send, table_of
+from lora_nb.phases import Placement, Remembered, TextCache, encode_fitting, encoders_digest, fitting, frugal_vae, send, table_of
 from lora_nb.random_pipes import random_pipe
 
 
@@ -103,6 +103,55 @@ def test_what_is_remembered_is_bounded():
     for i in range(12): base.encode_prompts([f"a cat {i}"])
     assert 0 < len(memory.rows) < 12 and memory.bytes <= 60_000
     memory.take_off()
+
+
+def test_texts_beyond_the_bound_are_on_the_disk_and_not_encoded_again():
+    base = as_base(random_pipe("sd3")); asked, own = [], base.encode_prompts
+    base.encode_prompts = lambda ps: (asked.extend(ps), own(ps))[1]
+    size = sum(own(["a"])[k].nbytes for k in ("prompt_embeds", "pooled"))
+    texts = TextCache(base, most=3 * size, near=size)
+    first = texts(list("abcdefgh"))
+    assert len(texts.seen) <= 3 and texts.bytes <= 3 * size and asked == list("abcdefgh")
+    again = texts(list("hgfedcba"))
+    assert asked == list("abcdefgh") and again["pooled"].flip(0).equal(first["pooled"])
+    folder = texts._file("a").parent; assert folder.exists()
+    del texts; gc.collect(); assert not folder.exists()
+
+
+def test_texts_are_shared_by_runs_and_never_by_other_encoders(tmp_path):
+    asked = []
+    def cache(base):
+        own = base.encode_prompts
+        base.encode_prompts = lambda ps: (asked.extend(ps), own(ps))[1]
+        return TextCache(base, folder=tmp_path)
+    first = cache(as_base(random_pipe("sd")))(["a cat", "a dog"]); asked.clear()
+    again = cache(as_base(random_pipe("sd")))(["a dog"])
+    assert not asked and again["prompt_embeds"][0].equal(first["prompt_embeds"][1])
+    cache(as_base(random_pipe("sd", seed=1)))(["a dog"]); assert asked == ["a dog"]
+    base = as_base(random_pipe("sd")); base.pipe.tokenizer.add_tokens(["<x>"]); base.pipe.text_encoder.resize_token_embeddings(len(base.pipe.tokenizer))
+    one = encoders_digest(base)
+    with torch.no_grad(): base.pipe.text_encoder.get_input_embeddings().weight[-1] += 1
+    assert one != encoders_digest(base)                                   # the row of one new word
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"broken")
+    asked.clear(); cache(as_base(random_pipe("sd")))(["a dog", "a cat"]); assert len(asked) <= 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's own account of memory")
+def test_the_latents_of_five_thousand_large_pictures_stay_on_the_disk():
+    "Sparse: only rows that are used are real. 5,000 pictures of 1024 px for SD3.5: 2.6 GB in half precision"
+    from lora_nb.dataset import Examples
+    from lora_nb.samples import draw_samples
+    def anonymous():
+        rows = dict(l.split(":", 1) for l in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+        return int(rows["Anonymous"].split()[0]) / 1e3
+    before = anonymous()
+    z = table_of((5000, 1, 16, 128, 128), torch.float16, most=2**28)
+    examples = Examples(z, ["a wall"] * 5000)
+    z[::100] = 1.
+    for micro in range(20):
+        rows, sides, _, noise = draw_samples(examples, range(4 * micro, 4 * micro + 4), 0)
+        assert examples.take(rows, sides)[0].shape == (4, 16, 128, 128) and len(noise) == 4
+    assert z.nbytes > 2.6e9 and anonymous() - before < 200
 
 
 # --- where networks are -------------------------------------------------------------------------------------------------
@@ -248,7 +297,7 @@ def test_only_the_denoiser_is_on_the_card_while_it_trains(family):
 def test_no_text_is_read_after_the_first_step():
     "Shuffled tags, dropped captions, validation and previews: all were read before"
     trainer = trainer_of("sd3"); watched(trainer)
-    asked, memories = [], {}
+    asked = []
     place = trainer.place
     own = Recorder.remember
     def remember(self, learning=()):
