@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 # %% ../nbs/35_captions.ipynb #c0c1d2e6
-from .core import DataError, data_path, progress
+from .core import DataError, check_number, data_path, progress
 from .similarity import Clip
 from .pictures import OPENAI_NORM, PICTURE_SUFFIXES, is_folder, load_pair, open_picture, pixels_for, reading
 if TYPE_CHECKING: from lora_nb.preprocessing import PreprocessSettings
@@ -313,6 +313,7 @@ def clip_captions(
     look: int = 20,                                 # candidates that are tried again in the whole sentence
 ) -> list[str]:
     "A caption for each picture: the phrases that CLIP finds nearest"
+    check_number("look", look, 1, whole=True)
     clip = clip if isinstance(clip, Clip) else Clip(clip)
     phrases = phrases_of(clip) if phrases is None else phrases
     seen, found, second = clip.images(images), [{} for _ in images], {}
@@ -338,6 +339,7 @@ def blip_captions(
     **generate,                                 # to `model.generate`: num_beams, max_new_tokens, do_sample ...
 ) -> list[str]:
     "A caption for each picture, written by BLIP"
+    check_number("batch_size", batch_size, 1, whole=True)
     model, tokenizer = load_pair("BlipForConditionalGeneration", model, device)
     how, out = {"num_beams": 3, "max_new_tokens": 40, **generate}, []
     for i in progress(range(0, len(images), batch_size), desc="captions"):

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .core import FormatError, LoraError, atomic_path, atomic_paths, check_free, free_name, some
+from .core import FormatError, LoraError, atomic_path, atomic_paths, check_free, free_name, is_there, some
 from .names import canonical
 from .layers import LoraLayer
 from .lora import Lora
@@ -256,7 +256,13 @@ def save_checkpoint(
     overwrite: bool = False,           # replace the pipeline or file that is there
 ) -> Path:
     "Write a pipeline as it is worn now (merged LoRAs and words included), atomically"
-    pipe, path = getattr(pipe, "pipe", pipe), Path(path)
+    pipe = getattr(pipe, "pipe", pipe)
+    if not isinstance(path, (str, Path)): raise LoraError(f"expected the path of a folder or file, found {type(path).__name__}")
+    if not hasattr(pipe, "save_pretrained") or not hasattr(pipe, "components"):
+        raise LoraError(f"expected a diffusers pipeline or a loaded base, found {type(pipe).__name__}")
+    if isinstance(dtype, str): dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, (torch.dtype, type(None))): raise LoraError(f"dtype={dtype!r}: expected a type such as torch.float16")
+    path = Path(path)
     _check_worn(pipe)
     if format == "folder": _save_folder(pipe, path, dtype, overwrite)
     elif format == "single_file": _save_single_file(pipe, path, dtype, words, overwrite)
@@ -291,7 +297,7 @@ def no_bars() -> Iterator[None]:
 # %% ../nbs/28_checkpoints.ipynb #ac046a9a
 def _save_folder(pipe, path, dtype, overwrite):
     "A diffusers folder"
-    if path.exists() and not (path / "model_index.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+    if is_there(path) and not (path / "model_index.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise LoraError(f"{path} exists and is no pipeline: nothing was written. Choose another folder")
     check_free(path, overwrite)
     with atomic_path(path) as tmp:
@@ -420,6 +426,7 @@ def check_output(
     overwrite: bool = False,  # replace what is there
 ) -> None:
     "Raise if the output is the base, holds it or lies in it, or if something else would be replaced"
+    is_there(base); is_there(path)                             # raises for a name that none can have
     old, new = Path(base).resolve(), Path(path).resolve()
     if old.exists() and (old == new or old in new.parents or new in old.parents):
         raise LoraError(f"{path} is the base {base}, or a part of it: the base would be lost. Nothing was written. Choose another place")

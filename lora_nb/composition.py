@@ -13,13 +13,14 @@ __all__ = ['Weight', 'METHODS', 'weight_of', 'as_weights', 'check_paths', 'renam
 
 # %% ../nbs/29_composition.ipynb #467148e3
 from collections.abc import Callable, Iterable
-from math import isfinite
+from inspect import signature
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from .core import FormatError, LoraError, TargetError, atomic_path, check_free, closest, free_name, some
+from .core import FormatError, LoraError, TargetError, atomic_path, check_free, closest, finite_number, free_name, is_there, some
 from .names import longest_key, on_path
 from .lora import Lora, add_factors, added, gather, join_metadata, join_words, same_word
 from .worn import Wearer
@@ -34,7 +35,7 @@ def weight_of(
     name: str,      # of a layer
 ) -> float:
     "A LoRA's weight in one layer"
-    if callable(weight): return float(weight(name))
+    if callable(weight): return finite_number(weight(name), f"the weight of {name}")
     if not isinstance(weight, dict): return float(weight)
     key = longest_key(weight, name)
     return 1. if key is None else float(weight[key])
@@ -44,11 +45,12 @@ def as_weights(
     n: int,                        # how many LoRAs
 ) -> list[Weight]:
     "A list of `n` weights"
+    if not isinstance(weights, (type(None), list, tuple)): weights = list(weights) if hasattr(weights, "__iter__") else [weights]
     weights = [1.] * n if weights is None else list(weights)
     if len(weights) != n: raise LoraError(f"{len(weights)} weights for {n} LoRAs: expected one for each")
-    odd = [x for w in weights for x in (w.values() if isinstance(w, dict) else [w]) if not callable(x) and not isfinite(x)]
-    if odd: raise LoraError(f"{odd[0]} among the weights: expected finite numbers")
-    return weights
+    for w in weights:
+        for x in w.values() if isinstance(w, dict) else []: finite_number(x, "a weight")
+    return [w if isinstance(w, dict) or callable(w) else finite_number(w, "a weight") for w in weights]
 
 # %% ../nbs/29_composition.ipynb #6aae046d
 def check_paths(
@@ -113,7 +115,9 @@ def compose(
     **kw,                         # parameters of the method
 ) -> Lora:
     "Several LoRAs as one"
+    loras = [loras] if isinstance(loras, Lora) else loras
     make, loras = find_method(method), renamed(loras) if rename else list(loras)
+    _check_settings(method, make, kw)
     layers, weights = gather(loras), as_weights(weights, len(loras))
     for lora, w in zip(loras, weights): check_paths(lora, w)
     blend = None
@@ -124,6 +128,15 @@ def compose(
     out = _pressed(made, rank, energy, dtype)
     words = join_words(added(loras, weights), blend)
     return Lora(out, words, join_metadata(loras, weights, method))
+
+def _check_settings(method, make, settings):
+    "Refuse what a method does not know, and numbers that are none"
+    known = [*signature(make).parameters.values()][2:]
+    names = [p.name for p in known if p.kind != p.VAR_KEYWORD] + ["t"] * (method == "lerp")
+    odd = [k for k in settings if k not in names and not any(p.kind == p.VAR_KEYWORD for p in known)]
+    if odd: raise LoraError(f"the method {method!r} has no setting {odd[0]!r}: it has {', '.join(names) or 'none'}.{closest(odd[0], names)}")
+    for k, x in settings.items():
+        if isinstance(x, (int, float)) and x != inf: finite_number(x, k)
 
 # %% ../nbs/29_composition.ipynb #f27af090
 METHODS["svd"] = METHODS["lerp"] = _cat
@@ -165,7 +178,7 @@ def add_files(
         raise LoraError(f"mode={mode!r} is unknown: expected one of {', '.join(modes)}.{closest(mode, modes)}")
     files, out = [(str(path_1), alpha_1), (str(path_2), alpha_2), *((str(p), w) for p, w in more)], Path(output_path)
     if mode.startswith("upl") and len(files) > 2: raise LoraError(f"more= is for sums of LoRAs, found mode={mode!r}")
-    if not overwrite and not mode.startswith("upl") and out.exists() and any(Path(p).exists() and out.samefile(p) for p, _ in files):
+    if not overwrite and not mode.startswith("upl") and is_there(out) and any(is_there(p) and out.samefile(p) for p, _ in files):
         raise LoraError(f"{out} is one of the files that are read: nothing was written. Choose another name, or pass overwrite=True.")
     return modes[mode](files, out, with_text_lora=with_text_lora, rank=rank, base=base, overwrite=overwrite)
 

@@ -7,12 +7,13 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 # %% auto #0
 __all__ = ['printable', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest',
            'default_device', 'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators',
-           'data_path', 'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'patch_to', 'progress',
-           'peak_rss_mb', 'some', 'human', 'Markup', 'escaped', 'code', 'table', 'free_name', 'file_name', 'finite',
-           'finite_number', 'checksum', 'row_norms', 'working_dtype', 'common_dtype', 'quick', 'quiet']
+           'data_path', 'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'is_there', 'patch_to',
+           'progress', 'peak_rss_mb', 'some', 'human', 'Markup', 'escaped', 'code', 'table', 'free_name', 'file_name',
+           'finite', 'finite_number', 'check_number', 'checksum', 'row_norms', 'working_dtype', 'common_dtype', 'quick',
+           'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
-import builtins, contextlib, difflib, errno, gc, importlib.util, json, math, os, random, re, shutil, sys, tempfile, time, warnings
+import builtins, contextlib, difflib, errno, gc, importlib.util, json, math, numbers, os, random, re, shutil, sys, tempfile, time, warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,9 @@ def _remove(box):
     box.rmdir()
 
 # %% ../nbs/00_core.ipynb #db65c285
+def _check_name(path):
+    if "\0" in str(path): raise LoraError(f"{path}: a file's name cannot hold a zero byte. Choose another name.")
+
 def _check_kind(path, folder):
     "Raise unless a folder (or a file) may take the place of what is at `path`"
     if path.exists() and path.is_dir() != folder:
@@ -239,6 +243,7 @@ def atomic_paths(
 ) -> Iterator[list[Path]]:        # temporary paths with the same names
     "Write to the yielded paths; all get their final names together, and only if the block ends without an error"
     paths = [Path(p) for p in paths]
+    for p in paths: _check_name(p)
     folder, all_of_them = paths[0].parent, ", ".join(map(str, paths))
     with _failed_writes(all_of_them): folder.mkdir(parents=True, exist_ok=True); box, lock = _make_box(folder)
     try:
@@ -291,6 +296,15 @@ def check_free(
     if overwrite or not there or empty or same and same(path): return
     why = f" and is not {kind}" if same and kind else ""
     raise LoraError(f"{path} exists{why}: nothing was written. Choose another name, move it away, or pass overwrite=True.")
+
+# %% ../nbs/00_core.ipynb #24295a58
+def is_there(
+    path: str | Path,
+) -> bool:
+    "Does a file or folder exist? An error of ours for a name that none can have"
+    _check_name(path)
+    try: return Path(path).exists()
+    except OSError as e: raise LoraError(f"{path}: {e.strerror}. {_ADVICE.get(e.errno, 'Choose another name.')}") from e
 
 # %% ../nbs/00_core.ipynb #625ca249
 def patch_to(
@@ -410,6 +424,23 @@ def finite_number(
     except (TypeError, ValueError): value = math.nan
     if math.isfinite(value) and abs(value) < 3e38: return value            # what single precision holds
     raise LoraError(f"{what} is {x!r}: expected a finite number")
+
+# %% ../nbs/00_core.ipynb #32c19250
+def check_number(
+    name: str,                  # of the setting
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    whole: bool = False,        # whole numbers only
+    above: bool = False,        # `least` itself is too little
+) -> None:
+    "Raise a `LoraError` unless a value is a finite number from `least` to `most`"
+    real = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if real and math.isfinite(value) and least <= value <= most and not (above and value == least): return
+    low = "" if least == -math.inf else f"above {least:g}" if above else f"from {least:g}"
+    high = "" if most == math.inf else f"to {most:g}"
+    said = " ".join(filter(None, [f"a {'whole ' * whole}number", low, high]))
+    raise LoraError(f"{name} = {value!r:.60}: expected {said}.")
 
 # %% ../nbs/00_core.ipynb #a89a7756
 def checksum(

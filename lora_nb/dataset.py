@@ -21,10 +21,11 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/37_dataset.ipynb #5cfe4dfe
-from .core import DataError, LoraError, Markup, atomic_path, patch_to, quiet, table
+# %% ../nbs/37_dataset.ipynb #689fe05f
+from .core import DataError, LoraError, Markup, atomic_path, check_number, patch_to, quiet, table
 from .bases import Base
-from .phases import Shelf, TextCache, encode_fitting
+from .phases import Shelf, encode_fitting
+from .plan import batch_that_fits
 from .families import spelled
 from .pictures import (bucket_sizes, can_read, find_pictures, folder_words, is_folder, mask_owner, masks_beside, nearest_bucket, read_mask,
                               read_picture, to_rgb)
@@ -123,6 +124,7 @@ class ConceptDataset:
         tags: Callable[[str, random.Random], str] | None = None,  # rewords a caption at each draw, such as `TagWording()`
         keep: int = 2**29,                      # bytes of pictures that stay in memory
     ):
+        _check_options(size, prompt, trigger, buckets, tags, keep)
         found = find_pictures(source, recursive) if isinstance(source, (str, Path)) else source
         files = [_path(f) for f in found]
         if not files: raise DataError("An empty list of pictures: expected at least one.")
@@ -136,7 +138,7 @@ class ConceptDataset:
         self.shapes = [nearest_bucket(s, sizes) for s in shapes]           # (width, height) of each picture
         self.ids = [_size_ids(s, to, row) for s, to, (row, _) in zip(shapes, self.shapes, rows)]
         self.sources = Sources(self.names, shapes, self.shapes, self.captions, own, [m is not None for m in mask_files], self.repeats,
-                               trigger, flip, getattr(found, "left_out", {}), _unused(files, words, prompt, captions) + notes)
+                               trigger, flip, getattr(found, "left_out", {}), _unused(files, words, prompt, captions, trigger) + notes)
     def __len__(self): return len(self.names)
     def __getitem__(self, i: int) -> tuple[torch.Tensor, str]: return to_pixels(self.images[i]), self.captions[i]
 
@@ -155,6 +157,16 @@ class Sources:
     flip: bool = False
     left_out: dict[str, str] = field(default_factory=dict)  # name -> why, of files that are not trained on
     notes: list[str] = field(default_factory=list)          # what a person should know
+
+def _check_options(size, prompt, trigger, buckets, tags, keep):
+    "Refuse what could only fail later"
+    check_number("size", size, 8, 16384, whole=True); check_number("keep", keep, 0)
+    if not isinstance(prompt or "", str) or not isinstance(trigger, str):
+        raise LoraError(f"prompt = {prompt!r}, trigger = {trigger!r}: expected texts (prompt may be None).")
+    if tags is not None and not callable(tags): raise LoraError(f"tags = {tags!r}: expected a function of a caption and a random.Random.")
+    pair = lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(x, int) and x >= 8 for x in b)
+    if buckets not in (None, True, False) and not (isinstance(buckets, (list, tuple)) and all(map(pair, buckets))):
+        raise LoraError(f"buckets = {buckets!r:.60}: expected True, or a list of (width, height) in pixels, from 8.")
 
 def _path(f): return Path(f) if isinstance(f, (str, Path)) else f
 
@@ -181,9 +193,10 @@ def _worded(files, words, prompt, trigger, own):
     if bare: raise DataError(f"No caption for {bare[0]}" + f" and {len(bare) - 1} more" * (len(bare) > 1) + ": give a prompt.")
     return [fill_prompt(c, w if prompt is None else prompt, trigger) for c, w in zip(said, words)], [bool(c) for c in said]
 
-def _unused(files, words, prompt, own):
+def _unused(files, words, prompt, own, trigger):
     "Notes on captions and folder names that are not used"
     notes = caption_notes([f for f in files if isinstance(f, Path)]) if own else []
+    if "{trigger}" in (prompt or "") and not trigger: notes.append("no trigger is given, so {trigger} in the prompt stays empty")
     if prompt is None: return notes
     return notes + [f"the folder's words {w!r} are not used: a prompt was given" for w in dict.fromkeys(words) if w and w not in prompt]
 
@@ -272,17 +285,19 @@ def others(
     have = {k: getattr(self, k) for k in ("masks", "ids", "pixels")}
     return {k: pick(v, torch.as_tensor(rows), torch.as_tensor(sides)) for k, v in have.items() if v is not None}
 
-# %% ../nbs/37_dataset.ipynb #8bd951ac
+# %% ../nbs/37_dataset.ipynb #0965ac9a
 def encode(
     base: Base,
     data: ConceptDataset,
-    batch_size: int = 8,  # pictures encoded together
+    batch_size: int | None = None,  # pictures encoded together; None: up to 8, as many as fit
     cache: str | Path | None = None,  # folder that keeps latents for the next run; None: none are kept
 ) -> Examples:
     "Encode every picture once, mirror images too if the dataset asks for them"
+    check_number("batch_size", batch_size, 1, whole=True)
     n, masked = len(data), any(data.sources.masked)
     latents, masks, pixels, prints = Shelf(data.shapes), Shelf(data.shapes), Shelf(data.shapes), [""] * n
     store = None if cache is None else LatentCache(cache, base)
+    if batch_size is None: batch_size = batch_that_fits(base, "encode", max(data.shapes, key=math.prod), 8)
     for rows in _same_size(data.shapes, batch_size):
         sides = [_sides(data.images[i], data.masks[i], data.flip) for i in rows]       # (F, 4, H, W) uint8
         for i, x, z in zip(rows, sides, _encoded(base, sides, store)):
@@ -429,6 +444,7 @@ def drop_caption(
     rng: random.Random,
 ) -> str:
     "The caption, or an empty one in `share` of the samples"
+    check_number("share", share, 0, 1)
     return "" if rng.random() < share else caption
 
 # %% ../nbs/37_dataset.ipynb #363972d2
@@ -440,9 +456,8 @@ class TagWording:
     dropout: float = 0.       # chance of each other tag to be left out, 0..1
     separator: str = ","
     def __post_init__(self):
-        if not 0 <= self.dropout <= 1: raise LoraError(f"dropout = {self.dropout}: expected a share of the tags, 0 to 1.")
-        if self.keep < 0 or not self.separator: raise LoraError(f"keep = {self.keep}, separator = {self.separator!r}: expected at "
-                                                                "least 0, and a separator such as ','.")
+        check_number("dropout", self.dropout, 0, 1); check_number("keep", self.keep, 0, whole=True)
+        if not self.separator: raise LoraError("separator = '': expected one such as ','.")
     def __call__(self, caption: str, rng: random.Random) -> str:
         "The caption as it is worded this time"
         tags = [t.strip() for t in caption.split(self.separator) if t.strip()]

@@ -10,14 +10,14 @@ __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'clas
            'train_dreambooth']
 
 # %% ../nbs/51_dreambooth.ipynb #d1206280
-import bisect, contextlib, itertools, json, re, warnings
+import bisect, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../nbs/51_dreambooth.ipynb #3598b845
+# %% ../nbs/51_dreambooth.ipynb #e36370e5
 from .loading import load_base
-from .core import DataError, LoraError, atomic_path, patch_to, printable
+from .core import DataError, LoraError, atomic_path, check_number, patch_to, printable
 from .bases import Base
 from .drawing import drawing_bar
 from .lora import Lora
@@ -26,7 +26,8 @@ from .dataset_config import DatasetConfig, config_examples, load_dataset_config
 from .pictures import find_pictures, is_folder, is_junk
 from .captions import own_captions, read_text
 from .recipe import Recipe, recipe_for
-from .processes import main_process_first
+from .plan import batch_that_fits
+from .processes import shared, wait_for_all
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Stream
 
@@ -39,29 +40,35 @@ def trigger_of(
     words = re.sub(r"^(photo|picture|image|painting|drawing)s?\s+of\s+", "", words, flags=re.I)
     return re.sub(r"^(an?|the|one|my)\s+", "", words, flags=re.I).strip()
 
-# %% ../nbs/51_dreambooth.ipynb #928ce38b
+# %% ../nbs/51_dreambooth.ipynb #60098304
 def class_pictures(
     base: Base,
     prompts: str | list[str],  # a class prompt, or several, which take turns
     n: int = 24,          # how many pictures are needed
     folder: str | Path | None = None,  # reuse what is there, save what is drawn; None keeps them in memory
     seed: int = 0,        # of the first picture; the i-th is drawn with seed + i
-    batch_size: int = 24, # pictures drawn together
+    batch_size: int | None = None,  # pictures drawn together; None: up to 24, as many as fit
     **kw: Any,            # to `base.generate`
 ) -> tuple[list, list[str]]:  # (pictures or files, captions)
     "Pictures of the class, drawn by the base itself."
     base, prompts = load_base(base), [prompts] if isinstance(prompts, str) else list(prompts)
+    check_number("n", n, 1, whole=True); check_number("batch_size", batch_size, 1, whole=True)
+    if not prompts or not all(p.strip() for p in prompts): raise LoraError(f"Class prompts {prompts}: expected words such as 'a toy'.")
     have = _existing(folder)
     taken = {f.stem for f in Path(folder).iterdir() if f.suffix != ".txt"} if folder and is_folder(folder) else ()
     free = (i for i in itertools.count() if not taken or _file(folder, i).stem not in taken)   # what was deleted is drawn again
     todo = [(i, prompts[i % len(prompts)]) for i in itertools.islice(free, max(0, n - len(have)))]
-    made: list = []
-    parts = [todo[k:k + batch_size] for k in range(0, len(todo), batch_size)]
-    with drawing_bar(base, map(len, parts), kw.get("steps"), batch_size, "class pictures") if todo else contextlib.nullcontext({}) as bar:
-        for part in parts:
-            images = base.generate([p for _, p in part], seeds=[seed + i for i, _ in part], batch_size=batch_size, **{**bar, **kw})
-            made += [_keep(folder, i, im, p) for (i, p), im in zip(part, images)]
-    files = [*have, *made][:n]
+    wait_for_all()                                            # every process has looked into the folder
+    if batch_size is None: batch_size = batch_that_fits(base, "draw", kw.get("size"), 24)
+    def draw(mine):
+        made, parts = [], [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
+        bars = drawing_bar(base, map(len, parts), kw.get("steps"), batch_size, "class pictures") if mine else contextlib.nullcontext({})
+        with bars as bar:
+            for part in parts:
+                images = base.generate([p for _, p in part], seeds=[seed + i for i, _ in part], batch_size=batch_size, **{**bar, **kw})
+                made += [_keep(folder, i, im, p) for (i, p), im in zip(part, images)]
+        return made
+    files = [*have, *shared(todo, draw)][:n]
     said = own_captions(files) if folder else [""] * len(files)
     return files, [c or prompts[i % len(prompts)] for i, c in enumerate(said)]
 
@@ -138,7 +145,7 @@ def subject_stream(
     pictures = ConceptDataset(source, said, trigger or trigger_of(prompt), size or base.resolution, recipe.flip, **data)
     return Stream(name, encode(base, pictures, cache=latent_cache), recipe.batch_size)
 
-# %% ../nbs/51_dreambooth.ipynb #3a3676f9
+# %% ../nbs/51_dreambooth.ipynb #1329245d
 def prior_stream(
     base: Base,
     kind: PriorKind,
@@ -164,8 +171,7 @@ def prior_stream(
                          for i, (c, own) in enumerate(zip(data.captions, data.sources.own))]
         data.sources.trigger = ""
     else:
-        with main_process_first() if source is not None else contextlib.nullcontext():
-            pictures, captions = class_pictures(base, prompts, n, source, seed=recipe.seed, size=size, **kw)
+        pictures, captions = class_pictures(base, prompts, n, source, seed=recipe.seed, size=size, **kw)
         data = ConceptDataset(pictures, "", captions=False, **shape)
         data.captions = captions
     batch, teacher = max(1, recipe.prior_batch), kind == "prediction"
@@ -180,7 +186,14 @@ class Concept:
     class_prompt: str | list[str] | None = None  # "a face", or several prompts
     class_data: str | Path | None = None  # folder of class pictures, filled if need be; None keeps them in memory
     trigger: str | None = None  # words that fill the hole in captions; None: from the prompt
-    def __post_init__(self): self.trigger = self.trigger or trigger_of(self.prompt)
+    def __post_init__(self):
+        self.trigger = self.trigger or trigger_of(self.prompt)
+        if self.trigger.strip().lower() in ("", "a", "an", "the", "one", "my"):
+            raise LoraError(f"The prompt {self.prompt!r} names no subject: expected words such as 'a sks toy'.")
+        asked = [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt or []
+        if same := next((p for p in asked if says(p, self.trigger)), None):
+            warnings.warn(printable(f"The class prompt {same!r} says {self.trigger!r}, the subject's own words, so nothing tells the class from "
+                                    "it. Leave the new word out of the class prompt."), stacklevel=4)
 
 def load_concepts(
     path: str | Path,  # JSON: a list of {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}

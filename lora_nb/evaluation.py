@@ -12,7 +12,7 @@ __all__ = ['GROUPS', 'PROMPTS', 'METRICS', 'Question', 'pick_groups', 'prompt_ex
            'score_pictures', 'marks', 'bootstrap', 'paired_bootstrap', 'wearing', 'summary', 'meaning', 'Evaluation',
            'evaluate']
 
-# %% ../nbs/33_evaluation.ipynb #dc330158
+# %% ../nbs/33_evaluation.ipynb #5c93b215
 import contextlib, json, re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from .bases import Base
 from .drawing import drawing_bar
-from .core import DataError, Markup, atomic_path, closest, data_path, table
+from .core import DataError, Markup, atomic_path, check_number, closest, data_path, table
 from .injection import apply_lora, remove_lora
 from .loading import load_base
 from .lora import Lora
@@ -74,6 +74,8 @@ def prompt_exam(
     subject: str | None = None,       # the name by which a judge knows the subject or style
 ) -> dict[str, list[Question]]:
     "An exam of the same texts for the trigger and for the class noun."
+    check_number("n", n, 1, whole=True)
+    if not trigger.strip() or not prompts: raise DataError(f"trigger = {trigger!r}, {len(prompts)} prompts: expected words, and a prompt.")
     bad = [p for p in prompts if "{}" not in p]
     if bad: raise DataError(f"The prompt {bad[0]!r} has no {{}} for the subject's words.")
     style, noun = (subject or trigger) if kind == "style" else None, kind or trigger.split()[-1]
@@ -215,6 +217,7 @@ def bootstrap(
     groups: Sequence | None = None,        # what each value belongs to (its subject); whole groups are drawn then
 ) -> tuple[float, float]:                  # low, high
     "Confidence interval of a mean."
+    check_number("level", level, 0, 1); check_number("draws", draws, 1, whole=True)
     v, rng = np.asarray(values, float), np.random.default_rng(seed)
     if not len(v): raise DataError("No values to draw from: expected at least one.")
     g = np.arange(len(v)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -25,7 +25,7 @@ from .core import (LoraError, ShapeError, TargetError, common_dtype, default_dev
 from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
-from .lora import Factors, Lora
+from .lora import Factors, Lora, as_lora
 from .worn import Wearer, places, resolve_components
 from .injection import find_targets
 
@@ -173,6 +173,8 @@ def _one_of(**options):
         raise LoraError(f"expected exactly one of {', '.join(options)}, found {', '.join(given) or 'none'}")
     (name, value), = given.items()
     if name == "energy" and not 0 < value <= 1: raise LoraError(f"energy={value}: expected a share above 0, at most 1")
+    if name != "energy" and not all(isinstance(v, int) for v in (value.values() if isinstance(value, dict) else [value])):
+        raise LoraError(f"{name}={value!r}: expected a whole number")
     if name != "energy" and value < 1: raise LoraError(f"{name}={value}: expected at least 1")
 
 # %% ../nbs/27_extraction.ipynb #81285ece
@@ -374,7 +376,7 @@ def spectra(
 
 # %% ../nbs/27_extraction.ipynb #81fc547e
 def resize(
-    lora: Lora,
+    lora: Lora | str | Path,      # a LoRA, or its file
     rank: int | None = None,      # of every layer, at most
     energy: float | None = None,  # or the share of each layer's energy to keep
     bytes: int | None = None,     # or the size of its file in peft's format, saved with `pad=False`
@@ -382,6 +384,7 @@ def resize(
 ) -> Lora:
     "The best approximation of a LoRA by a smaller one; embeddings and metadata stay"
     _one_of(rank=rank, energy=energy, bytes=bytes)
+    lora = as_lora(lora)
     layers = {n: f for n, f in lora.check().layers.items() if (rank is None or f.rank > rank) and len(f.shape) > 1}
     if bytes is not None: rank = _fit(spectra(lora), _costs(layers, dtype), bytes, lora)
     if bytes is not None: layers = {n: layers[n] for n in rank}

@@ -13,7 +13,7 @@ Docs: https://lora-nb.github.io/lora_nb/injection.html.md"""
 __all__ = ['TARGETS', 'MMDIT_TARGETS', 'find_targets', 'Injected', 'inject_lora', 'freeze_base', 'disabled', 'remove_lora',
            'remove_from_model', 'apply_lora', 'place_lora', 'set_scale', 'extract_lora']
 
-# %% ../nbs/09_injection.ipynb #9ae1bcae
+# %% ../nbs/09_injection.ipynb #84ce440e
 import re, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +27,12 @@ from .core import (LoraError, ShapeError, TargetError, closest, finite, finite_n
                           working_dtype)
 from .core import table as as_table
 from .layers import LoraLayer, branch_dtype, check_rank, set_scales
-from .lora import Factors, Lora, add_factors, limit_pairs
+from .lora import Factors, Lora, add_factors, as_lora, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
 from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_stores,
                           component_of, device_of, foreign_adapters, is_offloaded, layer_factors, places, remerge, resolve_components,
                           root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
+from .quantized import outline, packing
 from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
 
 # %% ../nbs/09_injection.ipynb #b537ebf4
@@ -193,6 +194,10 @@ def inject_lora(
     parts = _chosen(pipe_or_model, targets, component)
     if theirs := foreign_adapters(parts): raise TargetError(theirs)
     if alpha is not None: alpha = finite_number(alpha, "alpha")
+    if not 0 <= finite_number(dropout, "dropout") < 1: raise LoraError(f"dropout={dropout}: expected a share from 0 to below 1")
+    for what, x in (("targets", targets), ("rank", rank)):
+        lacks = [c for c in parts if isinstance(x, dict) and c not in x]
+        if x is None or lacks: raise TargetError(f"{what}={x!r} says nothing for {', '.join(lacks or parts)}: expected one for each component")
     with changing(parts.values()) as undo:
         if name in adapters(parts):
             raise TargetError(f"the model wears a LoRA named {name!r} already: remove it first, or choose another name")
@@ -237,7 +242,7 @@ def _build(handle, layers, undo, alpha, dropout, init, dora, rslora, dtype):
     with quick():
         for n, (module, r) in layers.items():
             if init == "pissa": undo.append(weight_state(root_module(module)))        # it splits the base's weight in two
-            kind = dtype or working_dtype(root_module(module).weight.dtype)
+            kind = dtype or working_dtype(outline(root_module(module)).dtype)
             layer = adapted_class(module).from_base(module, r, alpha, dropout, 1., dora, rslora, init, kind)
             layer.adapter = handle.adapter
             _hang(where[n], layer, undo)
@@ -357,8 +362,8 @@ def load(self,
         f = lora.layers[n]
         if f.rank != m.r:
             raise ShapeError(f"{n} has rank {m.r} here and {f.rank} in the LoRA: inject with the LoRA's rank")
-        if f.shape != tuple(m.weight.shape):
-            raise ShapeError(f"{n} has a weight of {tuple(m.weight.shape)} here and {f.shape} in the LoRA: it was "
+        if f.shape != tuple(outline(m.root).shape):
+            raise ShapeError(f"{n} has a weight of {tuple(outline(m.root).shape)} here and {f.shape} in the LoRA: it was "
                              "trained on another base")
         if f.magnitude is not None and m.magnitude is None:
             raise ShapeError(f"{n} has DoRA magnitudes in the LoRA, and the branch here has none: inject with dora=True")
@@ -368,17 +373,20 @@ def load(self,
         m.lora_down.weight.copy_(f.down)
         if m.magnitude is not None and f.magnitude is not None: m.magnitude.copy_(f.magnitude.flatten())
 
-# %% ../nbs/09_injection.ipynb #8da9e86a
+# %% ../nbs/09_injection.ipynb #4e50083e
 def apply_lora(
     pipe_or_model: "Wearer",   # pipeline, loaded base, or bare model
     lora: Lora | str | Path,   # a LoRA, or the path of a file
     scale: float | dict[str, float] = 1.,  # strength, or component -> strength
     mode: Literal["merge", "inject"] = "merge",  # into the weights (free at each step), or as branches (free to scale)
     name: str | None = None,   # for `set_scale` and `remove_lora`; None: "lora", "lora_2" ...
+    requantize: bool = False,  # merge into quantised weights: unpack, add, pack again (what is small is rounded away)
 ) -> str:                      # the name
     "Make a model wear a LoRA. If it fails, nothing has changed"
     if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
-    if not isinstance(lora, Lora): lora = Lora.load(lora, base=pipe_or_model)
+    if not isinstance(name, (str, type(None))): raise LoraError(f"name={name!r}: expected a text")
+    if isinstance(lora, (list, tuple, dict)): raise LoraError("several LoRAs were given: put them on one by one, each with a name, or compose them")
+    lora = as_lora(lora, pipe_or_model)
     parts, put = resolve_components(pipe_or_model), _merge if mode == "merge" else _hang_all
     _check_components(scale, parts)
     strengths = {c: _strength(scale, c) for c in parts}
@@ -388,6 +396,7 @@ def apply_lora(
         if there == mode: _set_all(parts, strengths, name, undo)
         if there == mode: return name
         if there: [_take_off(model, name, True, undo) for model in parts.values()]
+        if mode == "merge": _check_packed(placed, requantize)
         for c, (tokenizer, new) in words.items(): check_new_words(c, parts[c], tokenizer, new)
         for c, layers in placed.items(): put(parts[c], layers, strengths[c], name, undo)
         for c, (tokenizer, _) in words.items(): hold_vocabulary(parts[c], tokenizer, undo)    # before any word: it may be shared
@@ -466,7 +475,7 @@ def place_lora(
         place = there.get(canonical(path))
         if place is None and f.optional: continue
         if place is None: lost.append(full)
-        elif not f.fits(root_module(place.module).weight.shape): misshaped.append((full, f, place))
+        elif not f.fits(outline(root_module(place.module)).shape): misshaped.append((full, f, place))
         else: placed[canonical(path)] = (place, f)
     _report_lost(parts, lora, lost, misshaped, found)
     return {c: placed for c, (placed, _) in found.items()}
@@ -477,7 +486,7 @@ def _report_lost(parts, lora, lost, misshaped, found):
     if misshaped:
         full, f, place = misshaped[0]
         raise ShapeError(f"{len(misshaped)} of {len(lora)} layers have another shape than the model's: {full} is made "
-                         f"for a weight of {f.shape}, the model's is {tuple(root_module(place.module).weight.shape)}. "
+                         f"for a weight of {f.shape}, the model's is {tuple(outline(root_module(place.module)).shape)}. "
                          "The LoRA was trained on another base: load that base, or look at lora.report(pipe)")
     if lost:
         names = [f"{c}.{n}" for c, (_, there) in found.items() for n in there]
@@ -505,7 +514,7 @@ def _hang_all(model, layers, scale, name, undo):
             root, f = root_module(place.module), f.plain()
             if f.magnitude is not None and is_offloaded(root):
                 raise LoraError(f"{path} is offloaded, and a DoRA's branch needs its weight at each call: wear it with mode='merge'")
-            kind = branch_dtype(root.weight.dtype, f.dtype)
+            kind = branch_dtype(outline(root).dtype, f.dtype)
             own = dict(device=device_of(root), dtype=kind)
             up, down = (t.detach().to(**own) for t in (f.up, f.down))
             _check_gain(scale * f.scaling, kind, path)
@@ -518,6 +527,13 @@ def _hang_all(model, layers, scale, name, undo):
             _hang(place, layer, undo)
 
 # %% ../nbs/09_injection.ipynb #a448f8eb
+def _check_packed(placed, requantize):
+    "Raise before anything is changed if a merge would need quantised weights to be packed again, and nobody asked for that"
+    packed = {f"{c}.{n}": kind for c, layers in placed.items() for n, (p, _) in layers.items() if (kind := packing(root_module(p.module)))}
+    if packed and not requantize:
+        raise LoraError(f"{len(packed)} weights are packed by {' and '.join(sorted({*packed.values()}))} ({some(packed, 2)}), and a merge would round most "
+                        "of the LoRA away: wear it with mode='inject', which loses nothing; or pass requantize=True to unpack, add and pack again")
+
 def _merge(model, layers, scale, name, undo):
     "Add a LoRA to the weights"
     seen = {}

@@ -6,9 +6,9 @@ Docs: https://lora-nb.github.io/lora_nb/layers.html.md"""
 
 # %% auto #0
 __all__ = ['LoraLayer', 'set_scales', 'branch_dtype', 'init_factors', 'pissa_factors', 'check_rank', 'LoraInjectedLinear',
-           'LoraInjectedConv2d']
+           'autocasts', 'LoraInjectedConv2d']
 
-# %% ../nbs/03_layers.ipynb #9c798602
+# %% ../nbs/03_layers.ipynb #b4193eda
 import math, warnings
 from typing import Literal
 
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .core import LoraError, ShapeError, checksum, patch_to, row_norms, working_dtype
+from .core import LoraError, ShapeError, checksum, finite, patch_to, row_norms, working_dtype
+from .quantized import dense_weight, outline, packing
 
 # %% ../nbs/03_layers.ipynb #a4fe74a5
 class LoraLayer(nn.Module):
@@ -51,12 +52,14 @@ def scaling(self) -> float:
 
 def _set_scale(self, s):
     gain = float(s) * self.scaling
+    if not math.isfinite(gain): raise LoraError(f"strength {s} at alpha {self.alpha}: expected finite numbers")
     self.__dict__.update(_scale=float(s), _gain=gain)      # past the slow setter, as above
     self._gain_tensor.fill_(gain)                          # in place: compiled code holds this very tensor
 
 def _set_alpha(self, a):
-    self._alpha = a
-    self.scale = self._scale
+    was, self._alpha = self._alpha, a
+    try: self.scale = self._scale
+    except LoraError: self._alpha = was; raise
 
 LoraLayer.scale = property(lambda self: self._scale, _set_scale, doc="The user's strength; 0 is the base")
 LoraLayer.alpha = property(lambda self: self._alpha, _set_alpha, doc="Numerator of alpha/r; None: r")
@@ -199,8 +202,10 @@ def from_base(cls,
     "A module with a fresh branch; the module stops learning"
     root = module.root if isinstance(module, LoraLayer) else module
     check_rank(r, *cls._sizes(root))
-    up, down = init_factors(root.weight, r, init, dtype)
-    magnitude = nn.Parameter(row_norms(root.weight).to(up.dtype)) if dora else None
+    if init == "pissa" and packing(root):
+        raise LoraError(f"PiSSA changes the base's weight, which is packed by {packing(root)}: load the base unquantised, or choose init='gaussian'")
+    up, down = init_factors(outline(root), r, init, dtype)
+    magnitude = nn.Parameter(row_norms(dense_weight(root)).to(up.dtype)) if dora else None
     root.requires_grad_(False)
     self = cls._new()._attach(module, up, down, alpha, dropout_p, scale, rslora, magnitude)
     if init == "pissa": self._split_base()
@@ -306,10 +311,17 @@ def _simple(self):
     return type(self._modules["selector"]) is nn.Identity and self.magnitude is None and self.start is None
 
 # %% ../nbs/03_layers.ipynb #4ae38f1a
+def autocasts(
+    x: torch.Tensor,  # of the device that is asked about
+) -> bool:
+    "Whether autocast chooses the precision of products on this tensor's device"
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
 @patch_to(LoraLayer)
 def _general(self, x, y):
     "Add the branch's part to `y`, with every option"
-    h = self.lora_up(self.selector(self.lora_down(x.to(self.lora_down.weight.dtype))))   # S: between A and B
+    if not autocasts(x): x = x.to(self.lora_down.weight.dtype)    # autocast would go on from a copy of each layer's own
+    h = self.lora_up(self.selector(self.lora_down(x)))            # S: between A and B
     if self.magnitude is not None: return self._dora(x, y, h)
     if self.start is not None: return self._pissa(x, y, h)
     return y + (h * self._gain_tensor).to(y.dtype)
@@ -338,7 +350,7 @@ def _pair(self):
 def delta_weight(self) -> torch.Tensor:
     "What the branch adds to the weight at the current scale, in the weight's shape"
     up, down = self._pair()
-    delta = (up @ down).view(self.weight.shape)
+    delta = (up @ down).view(outline(self.root).shape)
     if self.magnitude is None: return delta * self._gain
     w = self.original_weight.to(delta.dtype)
     return self._scale * (self._dora_weight(w, delta) - w)
@@ -348,7 +360,7 @@ def delta_weight(self) -> torch.Tensor:
 def original_weight(self) -> torch.Tensor:
     "The root's weight before PiSSA or a merge changed it"
     kept = getattr(self.root, "_kept_weight", None)
-    return self.weight.detach() if kept is None else kept.to(self.weight.device)
+    return dense_weight(self.root) if kept is None else kept.to(self.weight.device)
 
 # %% ../nbs/03_layers.ipynb #be59f975
 @patch_to(LoraLayer)
@@ -363,7 +375,8 @@ def realize_as_lora(self) -> tuple[torch.Tensor, torch.Tensor]:
 @patch_to(LoraLayer)
 def _shaped(self, up, down):
     "Reshape matrices to the shapes that files hold"
-    return up.view(*up.shape, *[1] * (self.weight.ndim - 2)), down.view(-1, *self.weight.shape[1:])
+    like = outline(self.root)
+    return up.view(*up.shape, *[1] * (like.ndim - 2)), down.view(-1, *like.shape[1:])
 
 # %% ../nbs/03_layers.ipynb #87331a70
 @patch_to(LoraLayer)
@@ -375,6 +388,7 @@ def set_selector_from_diag(
     diag = torch.as_tensor(diag)
     if diag.shape != (self.r,):
         raise ShapeError(f"the diagonal has shape {tuple(diag.shape)}, expected ({self.r},): one weight for each rank")
+    if not finite(diag): raise LoraError(f"the diagonal is {diag.tolist()}: expected finite numbers")
     like = self.lora_up.weight
     self.selector = self._selector(torch.diag(diag.to(like.device, like.dtype))).requires_grad_(False)
 
@@ -478,9 +492,9 @@ def _dora_weight(self, w, delta):
 @patch_to(LoraLayer)
 def _dora(self, x, y, h):
     "`y` plus `scale * (W' - W) x`, where `W' = m (W + s BA) / ||W + s BA||`"
-    rows = (-1, *[1] * (self.weight.ndim - 2))
+    rows = (-1, *[1] * (outline(self.root).ndim - 2))
     up, down = self._pair()
-    norm = row_norms(self.original_weight.to(up.dtype) + self.scaling * (up @ down).view(self.weight.shape))
+    norm = row_norms(self.original_weight.to(up.dtype) + self.scaling * (up @ down).view(outline(self.root).shape))
     ratio = (self.magnitude / norm).to(h.dtype).view(rows)                    # m / ||W + s BA||
     wx = self._without_bias(x, y).to(h.dtype)
     return y + (((ratio - 1) * wx + ratio * self.scaling * h) * (self._gain_tensor / self.scaling)).to(y.dtype)

@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/loading.html.md"""
 __all__ = ['WEIGHTS', 'single_file_family', 'variants_in', 'embedded_bases', 'load_base', 'stored_dtypes', 'load_as_stored']
 
 # %% ../nbs/15_loading.ipynb #e5137680
-import json, os, re
+import importlib.util, json, os, re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ import torch
 from .core import LoraError, closest, data_path, default_device, default_dtype, quiet
 from .bases import Base
 from .families import FAMILIES, HUB, as_base
+from .quantize import loading_configs, quantize_parts, wanted_packings
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/15_loading.ipynb #6817957b
@@ -35,6 +36,10 @@ def single_file_family(
 # %% ../nbs/15_loading.ipynb #c8b5bfb3
 def _file_keys(path):
     "Names of the tensors in a .safetensors or .ckpt file; pickles are read with weights_only."
+    if path.suffix == ".gguf":
+        if not importlib.util.find_spec("gguf"): raise LoraError(f"{path}: reading it needs the package gguf: pip install gguf")
+        from gguf import GGUFReader
+        return [t.name for t in GGUFReader(str(path)).tensors]
     if path.suffix != ".safetensors":
         sd = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return list(sd.get("state_dict", sd))
@@ -55,6 +60,7 @@ def _from_single_file(path, dtype, config=None, t5=True):
     "A pipeline from one checkpoint file; diffusers fetches the small configs from the hub unless `config` is a folder."
     import diffusers
     family, keys = _family_of_file(path)
+    if path.suffix == ".gguf" or hasattr(family, "network"): return _around_transformer(path, family, dtype, config)
     kind = getattr(diffusers, f"{family.pipeline}Pipeline")
     try:
         with quiet(path.stat().st_size < 3e8):
@@ -64,6 +70,36 @@ def _from_single_file(path, dtype, config=None, t5=True):
         raise LoraError(f"{path} is a checkpoint of {family.family}, but the files around it (configurations, and the "
                         "text encoders that it does not hold) could not be fetched, or do not fit "
                         f"({type(e).__name__}). Pass config=, a pipeline folder of the same architecture.") from e
+
+# %% ../nbs/15_loading.ipynb #8ae73aad
+def _around_transformer(path, family, dtype, config=None):
+    "A pipeline around the transformer of one file"
+    import diffusers
+    from diffusers import DiffusionPipeline, GGUFQuantizationConfig
+    rest = config or next((hub for hub in HUB.values() if _class_named(hub) is family), None)
+    packed = dict(quantization_config=GGUFQuantizationConfig(compute_dtype=dtype or torch.float32)) if path.suffix == ".gguf" else {}
+    kind = getattr(diffusers, getattr(family, "network", "SD3Transformer2DModel"))
+    try:
+        with quiet():
+            net = kind.from_single_file(str(path), config=rest, subfolder="transformer", torch_dtype=dtype, **packed)
+            return DiffusionPipeline.from_pretrained(rest, transformer=net, torch_dtype=dtype)
+    except (OSError, ValueError, ImportError) as e:
+        raise LoraError(f"{path} holds the transformer of {family.family}; what stands around it could not be fetched, or does not fit "
+                        f"({type(e).__name__}: {str(e)[:200]}). Pass config=, a pipeline folder of the same architecture.") from e
+
+def _class_named(hub):
+    "The family of a repository that `HUB` names, by its name"
+    name = hub.lower()
+    words = dict(zimage="z-image", flux2="flux.2", flux="flux.1", sd3="stable-diffusion-3", sdxl="xl-base")
+    return next((f for f in FAMILIES if words.get(f.family, "v1-5") in name), None)
+
+def _packed_file(path, dtype, config, t5, packed):
+    "A pipeline from one file, packed afterwards if that is wanted"
+    pipe = _from_single_file(path, dtype, config, t5)
+    wishes, _ = _packing(packed, as_base(pipe), dtype)
+    if wishes and path.suffix == ".gguf": raise LoraError(f"{path} is packed already: load it without quantize=.")
+    quantize_parts(pipe, wishes, dtype or torch.float32, {})
+    return pipe
 
 # %% ../nbs/15_loading.ipynb #16a0a81b
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:-\d+-of-\d+)?(?:\.([A-Za-z]\w*?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
@@ -78,6 +114,7 @@ def variants_in(
     return found
 
 
+
 # %% ../nbs/15_loading.ipynb #5136f83a
 def _variant_of(source, variant):
     "The variant to load from a folder; `variant` is what the caller asked for, or None."
@@ -89,9 +126,10 @@ def _variant_of(source, variant):
     return next((v for v in names for have in found.values() if "" not in have and v in have), None)
 
 
+
 # %% ../nbs/15_loading.ipynb #856c0299
-def _from_pretrained(source, dtype, t5=True, variant=None, revision=None):
-    "A pipeline from a folder or a hub id, without a safety checker."
+def _from_pretrained(source, dtype, t5=True, variant=None, revision=None, packed=None):
+    "A pipeline from a folder or a hub id, without a safety checker; `packed` is (quantize, device)."
     local = Path(source).is_dir()
     small = local and sum(f.stat().st_size for f in Path(source).rglob("*.safetensors")) < 3e8
     if local: variant = _variant_of(source, variant)
@@ -101,12 +139,31 @@ def _from_pretrained(source, dtype, t5=True, variant=None, revision=None):
             from diffusers import DiffusionPipeline
             config = DiffusionPipeline.load_config(str(source), **ask)
             off = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in config else {}
-            off |= _family_of_class(config["_class_name"]).encoders_apart(str(source), dtype, t5)
+            family = _family_of_class(config["_class_name"])
+            off |= family.encoders_apart(str(source), dtype, t5)
+            wishes, configs = _packing(packed, family, dtype)
+            if configs: off["quantization_config"] = _mapping(configs)
             for v in [variant] if local or variant or dtype in (None, torch.float32) else ["fp16", None]:
-                try: return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, variant=v, **ask, **off)
+                try:
+                    pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, variant=v, **ask, **off)
+                    quantize_parts(pipe, wishes, dtype or torch.float32, configs)
+                    return pipe
                 except ValueError as e:
                     if v is None or variant or "variant" not in str(e): raise
+    except LoraError: raise
     except Exception as e: raise _no_pipeline(str(source), e) from e
+
+def _packing(packed, family, dtype):
+    "(component -> kind, component -> configuration for reading) of what `load_base` was asked for"
+    if not packed or not packed[0]: return {}, {}
+    wishes = wanted_packings(packed[0], family.denoiser_name, packed[1])
+    return wishes, loading_configs(wishes, dtype or torch.float32, packed[1])
+
+def _mapping(configs):
+    "Configurations by component, as diffusers takes them"
+    from diffusers import PipelineQuantizationConfig
+    return PipelineQuantizationConfig(quant_mapping=configs)
+
 
 
 # %% ../nbs/15_loading.ipynb #06de2e4c
@@ -118,7 +175,8 @@ def _no_pipeline(source, e):
     "The error to raise when `source` could not be loaded because of `e`."
     kinds = {k.__name__ for x in _chain(e) for k in type(x).__mro__}
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    hint = "Expected an embedded base, a diffusers folder with model_index.json, a .safetensors or .ckpt file, or a hub id."
+    hint = "Expected an embedded base, a diffusers folder with model_index.json, a .safetensors, .ckpt or .gguf file, or a hub id."
+    if "No GPU found" in str(e): hint = "It is packed by bitsandbytes, and diffusers reads such folders on a machine with a GPU only."
     if Path(source).is_dir(): pass
     elif "GatedRepoError" in kinds: hint = (f"Accept its licence on https://huggingface.co/{source}, then log in: hf auth login")
     elif offline or "OfflineModeIsEnabled" in kinds:
@@ -131,6 +189,7 @@ def _no_pipeline(source, e):
         hint = (f"The hub cannot be reached and {source} is not in the cache. On a machine with a network: "
                 f"hf download {source} --local-dir FOLDER; then load_base(FOLDER).")
     return LoraError(f"No pipeline could be loaded from {source!r} ({type(e).__name__}: {str(e)[:300]}). {hint}")
+
 
 
 # %% ../nbs/15_loading.ipynb #76d9bd0d
@@ -167,31 +226,32 @@ def load_base(
     revision: str | None = None,               # branch, tag or commit on the hub; None: the newest
     t5: bool | Literal["8bit"] = True,         # SD3's third text encoder: False leaves it out, "8bit" needs CUDA
     offload: Literal[False, "model", "sequential"] = False,  # networks, or layers (for drawing only), wait in memory
+    quantize: str | dict[str, str] | None = None,  # pack the denoiser ("nf4", "int8", "fp8" ...: see `PACKINGS`), or component -> kind
 ) -> Base:
     "Load a base of any family."
     if not isinstance(source, (str, Path)):
-        if t5 is not True or offload or variant or revision:
-            raise LoraError("t5=, offload=, variant= and revision= say how to load; this is loaded already.")
+        if t5 is not True or offload or variant or revision or quantize:
+            raise LoraError("t5=, offload=, variant=, revision= and quantize= say how to load; this is loaded already.")
         return source if hasattr(source, "family") else as_base(source)     # a base, or what plays one, is given back as it is
     device = default_device(device); dtype = dtype or default_dtype(device); path = Path(source)
     _check_wishes(t5, offload, device)
-    pipe, name = _find_pipe(str(source), path, dtype, config, t5, variant, revision)
+    pipe, name = _find_pipe(str(source), path, dtype, config, t5, variant, revision, (quantize, device))
     if offload == "model": pipe.enable_model_cpu_offload(device=device)
     elif offload: pipe.enable_sequential_cpu_offload(device=device)
     else: pipe = pipe.to(device)
     return as_base(pipe, name)
 
-def _find_pipe(source, path, dtype, config, t5, variant=None, revision=None):
+def _find_pipe(source, path, dtype, config, t5, variant=None, revision=None, packed=None):
     "The pipeline that a name means, on the CPU, and what to call it."
     hub = HUB.get(source, source)
     local = path.exists() or source in embedded_bases() or "/" not in hub
     if revision and local: raise LoraError(f"revision={revision!r} is for a repository on the hub; {source} is not one.")
     if path.is_file():
         if variant: raise LoraError(f"variant={variant!r} chooses among the files of a folder; {source} is one file.")
-        return _from_single_file(path, dtype, config, t5), path.name
-    if path.is_dir(): return _from_pretrained(path, dtype, t5, variant), path.name
-    if source in embedded_bases(): return _from_pretrained(data_path(source), dtype, t5, variant), source
-    if "/" in hub and not path.is_absolute(): return _from_pretrained(hub, dtype, t5, variant, revision), hub
+        return _packed_file(path, dtype, config, t5, packed), path.name
+    if path.is_dir(): return _from_pretrained(path, dtype, t5, variant, packed=packed), path.name
+    if source in embedded_bases(): return _from_pretrained(data_path(source), dtype, t5, variant, packed=packed), source
+    if "/" in hub and not path.is_absolute(): return _from_pretrained(hub, dtype, t5, variant, revision, packed), hub
     names = [*embedded_bases(), *HUB]
     raise LoraError(f"No base {source!r}: it is neither an embedded base ({', '.join(embedded_bases())}), nor a short "
                     f"name ({', '.join(HUB)}), nor a folder, file or hub id ('owner/name').{closest(source, names)}")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
 # %% ../nbs/34_masks.ipynb #b0c1d2e6
-from .core import LoraError, progress
+from .core import LoraError, check_number, progress
 from .pictures import IMAGENET_NORM, load_pair, pixels_for
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -82,6 +82,7 @@ def soft(
     temperature: float = 1.,   # below 1 harder, above 1 softer
 ) -> np.ndarray:
     "Probabilities in 0..1"
+    check_number("temperature", temperature, 0)
     return 1 / (1 + np.exp(-np.clip(np.asarray(logits, np.float64) / max(temperature, 1e-6), -60, 60)))
 
 def saliency_mask(

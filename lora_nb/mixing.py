@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import LoraError, ShapeError, free_name, generator, patch_to, some
+from .core import LoraError, ShapeError, finite, finite_number, free_name, generator, patch_to, some
 from .layers import LoraLayer
 from .lora import Factors, Lora, add_factors, gather, join_words
 from .worn import Wearer, adapters, foreign_adapters, places, resolve_components
@@ -45,7 +45,8 @@ def keep_out(
 @method("np")
 def _np(layers, loras, mu=1., protect=-1):
     "NP-LoRA: the LoRA of index `protect` is left whole, all others keep out of its way"
-    if mu < 0: raise LoraError(f"mu={mu}: expected 0 (the plain sum) or more")
+    if not mu >= 0: raise LoraError(f"mu={mu}: expected 0 (the plain sum) or more")
+    if not -len(loras) <= protect < len(loras): raise LoraError(f"protect={protect}: expected the index of one of {len(loras)} LoRAs")
     protect = range(len(loras))[protect]
     def one(fs):
         mine = [f for f in fs[protect:protect + 1] if f]
@@ -71,6 +72,7 @@ def trim(
     density: float,       # share of the entries to keep, 0..1
 ) -> torch.Tensor:
     "Only the largest entries, by absolute value"
+    if not 0 < density <= 1: raise LoraError(f"density={density}: expected a share above 0, at most 1")
     k = max(1, round(density * delta.numel()))
     if k >= delta.numel(): return delta
     least = delta.abs().flatten().kthvalue(delta.numel() - k + 1).values
@@ -129,7 +131,10 @@ class Mixture:
         loras: list[Lora],
         weights: Gates | None = None,   # None: all 1
     ):
-        self.model, self.loras, self.weights = pipe_or_model, list(loras), weights
+        loras = [loras] if isinstance(loras, Lora) else list(loras)
+        if weights is not None and not callable(weights):
+            raise LoraError(f"weights={weights!r}: expected f(layer's name, progress, step) -> a weight for each of {len(loras)} LoRAs")
+        self.model, self.loras, self.weights = pipe_or_model, loras, weights
         self.parts, layers = resolve_components(pipe_or_model), gather(loras)
         if theirs := foreign_adapters(self.parts): raise LoraError(theirs)
         there = {f"{c}.{n}": p.module for c, m in self.parts.items() for n, p in places(m).items()}
@@ -149,7 +154,10 @@ class Mixture:
         if self.only is not None: return torch.eye(k)[self.only]
         if self.weights is None: return torch.ones(k)
         progress = self.progress if name.split(".")[0] in ("unet", "transformer") else None
-        return torch.as_tensor(self.weights(name, progress, self.step), dtype=torch.float32)
+        w = torch.as_tensor(self.weights(name, progress, self.step), dtype=torch.float32)
+        if w.shape[-1:] != (k,) or w.ndim > 2 or w.device.type == "cpu" and not finite(w):
+            raise LoraError(f"the weights for {name} are {w.tolist()}: expected a finite number for each of {k} LoRAs")
+        return w
 
 # %% ../nbs/30_mixing.ipynb #a1516cbf
 def _joined(factors, module):
@@ -226,6 +234,8 @@ def composite(
 ) -> Iterator[Mixture]:
     "LoRA Composite on a `Mixture`: inside this block the denoiser returns the mean of what it predicts with each LoRA alone"
     k = len(mixture.loras)
+    if shares is not None and (len(shares) != k or not all(finite_number(s, "a share") > 0 for s in shares)):
+        raise LoraError(f"shares={shares}: expected a number above 0 for each of {k} LoRAs")
     shares = [1 / k] * k if shares is None else [s / sum(shares) for s in shares]
     model = next(m for c, m in mixture.parts.items() if c in ("unet", "transformer"))
     ask = model.forward

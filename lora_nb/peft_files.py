@@ -209,8 +209,23 @@ def _value(text):
     try: return json.loads(text.lower()) if text.lower() in ("true", "false", "none", "null") else json.loads(text)
     except ValueError: return text
 
+_ALPHA, _RANK = re.compile(r"((lora_)?network_|lora_)?alpha"), re.compile(r"((lora_)?network_|lora_)?(rank|dim)")
+
+def _in_other_words(said):
+    "Rank and alpha under other names, `network_alpha` or `rank` and `alpha`, as a `LoraConfig` has them; alpha alone must say of what"
+    parts = [(*str(k).rpartition(".")[::2], k, v) for k, v in said.items()]
+    for component, field, key, value in parts:
+        dot = f"{component}." if component else ""
+        ranks = [v for c, f, _, v in parts if c == component and (_RANK.fullmatch(f) or f == "r")]
+        if component not in ("", *COMPONENTS) or not _ALPHA.fullmatch(field) or field == "lora_alpha" or (field == "alpha" and not ranks):
+            continue
+        if not re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", str(value).strip()): continue                # "None" and the like
+        yield f"{dot}lora_alpha", float(value)
+        if ranks: yield f"{dot}r", _value(str(ranks[0]))
+
 def _stated(metadata):
     "(key, value) of everything that the header says like a `LoraConfig`"
+    yield from _in_other_words({k: v for k, v in metadata.items() if k not in ("adapter_config", NOTE)})
     for key, text in metadata.items():
         component, _, field = str(key).rpartition(".")
         if key in ("adapter_config", NOTE): continue
@@ -393,7 +408,20 @@ def _config_of(config, path, rank):
     said = _by_pattern(config.get("rank_pattern"), path) or config.get("r")
     if said is None or config.get("lora_alpha") is None or str(said) == str(rank): return config
     raise FormatError(f"{path} has rank {rank}, but its configuration says {said}: that is the configuration of another file. Put the "
-                      "right adapter_config.json beside it, or move it away from there.")
+                      "right adapter_config.json beside it, or move it away from there; if the header says so, correct the header.")
+
+_KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "NONE", "")
+_OTHER_SUMS = {"use_qalora": "QA-LoRA, whose factors see averaged inputs",
+               "alora_invocation_tokens": "an activated LoRA, which begins at a token",
+               "layer_replication": "a LoRA for a model with doubled layers", "use_bdlora": "a LoRA in diagonal blocks"}
+
+def _refuse_config(config):
+    "An error if the configuration says that the numbers are no factors of a difference"
+    kind = str(config.get("peft_type") or "").upper().rpartition(".")[2]
+    if kind not in _KINDS: raise FormatError(f"an adapter of peft's type {kind}, which is not read: expected {', '.join(_KINDS[:-2])}. Merge it "
+                                             "into its base with peft, and distil the result.")
+    if odd := [what for field, what in _OTHER_SUMS.items() if config.get(field)]:
+        raise FormatError(f"its configuration says that it is {odd[0]}: not read. Merge it into its base with peft, and distil the result.")
 
 def read_peft(
     tensors: dict[str, torch.Tensor],
@@ -402,6 +430,7 @@ def read_peft(
 ) -> Lora:
     "A `Lora` from a file of peft or diffusers, in any of their spellings"
     configs, layers = {} if read_note(metadata) else _configs(metadata), {}
+    for config in configs.values(): _refuse_config(config)
     modules = None if base is None else base_layers(base)
     shared, tensors = _vera_matrices(tensors)
     shapes = {n: m.weight.shape for n, m in (modules or {}).items()}

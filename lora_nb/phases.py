@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # %% ../nbs/12b_phases.ipynb #13a2ec4a
 from .core import LoraError, atomic_path, patch_to
-from .bases import Base, Cond, runs_on
+from .bases import Base, Cond
 
 # %% ../nbs/12b_phases.ipynb #8cd3bf96
 def free_memory(

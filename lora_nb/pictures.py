@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 # %% ../nbs/31_pictures.ipynb #a0c1d2e6
-from .core import DataError, default_device, quiet
+from .core import DataError, LoraError, check_number, default_device, quiet
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/31_pictures.ipynb #34795e17
@@ -235,13 +235,16 @@ def is_folder(path: str | Path) -> bool:
     with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError): return stat.S_ISDIR(os.stat(path).st_mode)
     return False
 
-def _find(folder, recursive):
-    "The pictures of a folder, and why other files are left out"
+def _find(folder, recursive, seen=()):
+    "The pictures of a folder, and why other files are left out; `seen` are the folders around it, for links that lead back"
     files, left, below = _scan(folder)
+    around = {*seen, folder.resolve()}
+    left |= {f"{d.name}/": "a link back to a folder around it" for d in below if d.resolve() in around}
+    below = [d for d in below if d.resolve() not in around]
     read = below if recursive else [d for d in below if folder_words(d.name)[1]] if not files else []
     for d in below:
         if d in read:
-            more, other = _find(d, recursive)
+            more, other = _find(d, recursive, around)
             files += more; left |= {f"{d.name}/{n}": why for n, why in other.items()}
         elif n := _count(d): left[f"{d.name}/"] = f"a folder with {n} picture{'s' * (n > 1)}; recursive=True reads subfolders"
     return files, left
@@ -262,11 +265,13 @@ def _scan(folder):
     ours = {"report"} if any(f.name in ("report.md", "preprocess.json") for f in there) else set()
     below = [f for f in there if f.is_dir() and f.name.lower() not in {*MASK_FOLDERS, *ours}]
     files = [f for f in there if f.is_file() and f.suffix.lower() not in _BESIDE]
+    gone = [f for f in there if f.suffix.lower() in PICTURE_SUFFIXES and not f.exists()]
     stems = {f.stem for f in files}
     why = {f: _reason(f, stems) for f in files}
     lone = [f for d in there if d.name.lower() in MASK_FOLDERS and d.is_dir() for f in sorted(d.iterdir())
             if can_read(f.suffix) and not is_junk(f) and f.stem not in stems and not mask_owner(f.stem, stems)]
-    left = {f.name: w for f, w in why.items() if w} | {f"{f.parent.name}/{f.name}": "a mask without its picture" for f in lone}
+    left = {f.name: w for f, w in why.items() if w} | {f.name: "a link to a file that is not there" for f in gone}
+    left |= {f"{f.parent.name}/{f.name}": "a mask without its picture" for f in lone}
     return [f for f in files if not why[f]], left, below
 
 def _reason(f, stems):
@@ -317,6 +322,7 @@ def square(
     size: int,            # pixels
 ) -> Image.Image:
     "The centred square, `size` pixels wide"
+    check_number("size", size, 1, 2**16, whole=True)
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 CROPS = ("center", "random", "salience", "pad")
@@ -330,6 +336,9 @@ def crop_box(
     rng: np.random.Generator | None = None, # for random
 ) -> list[int]:
     "[left, top, right, bottom] of a window in the original's pixels"
+    if how not in CROPS: raise LoraError(f"how = {how!r}: expected one of {', '.join(CROPS)}.")
+    if how == "random" and rng is None: raise LoraError("how = 'random' needs rng, a generator of numpy.")
+    check_number("aspect", aspect, 0, 1000, above=True)
     (w, h), wide = size, size[0] / size[1] > aspect
     cw, ch = (w, w / aspect) if wide == (how == "pad") else (h * aspect, h)
     if extent and (k := max(extent[0] / cw, extent[1] / ch)) < 1: cw, ch = cw * k, ch * k
@@ -370,6 +379,8 @@ def bucket_sizes(
     max_area: int | None = None,    # most pixels; None: size * size
 ) -> list[tuple[int, int]]:
     "Shapes (width, height), from tall to wide"
+    check_number("size", size, 8, 16384, whole=True); check_number("step", step, 1, size, whole=True)
+    if max_area is not None: check_number("max_area", max_area, 64, whole=True)
     area, shapes = max_area or size * size, set()
     for a in range(max(step, size // 2 // step * step), 2 * size + 1, step):
         b = min(area // a // step * step, 2 * size)
@@ -381,6 +392,7 @@ def nearest_bucket(
     buckets: Sequence[tuple[int, int]],     # from `bucket_sizes`
 ) -> tuple[int, int]:
     "The bucket that crops least; of equals, the one with most pixels"
+    if min(size) < 1 or not buckets: raise LoraError(f"size = {size}, {len(buckets)} buckets: expected a picture, and at least one bucket.")
     aspect = math.log(size[0] / size[1])
     return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 6), -b[0] * b[1]))
 
@@ -411,6 +423,7 @@ def rotate(
     angle: float,         # degrees, counter-clockwise
 ) -> Image.Image:
     "The picture turned about its middle; its reflection fills the corners"
+    check_number("angle", angle)
     a, (w, h) = np.asarray(image), image.size
     pad = math.ceil(math.hypot(w, h) / 2 - min(w, h) / 2) + 1
     sides = [(pad, pad), (pad, pad), (0, 0)][:a.ndim]
@@ -426,6 +439,7 @@ def vary(
     angle: float = 0.,              # largest tilt in degrees
 ) -> tuple[Image.Image, Image.Image | None, dict[str, Any]]:
     "A variation: (picture, mask, what was done)"
+    check_number("jitter", jitter, 0, .99); check_number("angle", angle, 0, 180)
     done = dict(flip=bool(flip and rng.random() < .5), angle=round(float(rng.uniform(-angle, angle)), 2),
                 **{k: round(float(rng.uniform(1 - jitter, 1 + jitter)), 3) for k in _JITTER})
     def move(im):

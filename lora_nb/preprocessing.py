@@ -17,7 +17,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
 
 # %% ../nbs/36_preprocessing.ipynb #b77d92b2
-from .core import DataError, LoraError, Markup, atomic_path, closest, escaped, patch_to, printable, progress, table
+from .core import DataError, LoraError, Markup, atomic_path, check_number, closest, escaped, patch_to, printable, progress, table
 from .show import grid, save_jpeg
 from .pictures import (CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, is_folder, list_sources,
                               measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary)
@@ -73,16 +73,29 @@ def check_settings(s: PreprocessSettings) -> None:
     for k, known in dict(crop=CROPS, captions=("keep", "clip", "blip"), masks=("none", *MASKS)).items():
         if (v := getattr(s, k)) not in known:
             raise LoraError(f"{k} = {v!r}: expected one of {', '.join(known)}.{closest(v, known)}")
-    for k, least in dict(size=8, bucket_step=1, copies=0, jitter=0, rotate=0, min_distance=0, mask_floor=0).items():
-        if getattr(s, k) < least: raise LoraError(f"{k} = {getattr(s, k)}: expected at least {least}.")
-    if s.mask_floor > 1: raise LoraError(f"mask_floor = {s.mask_floor}: expected up to 1, a share of white.")
-    if s.jitter >= 1: raise LoraError(f"jitter = {s.jitter}: expected less than 1; .1 is 10 %.")
-    if s.temperature <= 0: raise LoraError(f"temperature = {s.temperature}: expected more than 0.")
+    _check_kinds(s)
     if s.masks == "clipseg" and not s.mask_prompt: raise LoraError("masks = 'clipseg' needs mask_prompt, such as 'a dog'.")
     if s.zoom is not None and s.crop != "salience": raise LoraError(f"zoom = {s.zoom} with crop = {s.crop!r}: set crop = 'salience'.")
     if s.copies and not s.varies: raise LoraError(f"copies = {s.copies}: set flip, jitter or rotate as well.")
     if s.buckets and s.bucket_step > s.size: raise LoraError(f"bucket_step = {s.bucket_step}: expected at most size = {s.size}.")
     for k in ("fill", "background"): _color(getattr(s, k), k)
+
+_WHOLE = dict(size=(8, 16384), bucket_step=(1, 4096), max_area=(64, 2**28), copies=(0, 1000), min_side=(0, 10**5), min_distance=(0, 64),
+              seed=(-2**63, 2**63 - 1))
+_REAL = dict(zoom=(0, 100), mask_floor=(0, 1), jitter=(0, .99), rotate=(0, 180), min_sharpness=(0, 10**6), min_contrast=(0, 255),
+             min_brightest=(0, 255), max_darkest=(0, 255))
+
+def _check_kinds(s):
+    "Numbers in their range, switches and texts"
+    for ranges in (_WHOLE, _REAL):
+        for k, (least, most) in ranges.items():
+            if getattr(s, k) is not None or k not in ("max_area", "min_side", "zoom"):
+                check_number(k, getattr(s, k), least, most, whole=ranges is _WHOLE)
+    check_number("temperature", s.temperature, 0, 1000, above=True)
+    for f in fields(s):
+        v = getattr(s, f.name)
+        if isinstance(f.default, bool) and not isinstance(v, bool): raise LoraError(f"{f.name} = {v!r}: expected True or False.")
+        if isinstance(f.default, str) and not isinstance(v, str): raise LoraError(f"{f.name} = {v!r}: expected a text.")
 
 def _color(name, k="background"):
     "(r, g, b) of a colour's name"

@@ -9,7 +9,7 @@ __all__ = ['PromptLora', 'Prompt', 'parse_prompt', 'token_weights', 'weighted', 
 
 # %% ../nbs/14b_prompts.ipynb #83917bb3
 import re, warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +49,7 @@ _NUMBER, _SPAN = r"[+-]?(?:\d+\.?\d*|\.\d+)", r"[\d.]+-[\d.]*"
 
 def _tag(text):
     "The LoRA of a tag, without its brackets and `lora:`."
-    m = re.fullmatch(rf"(.+?\.(?:safetensors|pt|bin|ckpt)|(?:[A-Za-z]:[\\/])?[^:]+)(?::(.+))?", text.strip())
+    m = re.fullmatch(r"(.+?\.(?:safetensors|pt|bin|ckpt)|(?:[A-Za-z]:[\\/])?[^:]+)(?::(.+))?", text.strip())
     if not m: raise LoraError(f"<lora:{text}>: expected <lora:NAME>, <lora:NAME:0.8> or <lora:NAME:0.8:0.2-0.6>.")
     name, how = m[1].strip(), (m[2] or "1").replace(" ", "")
     if m := re.fullmatch(rf"({_NUMBER}):({_SPAN})", how): how = f"{m[1]}@{m[2]}"

@@ -47,7 +47,6 @@ class PivotalRecipe(InversionRecipe):
             raise LoraError(f"ti_lr_schedule = {self.ti_lr_schedule!r}: expected None, {', '.join(LR_SCHEDULES)}.")
         if self.ti_batch_size is not None and self.ti_batch_size < 1:
             raise LoraError(f"ti_batch_size = {self.ti_batch_size}: expected None or at least 1.")
-        if self.words_prior_weight < 0: raise LoraError(f"words_prior_weight = {self.words_prior_weight}: expected zero or more.")
         if self.ti_steps < 0 or self.tuning_words_learning_rate < 0 or self.words_turn < 2:
             raise LoraError(f"ti_steps = {self.ti_steps}, words_turn = {self.words_turn}, tuning_words_learning_rate = "
                             f"{self.tuning_words_learning_rate}: expected at least 0, 2 and 0.")

@@ -51,6 +51,8 @@ class RunOptions:
         return {k: getattr(self, k) for k in ("buckets", "recursive", "folder_words", "tags", "latent_cache")}
     def __post_init__(self):
         r, p = self.resolution, self.previews
+        for k in ("recursive", "folder_words"):
+            if not isinstance(v := getattr(self, k), bool): raise LoraError(f"{k} = {v!r}: expected True or False.")
         if self.tags is not None and not callable(self.tags):
             raise LoraError(f"tags = {self.tags!r}: expected a function of a caption and a random.Random, such as TagWording().")
         if r is not None and (not isinstance(r, int) or r < 8 or r % 8):
@@ -70,7 +72,7 @@ class PriorOptions(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         n, s = self.num_class_images, self.sampling
-        if not isinstance(n, int) or n < 1: raise LoraError(f"num_class_images = {n!r}: expected a whole number from 1.")
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1: raise LoraError(f"num_class_images = {n!r}: expected a whole number from 1.")
         ours = dict(size="resolution", prompts="class_prompt", seeds="the recipe's seed", seed="the recipe's seed",
                     n="num_class_images", folder="class_data")
         if s is not None and not isinstance(s, dict): raise LoraError(f"sampling = {s!r}: expected a dict, such as dict(steps=30).")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .core import LoraError, TargetError, closest, finite_number, patch_to, some
+from .core import LoraError, TargetError, closest, finite_number, is_there, patch_to, some
 from .names import COMPONENTS, fits_block, named_positions, parse_blocks
 from .lora import Lora
 
@@ -78,6 +78,10 @@ def _check_schedule(s):
     "Refuse impossible values"
     if s.ease not in ("linear", "cosine", "step"):
         raise LoraError(f"ease={s.ease!r} is unknown: expected 'linear', 'cosine' or 'step'")
+    numbers = dict(start=s.start, stop=s.stop or 0, rank_min=s.rank_min, rank_power=s.rank_power)
+    for k, x in numbers.items(): finite_number(x, k)
+    if not isinstance(s.rank_min, int): raise LoraError(f"rank_min={s.rank_min}: expected a whole number")
+    if not isinstance(s.turn, (tuple, list, type(None))): raise LoraError(f"turn={s.turn}: expected (k, n, every)")
     top = 1. if isinstance(s.start, float) else math.inf
     if not 0 <= s.start <= top or (s.stop is not None and not s.start < s.stop <= top):
         raise LoraError(f"start={s.start}, stop={s.stop}: expected start < stop, both steps (whole numbers) or both "
@@ -263,7 +267,7 @@ def parse_lora(
 ) -> tuple[str, LoraSchedule]:
     "A file and its strength, as command lines write them"
     m = re.fullmatch(r"(.+?\.(?:safetensors|pt|bin|ckpt))(?::(.*))?", text)
-    if m is None and not Path(text).exists(): m = re.fullmatch(r"((?:[A-Za-z]:)?[^:]+)(?::(.*))?", text)
+    if m is None and not is_there(text): m = re.fullmatch(r"((?:[A-Za-z]:)?[^:]+)(?::(.*))?", text)
     file, schedule = m.groups() if m else (text, None)
     if schedule == "":
         raise LoraError(f"{text!r} ends with a colon: expected FILE, or FILE:SCHEDULE such as {file}:0.8")
@@ -297,7 +301,9 @@ def as_plan(
 ) -> dict[Any, Any]:
     "LoRAs and their schedules; a list, or a LoRA alone, has strength 1"
     if isinstance(loras, dict): return loras
-    items = [loras] if isinstance(loras, (Lora, str, Path)) else list(loras)
+    one = isinstance(loras, (Lora, str, Path))
+    if not one and not isinstance(loras, Iterable): raise LoraError(f"{type(loras).__name__}: expected {{lora: schedule}}, or a list of LoRAs")
+    items = [loras] if one else list(loras)
     if not all(isinstance(l, (Lora, str, Path)) for l in items):
         raise LoraError(f"{type(loras).__name__} of {', '.join(sorted({type(l).__name__ for l in items}))}: expected {{lora: schedule}}, "
                         "or a list of LoRAs, files or names")

@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/scheduling.html.md"""
 __all__ = ['Vector', 'Clock', 'Site', 'ScheduledLora', 'LayerGroup', 'ScheduleState', 'ScheduleStats', 'Scheduled', 'Branches',
            'scheduled', 'RankMask', 'rank_masked']
 
-# %% ../nbs/40_scheduling.ipynb #ca91e685
+# %% ../nbs/40_scheduling.ipynb #e342d907
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .core import LoraError, TargetError, closest, finite, free_name, patch_to
+from .core import LoraError, TargetError, closest, finite, finite_number, free_name, is_there, patch_to
 from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
+from .quantized import packing
 from .worn import (Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked, original_weight, places,
                           resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state)
 from .injection import apply_lora, place_lora, remove_lora, set_scale
@@ -165,6 +166,7 @@ class Scheduled:
     "LoRAs on a schedule, inside `scheduled`"
     def __init__(self, pipe: "Wearer", loras: Any, budget: int | None, mode: Literal["merge", "inject"] = "merge"):
         if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
+        if budget is not None: budget = int(finite_number(budget, "budget"))
         self.pipe, self.mode, loras = pipe, mode, as_plan(loras)
         self.shares = (loras.shares or [1.] * len(loras)) if isinstance(loras, LoraComposite) else None   # in the mean answer
         self.models = resolve_components(pipe)
@@ -200,7 +202,7 @@ def _scheduled_loras(pipe, loras):
     worn, found = adapters(pipe), []
     for key, schedule in loras.items():
         if isinstance(key, str) and key in worn: name, lora = key, None
-        elif isinstance(key, Lora) or Path(key).exists():
+        elif isinstance(key, Lora) or isinstance(key, (str, Path)) and is_there(key):
             lora = key if isinstance(key, Lora) else Lora.load(key, base=pipe)
             stem = "lora" if isinstance(key, Lora) else Path(key).stem
             name = free_name(stem, {*worn, *(l.name for l in found)}, "_", 2)
@@ -213,6 +215,9 @@ def _scheduled_loras(pipe, loras):
 @patch_to(Site)
 def hold(self, model: nn.Module, names: list[str]) -> None:
     "Start from the weight that the model has now, less the scheduled LoRAs, `names`, that are merged into it"
+    if (kind := packing(self.root)):
+        raise LoraError(f"{self.path} is packed by {kind}, and a schedule writes weights at each step: draw with a base that is not quantised, or wear the "
+                        "LoRA with mode='inject' at one strength")
     if not hasattr(self.root, "_kept_weight"):             # what others merge meanwhile starts from it
         self.kept, self.root._kept_weight = True, stored_weight(self.root)
     merged = {n: (fs[self.path], s) for n, (fs, s) in worn_state(model).merged.items() if self.path in fs}

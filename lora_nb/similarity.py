@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from .core import DataError, data_path, quiet
+from .core import DataError, check_number, data_path, quiet
 from .pictures import find_pictures, open_picture, read_mask, to_rgb
 
 # %% ../nbs/32_similarity.ipynb #9c0e564d
@@ -47,6 +47,7 @@ def to_batch(
     size: int | None = None,  # side of the square result; None keeps the pictures' size
 ) -> torch.Tensor:            # `(B, 3, size, size)` in -1..1
     "Turn pictures of any kind into one batch."
+    if size is not None: check_number("size", size, 1, 2**14, whole=True)
     if isinstance(images, (str, Path)): images = find_pictures(images)
     tensors = [to_tensor(im, size) for im in images]
     if not tensors: raise DataError("No pictures to look at: expected at least one.")
@@ -58,6 +59,7 @@ def to_masks(
     size: int = 64,                  # side of the square result, cropped as `to_batch` crops
 ) -> torch.Tensor:                   # `(B, 1, size, size)` in 0..1
     "Turn masks of any kind into one batch."
+    check_number("size", size, 1, 2**14, whole=True)
     def one(m):
         if isinstance(m, (str, Path, Image.Image)): m = np.array(ImageOps.fit(read_mask(m), (size, size), Image.BILINEAR))
         m = torch.as_tensor(m).detach().cpu()
@@ -217,6 +219,7 @@ def thumbnails(
     side: int = 16,    # of the thumbnail
 ) -> torch.Tensor:     # `(B, 3 * side * side)`, each of length one
     "Pictures described by their own thumbnails, which give copies away."
+    check_number("side", side, 2, 64, whole=True)
     x = F.adaptive_avg_pool2d(to_batch(images, 64), side).flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 # %% ../nbs/43_states.ipynb #c7d902da
-from .core import TrainingError, atomic_path, checksum, some
+from .core import TrainingError, atomic_path, checksum, is_there, some
 from .bases import Base
 from .dataset import Examples
 from .worn import worn_state
@@ -70,7 +70,7 @@ def newest_state(
     folder: str | Path,  # of checkpoints step-000100.pt
 ) -> tuple[Path, dict[str, Any]] | None:
     "The newest checkpoint that can be read, with its path; None if there is none; an error if all are damaged"
-    paths, wrong = sorted(Path(folder).glob("step-*.pt"), reverse=True), []
+    paths, wrong = sorted(Path(folder).glob("step-*.pt"), reverse=True) if is_there(folder) else [], []
     for path in paths:
         try: found = path, read_state(path)
         except TrainingError as e: wrong.append(str(e)); continue
@@ -140,7 +140,7 @@ def read_previews(
 ) -> list[tuple[int, list[Image.Image]]]:
     "The pictures of each step; steps with a broken picture are left out"
     out, broken = {}, {}
-    for f in sorted(Path(folder).glob("step-*-*.png")):
+    for f in sorted(Path(folder).glob("step-*-*.png")) if is_there(folder) else []:
         number = f.stem.split("-")[1]
         if not number.isdigit() or int(number) > upto: continue
         try:

@@ -234,10 +234,8 @@ class InversionRecipe(Recipe):
         if not 1 <= self.vectors <= 70:
             raise LoraError(f"vectors = {self.vectors}: expected 1 to 70. Each takes a place in the prompt, and CLIP reads 77 "
                             "tokens, two of which are marks.")
-        if self.norm_prior < 0: raise LoraError(f"norm_prior = {self.norm_prior}: expected zero or more.")
         wording_of(self.template, "x")
-        if self.words_learning_rate < 0: raise LoraError(f"words_learning_rate = {self.words_learning_rate}: "
-                                                         "expected zero or more.")
+
 
 # %% ../nbs/52_textual_inversion.ipynb #46d70bd4
 INVERSION_CARDS = dict(small=dict(words_learning_rate=3e-2, lr_schedule="cosine", steps=100),

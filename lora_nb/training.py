@@ -9,24 +9,26 @@ __all__ = ['Trainer', 'Turn']
 
 # %% ../nbs/48_training.ipynb #903c21d5
 import contextlib, json, random, time, warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import torch
 
-# %% ../nbs/48_training.ipynb #85a47a83
+# %% ../nbs/48_training.ipynb #00f81a08
 from .core import TrainingError, atomic_path, default_dtype, progress, patch_to
 from .bases import Base, Cond
 from .scheduling import rank_masked
 from .phases import Placement, TextCache
+from .plan import batch_that_fits
 from .dataset import Examples, derive, hole_for
 from .show import running_mean
 from .recipe import Recipe, check_rate
 from .log import TrainingLog
 from .states import base_identity, differences, examples_identity, newest_state, read_previews, write_previews, write_state
 from .optimizers import MovingAverage, make_optimizer, parameter_groups, rate_factors
-from .stopping import RunStopped, rise, stop_signals, worse
+from .stopping import RunStopped, Sound, rise, stop_signals, superfluous, worse
+from .processes import average, shard_frozen, shared, sharding_wanted, without_sharding
 from .samples import (Batch, Stream, captions_at, draw_samples, keep_on_host, offset, position_weights, seeded_noise,
                              send_batches, texts_of)
 from PIL import Image
@@ -46,7 +48,7 @@ def _accelerator(precision, device):
     from accelerate.state import AcceleratorState
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if alone: AcceleratorState._reset_state(True)
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    with without_sharding(): return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
 
 def _groups(params):
     "Trainable parameters by component, of an injection or a dict"
@@ -59,7 +61,7 @@ def _off(params):
     from lora_nb.injection import disabled
     return (lambda: disabled(params)) if hasattr(params, "parts") else None
 
-# %% ../nbs/48_training.ipynb #fc207663
+# %% ../nbs/48_training.ipynb #65d29a44
 class Trainer:
     "The training loop"
     def __init__(self,
@@ -93,8 +95,10 @@ class Trainer:
         self.lr = get_scheduler(course, opt, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps)
         self.opt, self.log = self.accel.prepare(opt), TrainingLog()
         self.average = MovingAverage(self.all_params(), recipe.ema) if recipe.ema else None
-        self.done = 0                                # steps so far
+        self.done, self.window = 0, 1 if base.device.type == "cpu" else 10       # steps so far, and between looks at the losses
+        self.sound = Sound(lambda: [p.data for p in self.all_params()] + (self.average.values if self.average else []))
         self.texts, self.pending, self.learning, self._identity = TextCache(base), [], False, {}
+        if sharding_wanted(): self.identity(); shard_frozen(base.denoiser)        # what tells the base from others is read while it is whole
         self.place = Placement(base, self._busy())
         for x in (*(s.examples for s in self.streams), *self.validation.values()): keep_on_host(x, base)
         if recipe.guard and recipe.optimizer != "prodigy" and base.denoiser_name in self.groups: check_rate(base, recipe.learning_rate)
@@ -268,6 +272,7 @@ def loss(self, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def step(self) -> None:
     "One optimiser step"
     n, sums = self.recipe.accumulate, 0.
+    if self.window > 1 and not self.pending: self.sound.keep(self.done)
     self._take_turn()
     torch.manual_seed(derive(self.recipe.seed, "dropout", self.done, self.accel.process_index))
     for k in range(n):
@@ -276,9 +281,8 @@ def step(self) -> None:
         sums = sums + torch.stack([total, *parts.values()]).detach() / n
     sums = self._sync(sums)
     norm = self.accel.clip_grad_norm_(self.all_params(), self.recipe.max_grad_norm or float("inf"))
-    row = torch.cat([sums, norm.detach().float()[None]])
-    self.pending.append((tuple(parts), row, self.lr.get_last_lr()[0]))
-    if self.base.device.type == "cpu" or len(self.pending) >= 10: self._flush()
+    self.pending.append((tuple(parts), torch.cat([sums, norm.detach().float()[None]]), self.lr.get_last_lr()[0]))
+    if len(self.pending) >= self.window: self._flush()
     self.opt.step(); self.opt.zero_grad()
     self.lr.step(); self.done += 1
     if self.average: self.average.update(self.done)
@@ -290,14 +294,13 @@ def _take_turn(self):
     for n, ps in self.groups.items():
         for p in ps: p.requires_grad_(n in now)
 
-# %% ../nbs/48_training.ipynb #335bf000
+# %% ../nbs/48_training.ipynb #bb32b2bc
 @patch_to(Trainer)
 def _sync(self, sums):
     "MovingAverage gradients and losses over processes; a signal to one of them ends all"
     if self.accel.num_processes == 1: return sums
     told = self.signal is not None and self.signal.signal is not None
-    for p in self.all_params():
-        if p.grad is not None: p.grad.copy_(self.accel.reduce(p.grad, "mean"))
+    average(p.grad for p in self.all_params() if p.grad is not None)
     *sums, self.ended = self.accel.reduce(torch.cat([sums, sums.new_tensor([told])]), "mean").unbind()
     return torch.stack(sums)
 
@@ -308,7 +311,8 @@ def _flush(self):
     for names, row, lr in waiting:
         total, *parts, norm = row.tolist()
         parts = dict(zip(names, parts))
-        self._check_finite(total, parts, norm, lr)
+        try: self._check_finite(total, parts, norm, lr)
+        except TrainingError: self.done = self.sound.back(self.done); raise
         self.log.losses.append(total); self.log.norms.append(norm); self.log.lrs.append(lr)
         for n in {**self.log.parts, **parts}: self._note(n, parts.get(n))
 
@@ -403,10 +407,16 @@ def _check_level(self):
 @patch_to(Trainer)
 def preview(self) -> list[Image.Image]:
     "Draw the preview prompts with their fixed seeds"
-    was = self._mode(False)
-    with self.place.back("vae"): images = self.base.generate(**self.previews)
+    was, ask = self._mode(False), dict(self.previews)
+    prompts, seeds = ask.pop("prompts"), ask.pop("seeds", None)
+    if isinstance(prompts, str): prompts = [prompts] * (len(seeds) if hasattr(seeds, "__len__") else 1)
+    seeds = list(seeds) if hasattr(seeds, "__len__") else range(seeds or 0, (seeds or 0) + len(prompts))
+    ask.setdefault("batch_size", batch_that_fits(self.base, "draw", ask.get("size"), len(prompts)))
+    draw = lambda part: self.base.generate([p for p, _ in part], seeds=[s for _, s in part], **ask)
+    with self.place.back("vae"):                     # a sharded base answers only when all processes ask
+        images = draw([*zip(prompts, seeds)]) if sharding_wanted() else shared(zip(prompts, seeds), draw)
     self.log.previews.append((self.done, images))
-    if self.dir: write_previews(self.dir/"previews", self.done, images)
+    if self.dir and self.accel.is_main_process: write_previews(self.dir/"previews", self.done, images)
     self._mode(was)
     return images
 
@@ -436,7 +446,7 @@ def save(self) -> list[Path]:  # the checkpoint, and usable files
     if self.average: state["average"] = [v.cpu() for v in self.average.values]
     folder, name = self.dir/"checkpoints", f"step-{self.done:06d}"
     write_state(folder/f"{name}.pt", state)
-    for old in sorted(folder.glob("step-*.pt"))[:-self.recipe.keep_checkpoints or None]: old.unlink()
+    for old in superfluous(folder, self.recipe.keep_checkpoints, self.log.level if self.recipe.guard else []): old.unlink()
     with self.averaged(): return [folder/f"{name}.pt", *(self.keep(self.dir/"loras"/name) if self.keep else [])]
 
 @patch_to(Trainer)
@@ -522,7 +532,7 @@ def _ranks(self):
 def session(self) -> Iterator[None]:
     "A context ready for training; afterwards all is as before, whatever happens"
     net = self.base.denoiser
-    convs = [p for p in net.parameters() if p.dim() == 4 and not p.requires_grad]
+    convs = [p for p in net.parameters() if p.dim() == 4 and not p.requires_grad and not hasattr(p, "device_mesh")]
     card = [self.base.device] if self.base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=card), self._ranks(), self.place.training(self.read_ahead, self._busy()):
         try:
@@ -589,7 +599,7 @@ def _look(self, step, last=False, bar=None):
     if r.guard and (step % self._pace() == 0 or last): self._check_level()
     with self.averaged():
         if due(r.validate_every): self.validate()
-        if due(r.preview_every) and self.previews and self.accel.is_main_process: self.preview()
+        if due(r.preview_every) and self.previews: self.preview()
     if step and self.dir and due(r.checkpoint_every) and self.accel.is_main_process: self.save()
     if bar is not None and time.perf_counter() - start > .1: bar.unpause()
 

@@ -11,7 +11,7 @@ __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Pla
            'store_weight', 'device_of', 'check_stores', 'layer_factors', 'original_weight', 'summed_weight',
            'note_weight', 'weight_state', 'remerge', 'detach_branches', 'unhang']
 
-# %% ../nbs/07_worn.ipynb #7d08bb07
+# %% ../nbs/07_worn.ipynb #643c3363
 import threading, warnings, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from .core import LoraError, TargetError, checksum, finite, some, working_dtype
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer
 from .lora import Factors
 from .names import COMPONENTS, canonical
+from .quantized import dense_weight, packed_like, packing, swap_weight
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -472,7 +473,7 @@ def weight_state(
         if remake and "_merge_stamp" in marks: note_weight(root)          # another order of sums, perhaps
     return back
 
-# %% ../nbs/07_worn.ipynb #c9676998
+# %% ../nbs/07_worn.ipynb #4597812e
 def _tied(model):
     "`id` of the tensors that several modules use"
     owners = {}
@@ -480,8 +481,25 @@ def _tied(model):
         if (w := m._parameters.get("weight")) is not None: owners.setdefault(id(w), []).append(m)
     return {i for i, ms in owners.items() if len(ms) > 1}
 
+def _repack(path, root, after, undo):
+    "Exchange one packed weight: the original with the LoRAs `after` added, packed again; the original itself if there is none"
+    own, param = root.__dict__, root._parameters["weight"]
+    original = own.get("_packed_weight", param)
+    def back(kept=own.get("_packed_weight")):
+        swap_weight(root, param); own.pop("_packed_weight", None)
+        if kept is not None: own["_packed_weight"] = kept
+    undo.append(back)
+    swap_weight(root, original)
+    if not after:
+        own.pop("_packed_weight", None)
+        return
+    new = packed_like(root, _checked_sum(path, dense_weight(root), after))
+    own["_packed_weight"] = original
+    swap_weight(root, new)
+
 def _reweigh(path, root, before, after, tied, hold, undo):
     "Exchange one merged weight, from the LoRAs `before` to those `after`"
+    if packing(root): return _repack(path, root, after, undo)
     now, kept = stored_weight(root), root.__dict__.get("_kept_weight")
     original = original_weight(root)
     if kept is None: kept = now if now.device.type in ("cpu", "meta") else now.to("cpu")

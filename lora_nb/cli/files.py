@@ -206,7 +206,7 @@ def weighted(
     for text in texts:
         path, _, weight = text.rpartition(":")
         try: found.append((path, number(WEIGHT)(weight)))
-        except argparse.ArgumentTypeError: 
+        except argparse.ArgumentTypeError:
             raise UsageError(f"--lora {text}: expected a file and its weight from -100 to 100, such as {text}:0.5.") from None
     return found
 
@@ -336,7 +336,8 @@ def lora_distill(a):
 
 # %% ../../nbs/67_cli_files.ipynb #8ae4fc94
 MEMORY = {"task": [
-    Flag("base", default=REQUIRED, help="sd1.5, sdxl, sd3.5-medium, sd3.5-large, an embedded base, or a folder", place="BASE"),
+    Flag("base", default=REQUIRED, help="sd1.5, sdxl, sd3.5-medium, sd3.5-large, an embedded base, or a folder", place="BASE",
+         check=check_base),
     Flag("task", ("train", "generate"), "train", "what is to be done"),
     Flag("rank", int, None, "rank of the LoRA", least=1, most=16384, usual=16),
     Flag("targets", str, None, "which layers wear it", usual="attention"),
@@ -361,5 +362,5 @@ def lora_memory(a):
     rows = [[n, *(gib(r.get(n)) for r in need.phases.values())] for n in parts] + [["sum", *map(gib, need.sums.values())]]
     card = f"fits cards of {need.fits[0]} GiB and more" if need.fits else "fits no usual card"
     report(a, "\n".join([need.title, "", text_table(["GiB", *need.phases], rows), "",
-                         f"{need.total / 2**30:.1f} GiB in the phase {need.peak!r}: {card}. Computed from shapes, not measured on a card."]),
+                         f"{need.total / 2**30:.1f} GiB in the phase {need.peak!r}: {card}.", "Computed from shapes, not measured on a card."]),
            title=need.title, phases=need.phases, bytes=need.total, peak=need.peak, fits=need.fits)

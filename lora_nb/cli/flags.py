@@ -75,6 +75,9 @@ class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line, and which never guesses a flag"
     def __init__(self, prog: str, about: str, **kw: Any):
         super().__init__(prog, description=about, allow_abbrev=False, **kw)
+    def knows(self, flag: str) -> bool:
+        "Whether there is such a flag"
+        return flag in self._option_string_actions
     def error(self, message: str) -> NoReturn:
         odd = message.removeprefix("unrecognized arguments: ")
         hint = meant(odd.split("=")[0].split()[0], self._option_string_actions) if odd != message else ""
@@ -234,7 +237,7 @@ def asks_for_the_same(old: Old, value: object) -> bool:
 def values_of(flag: Flag) -> str:
     "What may follow a flag: `TEXT`, `N`, `X`, `{a,b}`; nothing for a switch."
     if flag.place: return ""
-    if isinstance(flag.kind, tuple): return "{" + ",".join(flag.kind) + "}"
+    if isinstance(flag.kind, tuple): return braces if len(braces := "{" + ",".join(flag.kind) + "}") < 45 else "NAME"
     named = "DIR" if flag.name.endswith("_dir") else "FILE" if flag.name in ("config", "from_png", "lora") else "TEXT"
     value = {None: "", bool: "", int: "N", float: "X"}.get(flag.kind, named)
     return value + " ..." * (flag.many == "list")
@@ -253,6 +256,7 @@ def help_line(
 ) -> str:
     "A flag with what it does, in lines of a terminal."
     said = help_of(flag) + (f"; also --{', --'.join(flag.also.split())}" if whole and flag.also else "")
+    said += f"; one of {', '.join(flag.kind)}" if values_of(flag) == "NAME" else ""
     said += " (required)" if flag.default is REQUIRED and not flag.place else ""
     head = "  " + (flag.place or f"--{flag.name} {values_of(flag)}").rstrip()
     return entry(head, said, width)
@@ -391,6 +395,7 @@ class Command:
         p.add_argument("-h", "--help", action=Shown, text=lambda: help_text(self))
         p.add_argument("--help-all", action=Shown, text=lambda: help_text(self, whole=True))
         p.add_argument("--version", action=Shown, text=version)
+        p.set_defaults(recipe={})                          # of a file
         return p
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         "The flags, with those of a `--config` file; what can be checked without PyTorch is checked"
@@ -398,7 +403,10 @@ class Command:
         path = next((w.partition("=")[2] or next(iter(words[i + 1:]), "") for i, w in enumerate(words)
                      if w.partition("=")[0] == "--config"), "") if files else ""
         more, recipe = config_words(self, path) if path else ([], {})
-        a = self.parser().parse_args([*more, *words])
+        p = self.parser()
+        for w in words:                                  # a misspelt flag is said before those that are missing
+            if w[:2] == "--" and w != "--" and not p.knows(w.partition("=")[0]): p.error(f"unrecognized arguments: {w}")
+        a = p.parse_args([*more, *words])
         a.recipe = recipe
         for f in (f for flags in self.groups.values() for f in flags if f.check):
             value = getattr(a, f.name)

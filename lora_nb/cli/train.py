@@ -104,7 +104,7 @@ RUN_FLAGS = [
     Flag("report_to", str, None, "send the log to tensorboard or wandb, or to both, with a comma"),
 ]
 
-# %% ../../nbs/65_cli_train.ipynb #7162d0a7
+# %% ../../nbs/65_cli_train.ipynb #7b7c84a4
 LORA_FLAGS = [
     Flag("lora_rank", int, None, "rank of the LoRA", "rank", 1, "rank network_dim", most=16384),
     Flag("lora_alpha", float, None, "the update is scaled by alpha / rank; without it, alpha = rank", "alpha", 0, "network_alpha",
@@ -127,7 +127,7 @@ PRIOR_FLAGS = [
     Flag("prior", ("images", "prediction"), None, "protect the class with pictures, or with the base's own predictions", usual="images"),
     Flag("prior_loss_weight", float, None, "weight of the prior's half of the loss", "prior_weight", 0, most=1000),
     Flag("num_class_images", int, None, "how many class pictures to have", least=1, most=10**5, usual=24),
-    Flag("sample_batch_size", int, None, "class pictures drawn together", least=1, most=4096, usual=24),
+    Flag("sample_batch_size", int, None, "class pictures drawn together; without it, as many as fit, up to 24", least=1, most=4096),
 ]
 
 # %% ../../nbs/65_cli_train.ipynb #a3ad7d76
@@ -303,7 +303,8 @@ def recipe_toml(
     rows = [f for flags in c.groups.values() for f in flags if f.name not in SETTLED]
     kept = {f.name: getattr(a, f.name) for f in rows if not (f.sets and f.default is None)}
     kept = {k: v for k, v in kept.items() if v is not None and v is not False}
-    here = {k: str(Path(v).expanduser().resolve()) for k, v in kept.items() if isinstance(v, str) and Path(v).expanduser().exists()}
+    paths = [f.name for f in rows if f.name.endswith("_dir") or f.name.endswith("_or_path") or f.check is check_exists]
+    here = {k: str(Path(kept[k]).expanduser().resolve()) for k in paths if k in kept and Path(kept[k]).expanduser().exists()}
     lines = [f"# Written by {version()}. To repeat the run: {c.name} --config recipe.toml",
              f"command = {toml_value(c.name)}", *(f"{k} = {toml_value(v)}" for k, v in {**kept, **here}.items())]
     return "\n".join([*lines, "", "[recipe]", *(f"{k} = {toml_value(v)}" for k, v in recipe.to_dict().items()), ""])

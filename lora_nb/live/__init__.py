@@ -12,8 +12,8 @@ __all__ = ['WEIGHTS', 'STEP_INPUTS', 'MOST_STEPS', 'PAGE', 'RUNTIME', 'PROCESSOR
            'Written', 'example_step', 'manifest', 'fetch_runtime', 'export_live', 'serve_live', 'show_live',
            'live_parser', 'lora_live']
 
-# %% ../../nbs/63_live.ipynb #bfc37047
-import contextlib, functools, gzip, hashlib, http.server, json, logging, shutil, subprocess, sys, tarfile, tempfile, threading, types, warnings
+# %% ../../nbs/63_live.ipynb #81401aa1
+import contextlib, functools, gzip, hashlib, http.server, json, logging, re, shutil, subprocess, sys, tarfile, tempfile, threading, types, warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ import numpy as np, torch
 import torch.nn.functional as F
 
 # %% ../../nbs/63_live.ipynb #5348afe1
-from ..core import LoraError, atomic_path, data_path, human, progress
+from ..core import LoraError, atomic_path, check_number, data_path, human, progress, some
 from ..bases import Base
 from ..loading import load_base
 from ..pictures import find_pictures
 from ..similarity import Dino
 from ..injection import find_targets
 from ..lora import Lora
+from ..formats import format_of, read_file
 if TYPE_CHECKING: import onnx
 
 # %% ../../nbs/63_live.ipynb #e3ba412c
@@ -400,7 +401,35 @@ def fetch_runtime(
 
 def _shipped(name): return f"{name}.gzip" if name.endswith((".wasm", ".onnx")) else name      # a server that knows .gz could unpack it
 
-# %% ../../nbs/63_live.ipynb #dc6b9370
+# %% ../../nbs/63_live.ipynb #7b2f9f52
+def _check_export(base, loras, examples, training, rank, runtime):
+    "Refuse LoRAs, pictures and numbers that the page could not use"
+    check_number("rank", rank, 1, 128, whole=True)
+    for n in training if isinstance(training, (tuple, list)) else [training]: check_number("training", n, 1, 64, whole=True)
+    if not isinstance(training, (tuple, list)): raise LoraError(f"training = {training!r}: expected batch sizes such as (4, 6), or ().")
+    for kind, given in (("LoRA", loras), ("example", examples)):
+        odd = [n for n in given or {} if not isinstance(n, str) or not re.fullmatch(r"[\w-][\w .-]*", n)]
+        if odd: raise LoraError(f"The {kind}'s name {odd[0]!r} becomes a file's: expected letters, digits, blanks, dots, - and _.")
+    for n, path in (loras or {}).items(): _check_wearable(base, n, Path(path))
+    for n, pair in (examples or {}).items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not str(pair[1]).strip():
+            raise LoraError(f"The example {n!r} is {pair!r:.80}: expected (folder of pictures, class noun).")
+        find_pictures(pair[0])
+    if runtime is not None and (gone := [f for f in RUNTIME_FILES if not Path(runtime, f).is_file()]):
+        raise LoraError(f"runtime = {runtime} has no {', '.join(gone)}: expected a folder with onnxruntime-web.")
+
+def _check_wearable(base, name, path):
+    "Refuse a LoRA that the page cannot put on"
+    lora = Lora.load(path)
+    if (kind := format_of(*read_file(path))) != "peft":
+        raise LoraError(f"The LoRA {name!r} is in {kind} form, and the page reads PEFT's names: lora_convert {path} {path.stem}.safetensors.")
+    if any(f.magnitude is not None or not hasattr(f, "up") for f in lora.layers.values()):
+        raise LoraError(f"The LoRA {name!r} is no plain pair of factors (DoRA or another kind), which the page cannot put on.")
+    have = {c: dict(net.named_modules()) for c, net in base.parts().items()}
+    lost = [n for n in lora.layers if n.partition(".")[2] not in have.get(n.partition(".")[0], {})]
+    if lost: raise LoraError(f"The LoRA {name!r} has layers that {base.name} has not: {some(lost)}. It belongs to another base.")
+
+# %% ../../nbs/63_live.ipynb #410bc471
 def export_live(
     base: Base,                          # of Stable Diffusion 1.x's family, on the CPU
     out: str | Path,                     # folder; made anew
@@ -411,10 +440,12 @@ def export_live(
     runtime: str | Path | None = None,   # folder with onnxruntime-web; None: fetched by npm
 ) -> Path:
     "Write the page and its files; nothing is left half-written."
+    base = load_base(base)                       # a pipeline or a name will do
     if base.family != "sd" or base.inpainting:
         raise LoraError(f"The page draws with bases like Stable Diffusion 1.x; {base.name} is {base.family}.")
     if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "model/manifest.json").exists():
         raise LoraError(f"{out} holds something else than a page: nothing was written. Choose another folder, or empty that one.")
+    _check_export(base, loras, examples, training, rank, runtime)
     with atomic_path(out) as tmp:
         tmp = Path(tmp)
         shutil.copytree(PAGE, tmp)
@@ -491,8 +522,11 @@ class _Files(http.server.SimpleHTTPRequestHandler):
                       ".wasm": "application/wasm"}
     def end_headers(self):
         self.send_header("Cross-Origin-Opener-Policy", "same-origin"); self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        self.send_header("Cache-Control", "no-cache")                # kept, but asked for again: a page made anew is seen
         super().end_headers()
     def log_message(self, *args): pass
+    def copyfile(self, source, outputfile):
+        with contextlib.suppress(ConnectionError): super().copyfile(source, outputfile)      # the reader left
 
 def serve_live(
     folder: str | Path,          # as `export_live` wrote it
@@ -511,7 +545,9 @@ def show_live(
 ):                        # something that a notebook displays
     "The page in a notebook, served from its files."
     port = serve_live(folder).server_address[1]
-    if "google.colab" in sys.modules: return sys.modules["google.colab"].output.serve_kernel_port_as_iframe(port, height=str(height))
+    if "google.colab" in sys.modules:
+        from google.colab import output
+        return output.serve_kernel_port_as_iframe(port, height=str(height))
     from IPython.display import IFrame
     return IFrame(f"http://127.0.0.1:{port}/index.html", "100%", height)
 

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 from PIL import Image
 
 # %% ../../nbs/59b_studio_bridge.ipynb #7a7c9534
 from ..core import DataError, LoraError, atomic_path, file_name, free_name, human, patch_to
 from .panel import boxed
-if TYPE_CHECKING: import ipywidgets as widgets
 
 # %% ../../nbs/59b_studio_bridge.ipynb #11979148
 @cache

@@ -23,7 +23,9 @@ from ..pti import PivotalTuning, pivotal_recipe_for
 from ..log import joined
 from ..show import to_image
 from ..recipe import Recipe, recipe_card, recipe_for
-from .panel import Stopped, labelled, boxed, button
+from .bridge import Bridge, drop_html, received
+from .panel import Stopped, labelled, boxed, button, note_html
+from .photos import PhotoRows, photos_of, prepared
 from ..zoo.world import find_material
 if TYPE_CHECKING:
     import ipywidgets as widgets
@@ -52,6 +54,7 @@ class Lesson:
     learning_rate: float = 1e-3
     preview: str = ""            # a prompt to draw during training
     seed: int = 0
+    ti_steps: int = 0            # pivotal tuning: steps of the word alone; 0: as the recipe card says
 
 # %% ../../nbs/60_studio_training.ipynb #c832d1d1
 @patch_to(Lesson, as_prop=True)
@@ -66,7 +69,8 @@ def recipe(self,
     "The card's recipe with these choices; the run validates, previews and saves a few times."
     make = pivotal_recipe_for if self.method == "pti" else recipe_for
     some = lambda n: max(1, self.steps // n)
-    return make(base, self.intent, steps=self.steps, rank=self.rank, learning_rate=self.learning_rate, seed=self.seed,
+    more = dict(ti_steps=self.ti_steps) if self.method == "pti" and self.ti_steps else {}
+    return make(base, self.intent, **more, steps=self.steps, rank=self.rank, learning_rate=self.learning_rate, seed=self.seed,
                 validate_every=some(5), validation_samples=8, preview_every=some(4), checkpoint_every=some(4))
 
 @patch_to(Lesson)
@@ -75,10 +79,11 @@ def start(self,
           out: Path,                          # folder for checkpoints, previews and class pictures
           callback: Callable | None = None,   # f(trainer), after each step; True stops
           on_step: Callable | None = None,    # f(pipe, step, t, latents) while class pictures are drawn; raising stops
+          folder: Path | None = None,         # of corrected pictures; None: those of the lesson
 ) -> DreamBooth | PivotalTuning:
     "Prepare a run; its `fit` trains."
     from lora_nb.zoo.world import an
-    folder, *_ = find_concept(self.pictures)
+    folder = folder or find_concept(self.pictures)[0]
     small, style = base.resolution <= 128, self.intent == "style"
     how = dict(steps=10) if small else {}
     draw = dict(how, batch_size=4, **(dict(callback_on_step_end=on_step) if on_step else {}))
@@ -125,6 +130,9 @@ class Training:
         self.running, self.halted = False, False  # now; before the last step
         self.total = 1                            # steps of the run
         self.shown, self.cost = 0., .1            # when curve and previews were drawn last, and the seconds it took
+        self.hints: dict[str, object] = {}        # what was suggested for each field: typed values differ, and stay
+        self.album: Path | None = None            # where dropped photographs go
+        self.photos, self.drop = PhotoRows(), Bridge(lambda message: studio.attempt(lambda: self.take(message), self.say))
         names = [p.name for kind in ("subjects", "styles") for p in sorted(data_path(kind).iterdir()) if p.is_dir()]
         self.pictures = widgets.Combobox(options=names, placeholder="a bundled subject, or a folder of yours")
         self.method = widgets.Dropdown(options=[("DreamBooth", "dreambooth"), ("pivotal tuning", "pti")])
@@ -132,7 +140,7 @@ class Training:
         self.trigger, self.noun, self.preview = (widgets.Text(t, continuous_update=False) for t in ("sks", "", ""))
         own, whole = recipe_for(studio.base), lambda v, lo, hi: widgets.BoundedIntText(v, min=lo, max=hi)
         self.steps, self.rank, self.seed = whole(own.steps, 1, 10**5), whole(own.rank, 1, 512), whole(0, 0, 2**31 - 1)
-        self.rate = widgets.FloatText(own.learning_rate)
+        self.rate, self.words_first = widgets.FloatText(own.learning_rate), whole(0, 0, 10**5)
         self.go = button("Train", self.train, "ls-go", tip="Start from the beginning")
         self.halt = button("Stop", self.stop, tip="Stop after this step and keep what was learned")
         self.more = button("Resume", lambda: self.train(resume=True), tip="Continue from the last checkpoint")
@@ -149,22 +157,25 @@ def _arranged(self) -> "widgets.Box":
     "Fields on the left, what happens on the right."
     row = lambda *ws: boxed(ws, "ls-row", row=True)
     for w, c in ((self.words, "ls-say"), (self.chart, "ls-chart"), (self.pictures, "ls-fill")): w.add_class(c)
-    self.views.layout.display = "none"
-    left = boxed([labelled("Pictures", self.pictures), self.seen,
+    self.views.layout.display = "none"; self.drop.face.value = drop_html("Drop photographs of one subject, or choose them", ("picture",))
+    import ipywidgets as widgets
+    look = widgets.Accordion([self.photos.panel]); look.selected_index = None; look.set_title(0, "Pictures, captions and crops")
+    left = boxed([labelled("Pictures", self.pictures), self.drop.panel, self.seen, look,
                   row(labelled("Method", self.method), labelled("Recipe card", self.intent)),
                   row(labelled("Trigger word", self.trigger), labelled("Class noun", self.noun)),
                   row(labelled("Steps", self.steps), labelled("Rank", self.rank), labelled("Learning rate", self.rate),
-                      labelled("Seed", self.seed)),
+                      labelled("Seed", self.seed), labelled("Word steps", self.words_first)),
                   labelled("Draw on the way", self.preview), self.card,
-                  boxed([self.go, self.halt, self.more, self.taste], "ls-row", "ls-tight", row=True)], "ls-left")
-    right = boxed([self.bar, self.words, self.chart, self.views], "ls-right")
+                  boxed([boxed([self.go, self.halt, self.more, self.taste], "ls-row", "ls-tight", row=True), self.bar, self.words],
+                        "ls-start")], "ls-left")
+    right = boxed([self.chart, self.views], "ls-right")
     return boxed([boxed([left, right], "ls-columns", row=True)], "ls-page")
 
 @patch_to(Training)
 def _watch(self):
     "Fill in what is known when pictures, recipe card or method change."
     self.pictures.observe(lambda _: self.known(), "value")
-    for w in (self.intent, self.method): w.observe(lambda _: self.suggest(), "value")
+    for w in (self.intent, self.method, self.trigger, self.noun): w.observe(lambda _: self.suggest(), "value")
 
 @patch_to(Training)
 def _buttons(self):
@@ -179,40 +190,63 @@ def say(self,
         text: object,
         error: bool = False):
     "Show a line of text in the tab."
-    text = html.escape(str(text))
-    self.words.value = f'<div class="ls-error">{text}</div>' if error else f"<span>{text}</span>"
+    self.words.value = note_html(text, error)
 
 # %% ../../nbs/60_studio_training.ipynb #476fe25d
 @patch_to(Training)
 def known(self):
     "Fill in what is known about newly chosen pictures."
-    self.seen.value = ""
+    self.seen.value = ""; self.photos.show([])
     if not self.pictures.value.strip(): return
     def fill():
         folder, intent, noun = find_concept(self.pictures.value)
-        self.seen.value = pictures_html(folder)
+        self.seen.value = pictures_html(folder); self.photos.show(photos_of(folder))
         if intent: self.intent.value, self.noun.value = intent, noun
         self.suggest(); self.say("")
     self.studio.attempt(fill, self.say)
 
 @patch_to(Training)
 def suggest(self):
-    "Fill in the card's numbers, a trigger and a prompt for this method and intent."
-    make = pivotal_recipe_for if self.method.value == "pti" else recipe_for
-    r, style = make(self.studio.base, self.intent.value), self.intent.value == "style"
-    self.steps.value, self.rank.value, self.rate.value = r.steps, r.rank, r.learning_rate
+    "Fill in the card's numbers, a trigger and a prompt for this method and intent, wherever nothing was typed."
+    pti, style = self.method.value == "pti", self.intent.value == "style"
+    r = (pivotal_recipe_for if pti else recipe_for)(self.studio.base, self.intent.value)
     stem = re.sub(r"\W+", "-", Path(self.pictures.value.strip() or "mine").name.lower()).strip("-")
-    self.trigger.value = f"<{stem}>" if self.method.value == "pti" else "sks"
+    for name, value in dict(steps=r.steps, rank=r.rank, rate=r.learning_rate, words_first=getattr(r, "ti_steps", 0),
+                            trigger=f"<{stem}>" if pti else "sks").items(): self._put(name, value)
     thing = "cat" if style else self.lesson.words
-    self.preview.value = f"a {thing} on a blue background" + (f", in {self.lesson.words} style" if style else "")
+    self._put("preview", f"a {thing} on a blue background" + (f", in {self.lesson.words} style" if style else ""))
+    self.words_first.disabled = not pti
     self.card.value = card_html(self.studio.base, self.intent.value)
+
+@patch_to(Training)
+def _put(self, name, value):
+    "Suggest a value: it is filled in unless something else was typed."
+    field, was = getattr(self, name), self.hints.get(name)
+    self.hints[name] = value
+    if was is None or field.value == was: field.value = value
+
+@patch_to(Training)
+def choose(self,
+           folder: Path):  # with pictures
+    "Choose a folder, and look at it anew if it was chosen already."
+    if self.pictures.value == str(folder): self.known()
+    self.pictures.value = str(folder)
+
+@patch_to(Training)
+def take(self, message: dict):
+    "Take photographs that were dropped on the tab: all of one session go into one folder."
+    if self.album is None: self.album = (self.studio.folder / "uploads" / time.strftime("photos-%Y%m%d-%H%M%S")).resolve()
+    paths = received(message, self.album)
+    self.choose(self.album)
+    self.say(f"{len(paths)} pictures are now in {self.album}.")
 
 @patch_to(Training, as_prop=True)
 def lesson(self) -> Lesson:
     "What the fields say."
     say = lambda w: w.value.strip()
     return Lesson(say(self.pictures), self.method.value, self.intent.value, say(self.trigger), say(self.noun),
-                  self.steps.value, self.rank.value, self.rate.value, say(self.preview), self.seed.value)
+                  self.steps.value, self.rank.value, self.rate.value, say(self.preview), self.seed.value,
+                  self.words_first.value if self.method.value == "pti" else 0)
 
 # %% ../../nbs/60_studio_training.ipynb #e3201673
 @patch_to(Training)
@@ -272,7 +306,8 @@ def _learn(self, job, lesson, resume):
     if not resume: self._forget(out)
     with atomic_path(out / "pictures.txt") as note: Path(note).write_text(str(find_concept(lesson.pictures)[0].resolve()), "utf-8")
     self.say("Encoding the pictures, and drawing some of their class ...")
-    self.run = lesson.start(self.studio.base, out, lambda trainer: self._after_step(job, trainer), on_step)
+    own = prepared(self.photos.photos, out / "pictures") if self.photos.changed else None
+    self.run = lesson.start(self.studio.base, out, lambda trainer: self._after_step(job, trainer), on_step, own)
     r = self.run.recipe
     self.total = self.bar.max = r.steps + (getattr(r, "ti_steps", 0) if getattr(r, "mode", "") == "two-phase" else 0)
     lora = self.run.fit(resume)

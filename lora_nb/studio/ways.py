@@ -22,9 +22,7 @@ from .grid import AXES, Axis, read_axis
 from .panel import boxed, button, labelled
 from .samplers import ENLARGE, samplers
 from .settings import Settings
-if TYPE_CHECKING:
-    import ipywidgets as widgets
-    from lora_nb.bases import Base
+if TYPE_CHECKING: from lora_nb.bases import Base
 
 # %% ../../nbs/59d_studio_ways.ipynb #0eb1f125
 class AxisFields:
@@ -164,6 +162,20 @@ def _shown(self, fresh=False):
     self.note.value = html.escape(kept) if self.image else ""
 
 @patch_to(Redraw)
+def check(self,
+          s: Settings):
+    "An error if a picture that the settings name cannot be read."
+    for f in filter(None, (s.image, s.mask)): picture_of(f)
+
+@patch_to(Redraw)
+def show(self,
+         s: Settings):
+    "Set picture, mask and strength from settings."
+    was, (self.image, self.mask) = self.image, (s.image, s.mask)
+    if s.image: self.strength.value = s.strength
+    self._shown(fresh=self.image != was)
+
+@patch_to(Redraw)
 def _try(self, f):
     "Do it; show what goes wrong."
     try: f()
@@ -188,7 +200,8 @@ def take_mask(self, message: dict):
     "A mask from a file."
     def take():
         mask, size = picture_of(received(message, self.folder)[0]).convert("L"), picture_of(self.image).size
-        if mask.size != size: raise DataError(f"the mask has {mask.width} x {mask.height} pixels, the picture {size[0]} x {size[1]}: expected the same.")
+        if mask.size != size:
+            raise DataError(f"the mask has {mask.width} x {mask.height} pixels, the picture {size[0]} x {size[1]}: expected the same.")
         self.mask = str(input_file(self.folder, mask.point(lambda v: 255 if v >= 128 else 0)))
         self._shown(); self.changed()
     self._try(take)
