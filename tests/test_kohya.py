@@ -234,3 +234,12 @@ def test_a_files_sizes_are_true(tmp_path):
         resize(Lora.load(tmp_path/"a.safetensors"), rank=4).save(tmp_path/"b.safetensors", format)
         for about in (read_safetensors(tmp_path/"b.safetensors")[1], Lora.load(tmp_path/"b.safetensors").metadata):
             assert (about["ss_network_dim"], about["ss_network_alpha"], about["ss_steps"]) == ("4", "4", "9")
+
+
+def test_a_transformer_of_another_family_gets_no_names_of_sd3(tmp_path):
+    "FLUX's double blocks have SD3's paths in diffusers"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    flux = Lora({name: pair(3072, 1, 3072), name.replace("attn.to_q", "ff_context.net.2"): pair(3072, 1, 12288)})
+    for format in ("kohya", "comfy"): refused("transformer of FLUX", flux.save, tmp_path/"a.safetensors", format)
+    flux.save(tmp_path/"a.safetensors")
+    assert trip(Lora({name: pair(1536, 1, 1536)}), tmp_path).layers.keys() == {name}
