@@ -280,7 +280,8 @@ def test_folders_named_for_what_they_hold(spelt, tmp_path):
         safetensors.torch.save_file(layer(f"base_model.model.{key}"), tmp_path/spelt.format(component)/"adapter_model.safetensors")
         (tmp_path/spelt.format(component)/"adapter_config.json").write_text('{"r": 2, "lora_alpha": 6}')
     lora = load_lora(tmp_path)
-    assert {n: f.alpha for n, f in lora.layers.items()} == {"unet.mid_block.attentions.0.proj_in": 6., "text_encoder_2.encoder.layers.0.mlp.fc1": 6.}
+    assert {n: f.alpha for n, f in lora.layers.items()} == {"unet.mid_block.attentions.0.proj_in": 6.,
+                                                            "text_encoder_2.encoder.layers.0.mlp.fc1": 6.}
 
 
 @pytest.mark.parametrize("key", ["diffusion_model.middle_block.1.proj_in.oft_R.weight", "lora_unet.middle_block.1.proj_in.boft_R",
@@ -336,7 +337,8 @@ def test_a_lora_replaces_a_lora_of_any_format(tmp_path):
     (tmp_path/"empty.safetensors").touch(); save_lora(one, tmp_path/"empty.safetensors", "textual_inversion")
 
 
-@pytest.mark.parametrize("format, name", [("textual_inversion", "w.safetensors"), ("peft", "w.safetensors"), ("a1111", "w.pt"), ("a1111", "w.bin")])
+@pytest.mark.parametrize("format, name", [("textual_inversion", "w.safetensors"), ("peft", "w.safetensors"), ("a1111", "w.pt"),
+                                          ("a1111", "w.bin")])
 def test_words_and_layers_do_not_replace_each_other(format, name, tmp_path):
     word, both = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4)}}), small_lora()
     layers = Lora(both.layers)
