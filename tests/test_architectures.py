@@ -108,8 +108,8 @@ def test_paths_of_known_models(name): refuse_strange([name])
 
 OTHERS = {"HiDreamImageTransformer2DModel": dict(
     patch_size=2, in_channels=16, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=20,
-    caption_channels=[4096, 4096], text_emb_dim=2048, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(64, 32, 32), max_resolution=(128, 128),
-    llama_layers=[0, 1, 2, 3])}
+    caption_channels=[4096, 4096], text_emb_dim=2048, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(64, 32, 32),
+    max_resolution=(128, 128), llama_layers=[0, 1, 2, 3])}
 NOT_FOR_PICTURES = ("UNet1DModel", "I2VGenXLUNet")
 
 
@@ -157,7 +157,8 @@ transformer.transformer_blocks.0.attn3.to_q transformer.transformer_blocks.0.to_
 transformer.attn.to_q transformer.transformer_blocks.0.foo.to_q text_encoder.encoder.layers.32.mlp.fc1 text_encoder.encoder.layers.0.mlp.fc3
 text_encoder.encoder.layers.0.self_attn.x_proj text_encoder_3.encoder.block.24.layer.0.SelfAttention.q""".split()
 FLAT = """lora_unet_input_blocks_4_1_transformer_blocks_0_attn7_to_q lora_unet_down_blocks_7_resnets_0_conv1
-lora_unet_joint_blocks_99_x_block_attn_qkv lora_te_text_model_encoder_layers_99_mlp_fc1 lora_unet_down_blocks_0_attentions_9_proj_in lora_transformer_transformer_blocks_99_attn_to_q
+lora_unet_joint_blocks_99_x_block_attn_qkv lora_te_text_model_encoder_layers_99_mlp_fc1 lora_unet_down_blocks_0_attentions_9_proj_in
+lora_transformer_transformer_blocks_99_attn_to_q
 diffusion_model.input_blocks.4.1.transformer_blocks.0.attn7.to_q diffusion_model.joint_blocks.99.x_block.attn.qkv""".split()
 ALIVE = {"unet": "unet.mid_block.attentions.0.proj_in", "lora": "lora_unet_conv_in", "diff": "diffusion_model.out.2"}
 

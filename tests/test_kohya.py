@@ -196,7 +196,16 @@ def test_one_alpha_and_back(dtype, tmp_path):
     bare = Lora.load(tmp_path/"bare.safetensors")
     for n, f in lora.layers.items(): close(bare.layers[n].delta(), f.delta(), 0 if dtype == torch.float32 else 1e-6)
     assert all(f.rank <= bare.layers[n].rank < 2 * f.rank for n, f in lora.layers.items())
+    assert trip(lora * -1., tmp_path) == lora * -1.                        # a sign costs nothing
     assert trip(bare, tmp_path) == bare
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_one_alpha_of_eight_bits(dtype, tmp_path):
+    "Its range is too narrow for some powers of two: the difference stays, the numbers may become wider"
+    lora = odd_ranks(dtype)
+    for n, f in trip(lora, tmp_path).layers.items():
+        assert (f.delta() - lora.layers[n].delta()).norm() < .005 * lora.layers[n].delta().norm()
 
 
 def test_one_alpha_is_left_alone_where_it_is_one_or_nobody_gains(tmp_path):
