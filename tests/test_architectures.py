@@ -107,9 +107,9 @@ def test_paths_of_known_models(name): refuse_strange([name])
 
 
 OTHERS = {"HiDreamImageTransformer2DModel": dict(
-    patch_size=2, in_channels=16, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=20, caption_channels=[
-        4096, 4096], text_emb_dim=2048, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(64, 32, 32), max_resolution=(128, 128),
-    llama_layers=[0, 1, 2, 3])}
+    patch_size=2, in_channels=16, out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=20,
+    caption_channels=[4096, 4096], text_emb_dim=2048, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(64, 32, 32),
+    max_resolution=(128, 128), llama_layers=[0, 1, 2, 3])}
 NOT_FOR_PICTURES = ("UNet1DModel", "I2VGenXLUNet")
 
 
@@ -134,14 +134,16 @@ def test_every_architecture_of_diffusers_is_alive():
 
 def test_every_text_encoder_is_alive():
     import transformers as t
-    configs = dict(clip=(t.CLIPTextModelWithProjection, t.CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=32)),
+    clip = t.CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=32)
+    configs = dict(clip=(t.CLIPTextModelWithProjection, clip),
                    t5=(t.T5EncoderModel, t.T5Config(d_model=8, d_kv=8, d_ff=8, num_layers=24, num_heads=1, feed_forward_proj="gated-gelu")),
                    gemma=(t.Gemma2Model, t.Gemma2Config(hidden_size=8, intermediate_size=8, num_hidden_layers=26, vocab_size=8)),
                    qwen=(t.Qwen3ForCausalLM, t.Qwen3Config(hidden_size=8, intermediate_size=8, num_hidden_layers=36, vocab_size=8)),
                    bert=(t.BertModel, t.BertConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=24)))
     for kind, (cls, config) in configs.items():
         with torch.device("meta"): model = cls(config)
-        names = [f"text_encoder.{n.removeprefix('text_model.')}" for n, m in model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
+        names = [f"text_encoder.{n.removeprefix('text_model.')}" for n in linears]
         assert names and strange_paths(names) == [], kind
         moved = [n.replace(".0.", ".90.", 1) for n in names if ".0." in n]
         assert strange_paths(moved) == moved, kind
@@ -154,8 +156,9 @@ transformer.layers.99.attention.to_q transformer.transformer_blocks.99.attn.to_q
 transformer.transformer_blocks.0.attn3.to_q transformer.transformer_blocks.0.to_q transformer.transformer_blocks.0.ff.to_q
 transformer.attn.to_q transformer.transformer_blocks.0.foo.to_q text_encoder.encoder.layers.32.mlp.fc1 text_encoder.encoder.layers.0.mlp.fc3
 text_encoder.encoder.layers.0.self_attn.x_proj text_encoder_3.encoder.block.24.layer.0.SelfAttention.q""".split()
-FLAT = """lora_unet_input_blocks_4_1_transformer_blocks_0_attn7_to_q lora_unet_down_blocks_7_resnets_0_conv1 lora_unet_joint_blocks_99_x_block_attn_qkv
-lora_te_text_model_encoder_layers_99_mlp_fc1 lora_unet_down_blocks_0_attentions_9_proj_in lora_transformer_transformer_blocks_99_attn_to_q
+FLAT = """lora_unet_input_blocks_4_1_transformer_blocks_0_attn7_to_q lora_unet_down_blocks_7_resnets_0_conv1
+lora_unet_joint_blocks_99_x_block_attn_qkv lora_te_text_model_encoder_layers_99_mlp_fc1 lora_unet_down_blocks_0_attentions_9_proj_in
+lora_transformer_transformer_blocks_99_attn_to_q
 diffusion_model.input_blocks.4.1.transformer_blocks.0.attn7.to_q diffusion_model.joint_blocks.99.x_block.attn.qkv""".split()
 ALIVE = {"unet": "unet.mid_block.attentions.0.proj_in", "lora": "lora_unet_conv_in", "diff": "diffusion_model.out.2"}
 

@@ -243,3 +243,12 @@ def test_an_inpainting_model_without_its_first_convolution():
         assert change == pytest.approx((tuned.unet.conv_in.weight - wide).norm().item()) and size == pytest.approx(wide.norm().item())
     with pytest.raises(ShapeError, match="conv_in.weight.*targets"): distill(base, tuned, rank=1)
     with pytest.raises(ShapeError, match="conv_in.weight"): distill(base, tuned, rank=1, targets={"unet": ["conv_in"]})
+
+
+def test_a_model_that_wears_adapters_of_diffusers_is_not_compared():
+    "Their branches would be taken for new layers"
+    from peft import LoraConfig
+    base, worn = random_pipe("sd"), random_pipe("sd")
+    worn.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    for pair in ((base, worn), (worn, base)):
+        with pytest.raises(TargetError, match="wear an adapter that diffusers or peft put on.*unload_lora_weights"): distill(*pair, rank=1)

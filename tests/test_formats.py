@@ -280,7 +280,8 @@ def test_folders_named_for_what_they_hold(spelt, tmp_path):
         safetensors.torch.save_file(layer(f"base_model.model.{key}"), tmp_path/spelt.format(component)/"adapter_model.safetensors")
         (tmp_path/spelt.format(component)/"adapter_config.json").write_text('{"r": 2, "lora_alpha": 6}')
     lora = load_lora(tmp_path)
-    assert {n: f.alpha for n, f in lora.layers.items()} == {"unet.mid_block.attentions.0.proj_in": 6., "text_encoder_2.encoder.layers.0.mlp.fc1": 6.}
+    assert {n: f.alpha for n, f in lora.layers.items()} == {"unet.mid_block.attentions.0.proj_in": 6.,
+                                                            "text_encoder_2.encoder.layers.0.mlp.fc1": 6.}
 
 
 @pytest.mark.parametrize("key", ["diffusion_model.middle_block.1.proj_in.oft_R.weight", "lora_unet.middle_block.1.proj_in.boft_R",
@@ -328,12 +329,31 @@ def test_whatever_is_no_lora_is_never_replaced(tmp_path, name, format):
 
 def test_a_lora_replaces_a_lora_of_any_format(tmp_path):
     one = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4)}})
-    for format, lora in (("peft", small_lora()), ("kohya", small_lora(1)), ("textual_inversion", one), ("peft", small_lora(2))):
+    for format, lora in (("peft", small_lora()), ("kohya", small_lora(1)), ("peft", small_lora(2))):
         save_lora(lora, tmp_path/"a.safetensors", format)
         assert load_lora(tmp_path/"a.safetensors") == lora
     for name in ("a.pt", "a.bin"):
         for _ in range(2): save_lora(one, tmp_path/name, "a1111")
     (tmp_path/"empty.safetensors").touch(); save_lora(one, tmp_path/"empty.safetensors", "textual_inversion")
+
+
+@pytest.mark.parametrize("format, name", [("textual_inversion", "w.safetensors"), ("peft", "w.safetensors"), ("a1111", "w.pt"),
+                                          ("a1111", "w.bin")])
+def test_words_and_layers_do_not_replace_each_other(format, name, tmp_path):
+    word, both = Lora({}, {"<w>": {"text_encoder": torch.ones(1, 4)}}), small_lora()
+    layers = Lora(both.layers)
+    save_lora(word, tmp_path/name, format)
+    save_lora(word, tmp_path/name, format)
+    if name.endswith(".safetensors"):
+        kept = (tmp_path/name).read_bytes()
+        refused("nothing was written", save_lora, layers, tmp_path/name)
+        assert (tmp_path/name).read_bytes() == kept
+        save_lora(both, tmp_path/name)                                      # what has words and layers replaces either
+        save_lora(layers, tmp_path/name)
+        refused("is not a file of words", save_lora, word, tmp_path/name, format)
+        assert load_lora(tmp_path/name) == layers
+        save_lora(word, tmp_path/name, format, overwrite=True)
+    assert load_lora(tmp_path/name) == word
 
 
 def test_a_pt_family_replaces_its_own_files_only(tmp_path):

@@ -302,7 +302,11 @@ def test_unknown_keys_are_left_out_on_request_and_listed(written, tmp_path):
     assert "rank_mask" in " ".join(done.lost) and len(load_file(tmp_path/"p.safetensors")) == 2
     out = []
     peft_pair = {f"unet.{Q}.lora_A.weight": rand(1, 16), f"unet.{Q}.lora_B.weight": rand(16, 1), "unet.step": rand(1)}
-    assert len(written(peft_pair, left_out=out)) == 1 and out == ["unet.step"]
+    lora = written(peft_pair, left_out=out)
+    assert len(lora) == 1 and out == ["unet.step"]
+    assert lora.metadata["left_out"] == "1 keys of the file it was read from: unet.step" and "unet.step" in lora._repr_markdown_()
+    lora.save(tmp_path/"rest.safetensors")
+    assert "left_out" in repr(lora_file_info(tmp_path/"rest.safetensors"))
 
 
 def test_a_config_beside_the_file(tmp_path):

@@ -196,7 +196,16 @@ def test_one_alpha_and_back(dtype, tmp_path):
     bare = Lora.load(tmp_path/"bare.safetensors")
     for n, f in lora.layers.items(): close(bare.layers[n].delta(), f.delta(), 0 if dtype == torch.float32 else 1e-6)
     assert all(f.rank <= bare.layers[n].rank < 2 * f.rank for n, f in lora.layers.items())
+    assert trip(lora * -1., tmp_path) == lora * -1.                        # a sign costs nothing
     assert trip(bare, tmp_path) == bare
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_one_alpha_of_eight_bits(dtype, tmp_path):
+    "Its range is too narrow for some powers of two: the difference stays, the numbers may become wider"
+    lora = odd_ranks(dtype)
+    for n, f in trip(lora, tmp_path).layers.items():
+        assert (f.delta() - lora.layers[n].delta()).norm() < .005 * lora.layers[n].delta().norm()
 
 
 def test_one_alpha_is_left_alone_where_it_is_one_or_nobody_gains(tmp_path):
@@ -234,3 +243,12 @@ def test_a_files_sizes_are_true(tmp_path):
         resize(Lora.load(tmp_path/"a.safetensors"), rank=4).save(tmp_path/"b.safetensors", format)
         for about in (read_safetensors(tmp_path/"b.safetensors")[1], Lora.load(tmp_path/"b.safetensors").metadata):
             assert (about["ss_network_dim"], about["ss_network_alpha"], about["ss_steps"]) == ("4", "4", "9")
+
+
+def test_a_transformer_of_another_family_gets_no_names_of_sd3(tmp_path):
+    "FLUX's double blocks have SD3's paths in diffusers"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    flux = Lora({name: pair(3072, 1, 3072), name.replace("attn.to_q", "ff_context.net.2"): pair(3072, 1, 12288)})
+    for format in ("kohya", "comfy"): refused("transformer of FLUX", flux.save, tmp_path/"a.safetensors", format)
+    flux.save(tmp_path/"a.safetensors")
+    assert trip(Lora({name: pair(1536, 1, 1536)}), tmp_path).layers.keys() == {name}

@@ -219,16 +219,16 @@ def test_a_configuration_that_makes_something_else_of_the_factors_is_refused(con
         else: assert Lora.load(tmp_path).layers[TO_Q].alpha == 8
 
 
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config", "VeraConfig", "HRAConfig", "FourierFTConfig",
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "OFTConfig", "IA3Config", "VeraConfig", "HRAConfig", "FourierFTConfig",
                                   "RandLoraConfig", "AdaLoraConfig"])
 def test_every_kind_of_peft_is_exact_or_refused_by_name(kind, tmp_path):
     "The weights that peft itself merges are the judge"
     import copy
     import peft
     sd, targets = random_pipe("sd"), ["to_q", "to_v", "ff.net.2"]
-    options = {"LoHaConfig": dict(r=4, alpha=2), "LoKrConfig": dict(r=4, alpha=2), "OFTConfig": dict(oft_block_size=8), "BOFTConfig": dict(
-        boft_block_size=4), "IA3Config": dict(feedforward_modules=["ff.net.2"]), "VeraConfig": dict(r=4), "FourierFTConfig": dict(n_frequency=10),
-        "AdaLoraConfig": dict(init_r=4, target_r=2, total_step=10)}
+    options = {"LoHaConfig": dict(r=4, alpha=2), "LoKrConfig": dict(r=4, alpha=2), "OFTConfig": dict(oft_block_size=8),
+               "IA3Config": dict(feedforward_modules=["ff.net.2"]), "VeraConfig": dict(r=4), "FourierFTConfig": dict(n_frequency=10),
+               "AdaLoraConfig": dict(init_r=4, target_r=2, total_step=10)}
     if kind == "VeraConfig": targets = ["to_q"]                             # which want layers of one size
     model = peft.get_peft_model(copy.deepcopy(sd.unet), getattr(peft, kind)(target_modules=targets, **options.get(kind, {})))
     torch.manual_seed(0)
