@@ -376,7 +376,8 @@ def test_weights_written_over_while_scheduled_stay(how):
     from helpers_ground import fingerprint, random_lora, tiny_unet
     unet, new = tiny_unet(), tiny_unet(3)
     x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)
-    with pytest.warns(UserWarning, match="written over while they were scheduled"), scheduled(unet, {random_lora(tiny_unet(), "extended"): ramp(0, 1)}):
+    with pytest.warns(UserWarning, match="written over while they were scheduled"), scheduled(unet,
+            {random_lora(tiny_unet(), "extended"): ramp(0, 1)}):
         with torch.no_grad(): unet(x, 500, words)
         if how == "swap":
             for a, b in zip(unet.parameters(), new.parameters()): a.data = b.data.clone()
