@@ -261,7 +261,8 @@ def test_a_full_disk_while_a_checkpoint_is_written(format, name, tmp_path):
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == kept
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".safetensors", "x" * 300 + "/y.safetensors", "a\0b.safetensors", "a.safetensors/b.safetensors"])
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".safetensors", "x" * 300 + "/y.safetensors", "a\0b.safetensors",
+                                  "a.safetensors/b.safetensors"])
 def test_names_that_no_file_can_have(base, lora, name, tmp_path):
     from PIL import Image
     from lora_nb.composition import add_files
@@ -269,8 +270,10 @@ def test_names_that_no_file_can_have(base, lora, name, tmp_path):
     from lora_nb.scheduling import scheduled
     from lora_nb.states import newest_state, read_previews, read_state, write_previews, write_state
     lora.save(a := tmp_path / "a.safetensors"); path = tmp_path / name
-    writers = [lambda: save_checkpoint(base, path), lambda: save_checkpoint(base, path, "single_file"), lambda: merge_checkpoint(base, lora, path),
-               lambda: merge_checkpoint(str(path), lora, tmp_path / "out"), lambda: add_files(a, a, path), lambda: add_files(path, a, tmp_path / "out"),
+    writers = [lambda: save_checkpoint(base, path), lambda: save_checkpoint(base, path, "single_file"),
+               lambda: merge_checkpoint(base, lora, path),
+               lambda: merge_checkpoint(str(path), lora, tmp_path / "out"), lambda: add_files(a, a, path),
+               lambda: add_files(path, a, tmp_path / "out"),
                lambda: add_files(tmp_path / "base", a, path, mode="upl"), lambda: write_state(path, {"step": 1}), lambda: read_state(path),
                lambda: write_previews(path, 1, [Image.new("RGB", (8, 8))]), lambda: lora.save(path), lambda: Lora.load(path),
                lambda: scheduled(base, {str(path): 1}).__enter__()]
@@ -287,7 +290,7 @@ def test_a_full_disk_while_smaller_files_are_written(lora, what, tmp_path):
     import resource
     from PIL import Image
     from lora_nb.composition import add_files
-    from lora_nb.states import read_previews, write_previews, write_state
+    from lora_nb.states import write_previews, write_state
     noise = Image.effect_noise((128, 128), 99)
     lora.save(a := tmp_path / "a.safetensors"); write_state(tmp_path / "step-000001.pt", {"step": 1}); write_previews(tmp_path, 1, [noise])
     add_files(a, a, tmp_path / "sum.safetensors")

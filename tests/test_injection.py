@@ -243,7 +243,8 @@ def test_magnitudes_are_never_lost_on_the_way_into_branches():
     assert all(not m.lora_up.weight.any() for m in worn.layers.values())          # nothing was written before the error
 
 @pytest.mark.parametrize("kw, says", [(dict(dropout=float("nan")), "dropout"), (dict(dropout=1.), "dropout"), (dict(dropout=-1), "dropout"),
-                                      (dict(targets=None), "targets=None"), (dict(targets={"unet": "attention"}, rank={"text_encoder": 4}), "nothing for unet")])
+                                      (dict(targets=None), "targets=None"),
+                                      (dict(targets={"unet": "attention"}, rank={"text_encoder": 4}), "nothing for unet")])
 def test_injections_that_mean_nothing(kw, says):
     unet = tiny_unet(); bits = fingerprint(unet)
     with pytest.raises(LoraError, match=says): inject_lora(unet, **kw)

@@ -170,7 +170,8 @@ def one_by_one(x, layers):
 
 GEOMETRIES = [(lambda: nn.Linear(48, 32), (2, 7, 48)), (lambda: nn.Linear(48, 160, bias=False), (8, 64, 48)),
               (lambda: nn.Conv2d(8, 16, 3, padding=1, stride=2), (2, 8, 9, 9)), (lambda: nn.Conv2d(8, 6, 1), (8, 5, 5)),
-              (lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), (2, 8, 40, 40)), (lambda: nn.Conv2d(8, 16, 3, groups=4), (2, 8, 9, 9))]
+              (lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), (2, 8, 40, 40)),
+              (lambda: nn.Conv2d(8, 16, 3, groups=4), (2, 8, 9, 9))]
 
 @pytest.mark.parametrize("i", range(len(GEOMETRIES)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -204,7 +205,8 @@ def test_hooks_and_dropout_interrupt_a_run():
     _, layers = stacked(nn.Linear(48, 32), 8); seen = []
     layers[4].register_forward_hook(lambda m, args, out: seen.append(out))
     x = torch.randn(4, 48); out = layers[-1](x)
-    assert len(seen) == 1 and torch.allclose(seen[0], one_by_one(x, layers[:5]), atol=1e-5) and torch.allclose(out, one_by_one(x, layers), atol=1e-5)
+    assert len(seen) == 1 and torch.allclose(seen[0], one_by_one(x, layers[:5]), atol=1e-5) and torch.allclose(out, one_by_one(x, layers),
+                                                                                                               atol=1e-5)
     _, layers = stacked(nn.Linear(48, 32), 8, dropout_p=.5)
     layers[-1].train(); assert len(layers[-1]._run()[0]) == 0
 
@@ -227,6 +229,7 @@ def test_strengths_of_a_layer_are_numbers(bad):
     with pytest.raises(LoraError): LoraInjectedLinear.from_base(nn.Linear(4, 4), r=2, scale=bad)
     with pytest.raises(LoraError): LoraInjectedLinear.from_base(nn.Linear(4, 4), r=2, alpha=bad)
     layer = LoraInjectedLinear.from_base(nn.Linear(4, 4), r=2, alpha=1)
-    for change in (lambda: setattr(layer, "scale", bad), lambda: setattr(layer, "alpha", bad), lambda: layer.set_selector_from_diag(torch.tensor([bad, 1]))):
+    for change in (lambda: setattr(layer, "scale", bad), lambda: setattr(layer, "alpha", bad),
+                   lambda: layer.set_selector_from_diag(torch.tensor([bad, 1]))):
         with pytest.raises(LoraError): change()
     assert layer.scale == 1 and layer.alpha == 1 and type(layer.selector) is nn.Identity

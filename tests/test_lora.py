@@ -125,7 +125,8 @@ def test_the_operators_are_what_compose_makes():
 
 # Strengths are numbers, and a sum knows what it is made of
 
-def one(trigger="", alpha=None): return Lora({"unet.q": Factors(torch.randn(3, 2), torch.randn(2, 5), alpha)}, metadata={"trigger": trigger} if trigger else {})
+def one(trigger="", alpha=None): return Lora({"unet.q": Factors(torch.randn(3, 2), torch.randn(2, 5), alpha)},
+                                             metadata={"trigger": trigger} if trigger else {})
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, "x", None])
 def test_a_value_is_scaled_by_numbers(bad):

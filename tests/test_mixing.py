@@ -190,7 +190,8 @@ def test_other_families(family, tmp_path):
     assert distance(half, compose(two)) > 0
 
 
-@pytest.mark.parametrize("weights, says", [(lambda *a: [1, float("nan")], "finite"), (lambda *a: [1, 1, 1], "each of 2"), (lambda *a: [1], "each of 2"),
+@pytest.mark.parametrize("weights, says", [(lambda *a: [1, float("nan")], "finite"), (lambda *a: [1, 1, 1], "each of 2"),
+                                           (lambda *a: [1], "each of 2"),
                                            (2., "expected f"), ([1, 1], "expected f")])
 def test_weights_of_a_mixture_are_numbers_for_each(base, pair, weights, says):
     x, words = torch.randn(1, base.denoiser.config.in_channels, 8, 8), torch.randn(1, 7, base.denoiser.config.cross_attention_dim)
@@ -201,7 +202,8 @@ def test_weights_of_a_mixture_are_numbers_for_each(base, pair, weights, says):
 def test_shares_of_a_composite(base, pair, shares):
     with Mixture(base, pair) as m, pytest.raises(LoraError, match="shares|share"), composite(m, shares): pass
 
-@pytest.mark.parametrize("method, kw", [("np", dict(mu=float("nan"))), ("np", dict(protect=7)), ("ties", dict(density=2)), ("ties", dict(density=float("nan"))),
+@pytest.mark.parametrize("method, kw", [("np", dict(mu=float("nan"))), ("np", dict(protect=7)), ("ties", dict(density=2)),
+                                        ("ties", dict(density=float("nan"))),
                                         ("ties", dict(scale=float("nan"))), ("lerp", dict(t=float("inf"))), ("klora", dict(alpha=float("nan"))),
                                         ("dare", dict(ties=True, density=-1)), ("cat", dict(nonsense=1)), ("svd", dict(rank=2.5))])
 def test_settings_that_mean_nothing(pair, method, kw):

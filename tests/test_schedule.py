@@ -125,7 +125,8 @@ def test_turns_of_three():
     assert [s.values(7) for s in plan.values()] == [[.5, .5, 0, 0, 0, 0, .5], [0, 0, .5, .5, 0, 0, 0], [0, 0, 0, 0, .5, .5, 0]]
 
 
-@pytest.mark.parametrize("kw", [dict(rank_power=float("nan")), dict(rank_min=float("nan")), dict(rank_min=1.5), dict(start="x"), dict(turn=1)], ids=str)
+@pytest.mark.parametrize("kw", [dict(rank_power=float("nan")), dict(rank_min=float("nan")), dict(rank_min=1.5), dict(start="x"),
+                                dict(turn=1)], ids=str)
 def test_fields_that_are_no_numbers(kw):
     with pytest.raises(LoraError): LoraSchedule(**kw)
 

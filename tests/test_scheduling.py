@@ -369,3 +369,27 @@ def test_a_merged_lora_cannot_be_scheduled_as_branches(shared, lora):
     apply_lora(shared, lora, name="w")
     with pytest.raises(LoraError, match="merged into the weights"), scheduled(shared, {"w": 1}, mode="inject"): pass
     remove_lora(shared)
+
+
+@pytest.mark.parametrize("how", ["load", "assign", "swap"])
+def test_weights_written_over_while_scheduled_stay(how):
+    from helpers_ground import fingerprint, random_lora, tiny_unet
+    unet, new = tiny_unet(), tiny_unet(3)
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)
+    with pytest.warns(UserWarning, match="written over while they were scheduled"), scheduled(unet,
+            {random_lora(tiny_unet(), "extended"): ramp(0, 1)}):
+        with torch.no_grad(): unet(x, 500, words)
+        if how == "swap":
+            for a, b in zip(unet.parameters(), new.parameters()): a.data = b.data.clone()
+        else: unet.load_state_dict({k: v.clone() for k, v in new.state_dict().items()}, assign=how == "assign")
+    for p in (*unet.parameters(), *new.parameters()): p.requires_grad_(False)
+    assert fingerprint(unet) == fingerprint(new) and not [m for m in unet.modules() if "_kept_weight" in m.__dict__]
+
+def test_loading_in_the_middle_of_a_run_is_an_error():
+    from helpers_ground import random_lora, tiny_unet
+    unet, new = tiny_unet(), tiny_unet(3)
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)
+    with pytest.warns(UserWarning, match="written over"), torch.no_grad(), scheduled(unet, {random_lora(tiny_unet(), "extended"): ramp(0, 1)}):
+        unet(x, 500, words); unet.load_state_dict(new.state_dict())
+        with pytest.raises(LoraError, match="while it is scheduled"): unet(x, 100, words)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), new.parameters()))

@@ -130,7 +130,8 @@ def test_a_broken_preview_does_not_break_resuming(base, tmp_path):
     with pytest.warns(UserWarning): assert [n for n, _ in read_previews(tmp_path / "previews", 9)] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("what, named", [("vae", "all weights of the VAE"), ("v_prediction", "the noise schedule"), ("betas", "the noise schedule")])
+@pytest.mark.parametrize("what, named", [("vae", "all weights of the VAE"), ("v_prediction", "the noise schedule"),
+                                         ("betas", "the noise schedule")])
 def test_another_vae_or_noise_schedule_is_not_resumed(what, named, tmp_path):
     made = dict(instance_data=RED, instance_prompt="a sks wall", prior=None, output_dir=tmp_path, **QUICK)
     train_dreambooth(as_base(random_pipe("sd"), "random"), **made)
@@ -152,7 +153,8 @@ def test_one_number_of_a_base_is_noticed(where):
         if where == "unet": base.denoiser.conv_out.weight.data[0, 0, 0, 0] += 1e-4
         elif where == "vae": next(base.pipe.vae.parameters()).data.view(-1)[-1] += 1e-4
         else: table.data[-1 if "last" in where else len(table) // 2, 1] += 1e-4
-    assert [k for k, v in base_identity(base).items() if before[k] != v] == ["all weights of the " + ("VAE" if where == "vae" else "base (float32)")]
+    named = "all weights of the " + ("VAE" if where == "vae" else "base (float32)")
+    assert [k for k, v in base_identity(base).items() if before[k] != v] == [named]
 
 
 def test_identity_of_a_split_or_rearranged_base(base):

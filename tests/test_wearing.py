@@ -385,7 +385,6 @@ def test_a_model_that_only_moved_is_unmerged(lora, trip):
     apply_lora(unet, lora); trip(unet); trip(twin)
     set_scale(unet, .5)
     with warnings.catch_warnings(action="error"): remove_lora(unet)
-    left = {n.rpartition(".")[0]: p for n, p in tiny_unet().to(next(unet.parameters()).dtype).named_parameters()}
     assert all(torch.equal(p, places(tiny_unet().to(p.dtype))[n[5:]].module.weight) for n in lora.layers
                for p in [places(unet)[n[5:]].module.weight])
 
@@ -426,7 +425,8 @@ SAYS = r"\d+ layers of unet wear an adapter that diffusers or peft put on \(defa
                                   "scheduled by name", "mixture", "train"])
 def test_every_way_in_names_their_adapters(what, tmp_path):
     pipe = random_pipe("sd"); lora = lora_for(pipe); wear_theirs(pipe, lora, tmp_path)
-    calls = dict(save=lambda: save_checkpoint(pipe, tmp_path / "o"), single=lambda: save_checkpoint(pipe, tmp_path / "o.safetensors", "single_file"),
+    calls = dict(save=lambda: save_checkpoint(pipe, tmp_path / "o"),
+                 single=lambda: save_checkpoint(pipe, tmp_path / "o.safetensors", "single_file"),
                  merge=lambda: merge_checkpoint(pipe, lora, tmp_path / "o"), apply=lambda: apply_lora(pipe, lora),
                  inject=lambda: apply_lora(pipe, lora, mode="inject"), extract=lambda: extract_lora(pipe), set=lambda: set_scale(pipe, .5),
                  mixture=lambda: Mixture(pipe, [lora]), train=lambda: inject_lora(pipe), scheduled=lambda: scheduled(pipe, lora).__enter__())
@@ -467,7 +467,8 @@ def test_theirs_fused_into_a_merged_one_stays(tmp_path):
 def test_diffusers_refuses_our_branches_with_our_advice(tmp_path):
     pipe = random_pipe("sd"); lora = lora_for(pipe); bits = fingerprint(pipe.unet)
     apply_lora(pipe, lora, mode="inject", name="mine")
-    with pytest.raises(ValueError, match=r"adapter='mine'.*put on by lora_nb: remove_lora\(pipe\) takes it off"): wear_theirs(pipe, lora, tmp_path)
+    with pytest.raises(ValueError, match=r"adapter='mine'.*put on by lora_nb: remove_lora\(pipe\) takes it off"): wear_theirs(pipe, lora,
+                                                                                                                              tmp_path)
     remove_lora(pipe); assert fingerprint(pipe.unet) == bits
     wear_theirs(pipe, lora, tmp_path)
 
