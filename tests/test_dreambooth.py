@@ -239,3 +239,10 @@ def test_a_class_that_has_the_subject_s_words_is_warned_of():
     (["a cat", "a dog"], "sks", "cat"),
     (["a plush toy in snow"], "sks plush toy", "plush toy")))
 def test_the_noun_of_class_prompts(prompts, trigger, noun): assert class_noun(prompts, trigger) == noun
+
+
+@pytest.mark.parametrize("args, kw, match", (
+    (("a toy", 0), {}, "n = 0"), (("a toy", 1.5), {}, "n = 1.5"), (("a toy", 1), dict(batch_size=0), "batch_size"),
+    (([], 1), {}, "Class prompts"), (([" "], 1), {}, "Class prompts")))
+def test_class_pictures_that_cannot_be_drawn(sd, args, kw, match):
+    with pytest.raises(LoraError, match=match): class_pictures(sd, *args, **kw)

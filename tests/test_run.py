@@ -278,3 +278,8 @@ def test_the_start_report_says_whether_masks_count(base, folder, floor, told, tm
     run = DreamBooth(base, tmp_path, "a sks wall", rank=2, batch_size=1, mask_floor=floor)
     assert told in str(run.start_report()) + "\n"
     run.remove()
+
+
+@pytest.mark.parametrize("bad", (dict(recursive="no"), dict(folder_words=2), dict(num_class_images=True)))
+def test_switches_are_switches(bad):
+    with pytest.raises(LoraError, match=next(iter(bad))): PriorOptions(**bad)
