@@ -139,7 +139,7 @@ from .show import save_jpeg as save_jpeg
 
 # studio
 from .studio import Studio as Studio
-from .studio import lora_studio as lora_studio
+from .studio.page import lora_studio as lora_studio
 
 # in the browser
 from .live import export_live as export_live
@@ -276,12 +276,15 @@ from . import optimizers as optimizers
 from . import peft_files as peft_files
 from . import phases as phases
 from . import pictures as pictures
+from . import plan as plan
 from . import positional as positional
 from . import preprocessing as preprocessing
 from . import processes as processes
 from . import products as products
 from . import prompts as prompts
 from . import pti as pti
+from . import quantize as quantize
+from . import quantized as quantized
 from . import random_pipes as random_pipes
 from . import recipe as recipe
 from . import reference as reference

@@ -165,7 +165,7 @@ def _facts(info):
                  rank=_few(info.ranks), alpha=_few(info.alphas), dtype=_few(info.dtypes), touches=_few(info.targets),
                  kind=_few(info.kinds) if {*info.kinds} - {"LoRA", "DoRA"} else "",
                  DoRA=f"{info.dora} layers" if info.dora else "", words=words, trigger=", ".join(info.triggers),
-                 base=info.base, recipe=", ".join(recipe))
+                 base=info.base, recipe=", ".join(recipe), left_out=info.metadata.get("left_out", ""))
     return [(k, v if len(v) <= 400 else v[:400] + " ...") for k, v in facts.items() if v]
 
 # %% ../nbs/26_conversion.ipynb #ef5a9712

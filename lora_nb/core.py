@@ -9,7 +9,7 @@ __all__ = ['printable', 'LoraError', 'FormatError', 'TargetError', 'ShapeError',
            'default_device', 'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators',
            'data_path', 'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'is_there', 'patch_to',
            'progress', 'peak_rss_mb', 'some', 'human', 'Markup', 'escaped', 'code', 'table', 'free_name', 'file_name',
-           'finite', 'finite_number', 'check_number', 'checksum', 'row_norms', 'working_dtype', 'common_dtype', 'quick',
+           'finite', 'finite_number', 'check_number', 'bit_sum', 'row_norms', 'working_dtype', 'common_dtype', 'quick',
            'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
@@ -443,7 +443,7 @@ def check_number(
     raise LoraError(f"{name} = {value!r:.60}: expected {said}.")
 
 # %% ../nbs/00_core.ipynb #a89a7756
-def checksum(
+def bit_sum(
     t: torch.Tensor,  # any precision, anywhere but on device `meta`
 ) -> int:             # 64 bits, signed
     "A number that tells the numbers of a tensor from others: exact sums of its bits, weighted by place, whatever its strides"

@@ -158,16 +158,6 @@ class Sources:
     left_out: dict[str, str] = field(default_factory=dict)  # name -> why, of files that are not trained on
     notes: list[str] = field(default_factory=list)          # what a person should know
 
-def _check_options(size, prompt, trigger, buckets, tags, keep):
-    "Refuse what could only fail later"
-    check_number("size", size, 8, 16384, whole=True); check_number("keep", keep, 0)
-    if not isinstance(prompt or "", str) or not isinstance(trigger, str):
-        raise LoraError(f"prompt = {prompt!r}, trigger = {trigger!r}: expected texts (prompt may be None).")
-    if tags is not None and not callable(tags): raise LoraError(f"tags = {tags!r}: expected a function of a caption and a random.Random.")
-    pair = lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(x, int) and x >= 8 for x in b)
-    if buckets not in (None, True, False) and not (isinstance(buckets, (list, tuple)) and all(map(pair, buckets))):
-        raise LoraError(f"buckets = {buckets!r:.60}: expected True, or a list of (width, height) in pixels, from 8.")
-
 def _path(f): return Path(f) if isinstance(f, (str, Path)) else f
 
 def _rows(files):
@@ -192,6 +182,17 @@ def _worded(files, words, prompt, trigger, own):
     bare = [_name(f, i) for i, f in enumerate(files) if prompt is None and not said[i] and not words[i]]
     if bare: raise DataError(f"No caption for {bare[0]}" + f" and {len(bare) - 1} more" * (len(bare) > 1) + ": give a prompt.")
     return [fill_prompt(c, w if prompt is None else prompt, trigger) for c, w in zip(said, words)], [bool(c) for c in said]
+
+# %% ../nbs/37_dataset.ipynb #bbcdd3b2
+def _check_options(size, prompt, trigger, buckets, tags, keep):
+    "Refuse what could only fail later"
+    check_number("size", size, 8, 16384, whole=True); check_number("keep", keep, 0)
+    if not isinstance(prompt or "", str) or not isinstance(trigger, str):
+        raise LoraError(f"prompt = {prompt!r}, trigger = {trigger!r}: expected texts (prompt may be None).")
+    if tags is not None and not callable(tags): raise LoraError(f"tags = {tags!r}: expected a function of a caption and a random.Random.")
+    pair = lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(isinstance(x, int) and x >= 8 for x in b)
+    if buckets not in (None, True, False) and not (isinstance(buckets, (list, tuple)) and all(map(pair, buckets))):
+        raise LoraError(f"buckets = {buckets!r:.60}: expected True, or a list of (width, height) in pixels, from 8.")
 
 def _unused(files, words, prompt, own, trigger):
     "Notes on captions and folder names that are not used"

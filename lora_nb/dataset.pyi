@@ -10,9 +10,10 @@ import numpy as np, torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .core import DataError, LoraError, Markup, atomic_path, patch_to, quiet, table
+from .core import DataError, LoraError, Markup, atomic_path, check_number, patch_to, quiet, table
 from .bases import Base
-from .phases import Shelf, TextCache, encode_fitting
+from .phases import Shelf, encode_fitting
+from .plan import batch_that_fits
 from .families import spelled
 from .pictures import bucket_sizes, can_read, find_pictures, folder_words, is_folder, mask_owner, masks_beside, nearest_bucket, read_mask, read_picture, to_rgb
 from .captions import caption_notes, fill_prompt, own_captions, rows_of
@@ -79,7 +80,7 @@ class Examples:
     def others(self, rows: Sequence[int] | torch.Tensor, sides: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]: ...
 
 def pick(table: torch.Tensor | list[torch.Tensor], rows: torch.Tensor, sides: torch.Tensor) -> torch.Tensor: ...
-def encode(base: Base, data: ConceptDataset, batch_size: int=8, cache: str | Path | None=None) -> Examples: ...
+def encode(base: Base, data: ConceptDataset, batch_size: int | None=None, cache: str | Path | None=None) -> Examples: ...
 class LatentCache:
     folder: Any
     vae: Any

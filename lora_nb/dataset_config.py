@@ -112,8 +112,8 @@ class DatasetConfig:
         "The subsets of the subjects, or those of the class"
         return [s for s in self.subsets if s.is_class == is_class]
     def _repr_markdown_(self):
-        cell = lambda s: [str(s.folder or s.options["metadata_file"]), s.class_tokens, s.options["num_repeats"], "class" if s.is_class else ""]
-        return Markup(table(["folder", "class tokens", "repeats", ""], map(cell, self.subsets)))
+        cell = lambda s, o: [o["image_dir"] or o["metadata_file"], s.class_tokens, o["num_repeats"], "class" if s.is_class else ""]
+        return Markup(table(["folder", "class tokens", "repeats", ""], [cell(s, s.options) for s in self.subsets]))
 
 # %% ../nbs/37b_dataset_config.ipynb #9a744c78
 def load_dataset_config(

@@ -52,7 +52,7 @@ def class_pictures(
 ) -> tuple[list, list[str]]:  # (pictures or files, captions)
     "Pictures of the class, drawn by the base itself."
     base, prompts = load_base(base), [prompts] if isinstance(prompts, str) else list(prompts)
-    check_number("n", n, 1, whole=True); check_number("batch_size", batch_size, 1, whole=True)
+    check_number("n", n, 1, whole=True); check_number("batch_size", 24 if batch_size is None else batch_size, 1, whole=True)
     if not prompts or not all(p.strip() for p in prompts): raise LoraError(f"Class prompts {prompts}: expected words such as 'a toy'.")
     have = _existing(folder)
     taken = {f.stem for f in Path(folder).iterdir() if f.suffix != ".txt"} if folder and is_folder(folder) else ()

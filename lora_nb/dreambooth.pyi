@@ -1,11 +1,11 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import bisect, contextlib, itertools, json, re, warnings
+import bisect, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from .loading import load_base
-from .core import DataError, LoraError, atomic_path, patch_to, printable
+from .core import DataError, LoraError, atomic_path, check_number, patch_to, printable
 from .bases import Base
 from .drawing import drawing_bar
 from .lora import Lora
@@ -14,7 +14,8 @@ from .dataset_config import DatasetConfig, config_examples, load_dataset_config
 from .pictures import find_pictures, is_folder, is_junk
 from .captions import own_captions, read_text
 from .recipe import Recipe, recipe_for
-from .processes import main_process_first
+from .plan import batch_that_fits
+from .processes import shared, wait_for_all
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Stream
 from typing import Any
@@ -24,7 +25,7 @@ from pathlib import Path
 
 __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'class_noun', 'swapped', 'subject_stream', 'prior_stream', 'Concept', 'load_concepts', 'concept_streams', 'config_streams', 'DreamBooth', 'check_prior', 'train_dreambooth']
 def trigger_of(prompt: str) -> str: ...
-def class_pictures(base: Base, prompts: str | list[str], n: int=24, folder: str | Path | None=None, seed: int=0, batch_size: int=24, **kw: Any) -> tuple[list, list[str]]: ...
+def class_pictures(base: Base, prompts: str | list[str], n: int=24, folder: str | Path | None=None, seed: int=0, batch_size: int | None=None, **kw: Any) -> tuple[list, list[str]]: ...
 PRIORS: tuple[Any, ...]
 PriorKind = Literal['images', 'prediction'] | None
 Prior = Literal['images', 'prediction', 'auto'] | None

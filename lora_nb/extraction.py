@@ -12,7 +12,7 @@ __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_prod
            'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation',
            'distillation', 'distill']
 
-# %% ../nbs/27_extraction.ipynb #c6e1d16c
+# %% ../nbs/27_extraction.ipynb #3a4ed987
 import json, os, re, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
 from .lora import Factors, Lora, as_lora
-from .worn import Wearer, places, resolve_components
+from .worn import Wearer, foreign_adapters, places, resolve_components
 from .injection import find_targets
 
 # %% ../nbs/27_extraction.ipynb #476648c7
@@ -445,6 +445,7 @@ def _networks(source):
         if any(isinstance(m, LoraLayer) for m in model.modules()):
             raise LoraError(f"{c} wears a LoRA as branches: merge it (apply_lora(..., mode='merge') or collapse_lora), "
                             "or take it off")
+    if worn := foreign_adapters(parts): raise TargetError(worn)
     return parts
 
 # %% ../nbs/27_extraction.ipynb #30cc7342

@@ -9,8 +9,8 @@ from .core import LoraError, ShapeError, TargetError, common_dtype, default_devi
 from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
-from .lora import Factors, Lora
-from .worn import Wearer, places, resolve_components
+from .lora import Factors, Lora, as_lora
+from .worn import Wearer, foreign_adapters, places, resolve_components
 from .injection import find_targets
 
 __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_product', 'Core', 'core_of_product', 'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation', 'distillation', 'distill']
@@ -44,7 +44,7 @@ def recompress_layers(layers: dict[str, list[Factors]], rank: int | dict[str, in
 def recompress(factors: Factors | list[Factors], rank: int | None=None, energy: float | None=None, weights: list[float] | None=None, dtype: torch.dtype | None=None) -> Factors: ...
 def allocate(spectra: dict[str, torch.Tensor], costs: dict[str, int], budget: int, first: dict[str, int] | None=None) -> dict[str, int]: ...
 def spectra(lora: Lora) -> dict[str, torch.Tensor]: ...
-def resize(lora: Lora, rank: int | None=None, energy: float | None=None, bytes: int | None=None, dtype: torch.dtype | None=None) -> Lora: ...
+def resize(lora: Lora | str | Path, rank: int | None=None, energy: float | None=None, bytes: int | None=None, dtype: torch.dtype | None=None) -> Lora: ...
 @dataclass
 class Changes:
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = ...

@@ -373,7 +373,7 @@ def load(self,
         m.lora_down.weight.copy_(f.down)
         if m.magnitude is not None and f.magnitude is not None: m.magnitude.copy_(f.magnitude.flatten())
 
-# %% ../nbs/09_injection.ipynb #4e50083e
+# %% ../nbs/09_injection.ipynb #36491e72
 def apply_lora(
     pipe_or_model: "Wearer",   # pipeline, loaded base, or bare model
     lora: Lora | str | Path,   # a LoRA, or the path of a file
@@ -385,7 +385,7 @@ def apply_lora(
     "Make a model wear a LoRA. If it fails, nothing has changed"
     if mode not in ("merge", "inject"): raise LoraError(f"mode={mode!r} is unknown: expected 'merge' or 'inject'")
     if not isinstance(name, (str, type(None))): raise LoraError(f"name={name!r}: expected a text")
-    if isinstance(lora, (list, tuple, dict)): raise LoraError("several LoRAs were given: put them on one by one, each with a name, or compose them")
+    if isinstance(lora, (list, tuple, dict)): raise LoraError("several LoRAs: put them on one by one, each with a name, or compose them")
     lora = as_lora(lora, pipe_or_model)
     parts, put = resolve_components(pipe_or_model), _merge if mode == "merge" else _hang_all
     _check_components(scale, parts)

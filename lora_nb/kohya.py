@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .architectures import SIZES, TEXT_WIDTH, family_of, family_of_keys, training_metadata
+from .architectures import RANK_AND_ALPHA, TEXT_WIDTH, family_of, family_of_keys, training_metadata
 from .containers import NOTE, note, others, read_note
 from .core import FormatError, ShapeError, some
 from .kinds import KIND_PARTS, change_parts, factor_bias, kernel_of, read_change, with_magnitude
-from .lora import Factors, Lora
+from .lora import Factors, Lora, same_tensor
 from .peft_files import base_layers, fold_alpha, group_parts, original, pad_rank, refuse, to_factors
 from .products import Change
 from .worn import resolve_components
@@ -455,7 +455,9 @@ def kohya_faults(
     def back(n, f):
         if isinstance(f, Change): return n.removesuffix(".bias") in (split(f"{_change_key(n, namer)}.diff") or ((),))[0]
         return n in (split(f"{namer(n)}.alpha") or ((),))[0]
+    alien = (family := family_of(lora)) != "unknown" and not family.startswith("SD3")
     return {"modules without a name in kohya's lists": [n for n, f in lora.layers.items() if not back(n, f)],
+            f"a transformer of {family}: only SD3's has names there": [n for n in lora.layers if alien and n.startswith("transformer.")],
             "changes that have no keys there (peft's rotations, scales of biases)":
                 [n for n, f in lora.layers.items() if isinstance(f, Change) and change_parts(f) is None],
             "grouped convolutions": [n for n, f in lora.layers.items() if f.groups > 1],
@@ -469,8 +471,8 @@ def exact_rank(
     wanted: float,  # the alpha that it should have
 ) -> int | None:    # at least `rank`, less than twice as much; None: there is none
     "The rank at which another alpha needs only a power of two in `up`"
-    if not (alpha > 0 and wanted > 0): return None
-    n = 2 * rank * math.frexp(wanted / alpha)[0]
+    if not (alpha and wanted > 0): return None
+    n = 2 * rank * math.frexp(wanted / abs(alpha))[0]            # a sign costs nothing
     return round(n) if abs(n - round(n)) < 1e-9 * n else None
 
 # %% ../nbs/20_kohya.ipynb #e77da501
@@ -481,7 +483,7 @@ def common_alpha(
 ) -> float:
     "The alpha that most of these can have exactly"
     kinds = Counter((f.rank, _own_alpha(f)) for f in fs)
-    alphas = Counter(a for _, a in kinds.elements() if a > 0).most_common(50) or [(1., 1)]
+    alphas = Counter(abs(a) for _, a in kinds.elements() if a).most_common(50) or [(1., 1)]
     exact = lambda a: sum(n for (r, b), n in kinds.items() if exact_rank(r, b, a))
     return max(alphas, key=lambda item: (exact(item[0]), item[1], item[0]))[0]
 
@@ -497,7 +499,7 @@ def at_alpha(
     new = replace(full, up=up, alpha=alpha)
     if not rank: return new, False
     back = original(new, f.rank, f.alpha)
-    return new, back.up.equal(f.up) and back.down.equal(f.down) and back.dtype == f.dtype
+    return new, same_tensor(back.up, f.up) and same_tensor(back.down, f.down)
 
 # %% ../nbs/20_kohya.ipynb #18edf08f
 def _uneven(lora):
@@ -589,4 +591,4 @@ def write_kohya(
     if ranks: metadata[NOTE]["storeys"] = ranks          # the name of the entry in files of all versions
     if before: metadata[NOTE]["before"] = before
     about = training_metadata(even)
-    return tensors, {**{k: v for k, v in about.items() if k in SIZES or k not in lora.metadata}, **metadata}
+    return tensors, {**{k: v for k, v in about.items() if k in RANK_AND_ALPHA or k not in lora.metadata}, **metadata}

@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/layers.html.md"""
 __all__ = ['LoraLayer', 'set_scales', 'branch_dtype', 'init_factors', 'pissa_factors', 'check_rank', 'LoraInjectedLinear',
            'autocasts', 'LoraInjectedConv2d']
 
-# %% ../nbs/03_layers.ipynb #b4193eda
+# %% ../nbs/03_layers.ipynb #88a83698
 import math, warnings
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .core import LoraError, ShapeError, checksum, finite, patch_to, row_norms, working_dtype
+from .core import LoraError, ShapeError, bit_sum, finite, patch_to, row_norms, working_dtype
 from .quantized import dense_weight, outline, packing
 
 # %% ../nbs/03_layers.ipynb #a4fe74a5
@@ -528,7 +528,7 @@ def _split_base(self):
     self.base._kept_weight = w.detach()
     residual = w.detach().float() - self.scaling * (_flat(up) @ _flat(down)).view(w.shape)
     w.data = residual.to(w.dtype)
-    self.base._split_stamp = w.dtype, checksum(w)
+    self.base._split_stamp = w.dtype, bit_sum(w)
     self.start = (up.clone(), down.clone())
 
 @patch_to(LoraLayer)
@@ -536,7 +536,7 @@ def restore_base(self) -> None:
     "Restore the original weight, bit for bit (after PiSSA); a weight that other code has written over stays, with a warning"
     if self.start is None: return
     w, (dtype, numbers) = self.base.weight, self.base.__dict__.pop("_split_stamp")
-    if w.dtype != dtype or checksum(w) == numbers: w.data = self.original_weight.to(w.dtype)
+    if w.dtype != dtype or bit_sum(w) == numbers: w.data = self.original_weight.to(w.dtype)
     else: warnings.warn("a weight that PiSSA had split was loaded, trained or written over meanwhile: it stays as it is", stacklevel=2)
     del self.base._kept_weight
     self.start = None

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
-from .core import LoraError, ShapeError, checksum, patch_to, row_norms, working_dtype
+from .core import LoraError, ShapeError, bit_sum, finite, patch_to, row_norms, working_dtype
+from .quantized import dense_weight, outline, packing
 
-__all__ = ['LoraLayer', 'set_scales', 'branch_dtype', 'init_factors', 'pissa_factors', 'check_rank', 'LoraInjectedLinear', 'LoraInjectedConv2d']
+__all__ = ['LoraLayer', 'set_scales', 'branch_dtype', 'init_factors', 'pissa_factors', 'check_rank', 'LoraInjectedLinear', 'autocasts', 'LoraInjectedConv2d']
 class LoraLayer(nn.Module):
     base_name: str
     r: int
@@ -83,6 +84,7 @@ class LoraInjectedLinear(LoraLayer):
     def _apply_pair(self, x, up, down): ...
     def _add_joined(self, x, y, base, down, up, gain, shares): ...
 
+def autocasts(x: torch.Tensor) -> bool: ...
 class _SharedDown(nn.Conv2d):
     def forward(self, x): ...
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core import (DataError, LoraError, Markup, ShapeError, code, escaped, finite, finite_number, human, is_there, patch_to, printable, row_norms, some,
-                          table, working_dtype)
+from .core import (DataError, LoraError, Markup, ShapeError, code, escaped, finite, finite_number, human, is_there, patch_to, printable,
+                          row_norms, some, table, working_dtype)
 from .names import COMPONENTS, block_of
 
 if TYPE_CHECKING:

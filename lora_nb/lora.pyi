@@ -1,18 +1,18 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import hashlib, json
+import hashlib, json, numbers, os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import torch
-from .core import DataError, LoraError, Markup, ShapeError, code, escaped, finite, human, patch_to, printable, row_norms, some, table, working_dtype
+from .core import DataError, LoraError, Markup, ShapeError, code, escaped, finite, finite_number, human, is_there, patch_to, printable, row_norms, some, table, working_dtype
 from .names import COMPONENTS, block_of
 from lora_nb.report import Report
 from lora_nb.worn import Wearer
 
-__all__ = ['PAIR_LIMIT', 'Factors', 'add_factors', 'Lora', 'limit_pairs', 'gather', 'join_words', 'same_word', 'triggers_of', 'added', 'join_metadata', 'same_tensor']
+__all__ = ['PAIR_LIMIT', 'Factors', 'add_factors', 'Lora', 'noted_strength', 'as_lora', 'limit_pairs', 'gather', 'join_words', 'same_word', 'triggers_of', 'added', 'join_metadata', 'same_tensor']
 @dataclass(frozen=True, eq=False)
 class Factors:
     up: torch.Tensor
@@ -99,6 +99,8 @@ class Lora:
     def __eq__(self, other) -> bool: ...
     def report(self, pipe: 'Wearer') -> 'Report': ...
 
+def noted_strength(lora: 'Lora') -> float: ...
+def as_lora(lora: Lora | str | Path, base: 'Wearer | None'=None) -> Lora: ...
 PAIR_LIMIT: Any
 def limit_pairs(layers: dict[str, Factors]) -> None: ...
 def gather(loras: list[Lora]) -> dict[str, list[Factors | None]]: ...

@@ -3,7 +3,7 @@ from typing import Any, Iterator
 import gc, json, weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
+import lora_nb.layers as layers
 from .core import LoraError, Markup, closest, data_path, escaped, patch_to, quiet
 from .core import table as as_table
 from .families import FAMILIES, HUB, as_base
 from .injection import inject_lora
 from .loading import embedded_bases
+from .quantize import PACKINGS
 from .show import INK, PALETTE, Plot
 
-__all__ = ['SHAPES', 'OPTIMIZERS', 'SIZES', 'CONTEXT', 'SPLIT', 'meta_part', 'shapes_of', 'LiveBytes', 'Autocast', 'pass_bytes', 'step_bytes', 'Memory', 'estimate_memory', 'memory_bars']
+__all__ = ['SHAPES', 'OPTIMIZERS', 'SIZES', 'USABLE', 'CONTEXT', 'SPLIT', 'meta_part', 'shapes_of', 'LiveBytes', 'Autocast', 'pass_bytes', 'step_bytes', 'usable', 'Memory', 'estimate_memory', 'memory_bars']
 SHAPES: dict[Any, Any]
 @lru_cache(None)
 def meta_part(name: str, component: str) -> torch.nn.Module: ...
@@ -48,8 +50,10 @@ def pass_bytes(f: Callable[[], torch.Tensor], learn: bool=False, low: torch.dtyp
 def step_bytes(net: torch.nn.Module, batch: int, size: tuple[int, int], factor: int=8, t5_length: int=256, dtype: torch.dtype=..., rank: int=16, targets: Any='attention', checkpointing: bool=False) -> tuple[int, int]: ...
 OPTIMIZERS: dict[Any, Any]
 SIZES: tuple[Any, ...]
+USABLE: float
 CONTEXT: Any
 SPLIT: Any
+def usable(card: float) -> float: ...
 @dataclass
 class Memory:
     title: str
@@ -73,13 +77,15 @@ class _Run:
     t5: Any
     offload: Any
     length: int
+    packed: dict = ...
     @property
     def item(self): ...
     @property
     def readers(self): ...
     def weights(self, *working): ...
-    def training(self: _Run, batch, rank, targets, optimizer, checkpointing, cached): ...
+    def training(self: _Run, batch, rank, targets, optimizer, checkpointing, cached, encode_batch=1, learning=..., ema=False): ...
+    def during_steps(self: _Run, cached, learning): ...
     def drawing(self: _Run, asked, batch): ...
 
-def estimate_memory(base: Any, task: Literal['train', 'generate']='train', rank: int=16, targets: Any='attention', batch_size: int=1, resolution: int | tuple[int, int] | None=None, dtype: torch.dtype=..., optimizer: str='adamw', gradient_checkpointing: bool=False, t5: bool | Literal['8bit']=True, offload: Literal[False, 'model', 'sequential']=False, cached: bool=True, guidance: bool=True, t5_length: int=256, allowance: bool=True) -> Memory: ...
+def estimate_memory(base: Any, task: Literal['train', 'generate']='train', rank: int=16, targets: Any='attention', batch_size: int=1, resolution: int | tuple[int, int] | None=None, dtype: torch.dtype=..., optimizer: str='adamw', prior_batch: int=0, encode_batch: int=1, learning: Sequence[str]=..., ema: bool=False, gradient_checkpointing: bool=False, t5: bool | Literal['8bit']=True, offload: Literal[False, 'model', 'sequential']=False, cached: bool=True, guidance: bool=True, t5_length: int=256, allowance: bool=True, quantize: str | Mapping[str, str] | None=None) -> Memory: ...
 def memory_bars(memories: Mapping[str, Memory], cards: Sequence[float]=...) -> Plot: ...

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import LoraError, ShapeError, free_name, generator, patch_to, some
+from .core import LoraError, ShapeError, finite, finite_number, free_name, generator, patch_to, some
 from .layers import LoraLayer
 from .lora import Factors, Lora, add_factors, gather, join_words
 from .worn import Wearer, adapters, foreign_adapters, places, resolve_components
@@ -23,7 +23,7 @@ def drop_and_rescale(delta: torch.Tensor, p: float=0.5, generator: torch.Generat
 Gates = Callable[[str, Any, int], Any]
 class Mixture:
     model: 'Wearer'
-    loras: Any
+    loras: list[Lora]
     weights: Gates | None
     parts: Any
     layers: dict[Any, Any]

@@ -158,7 +158,7 @@ def unfold_alpha(
 def _shrunk(f, rank):
     "`f` without the zeros that filled it up from this rank"
     up, down = f.up[:, :rank].contiguous(), f.down[:rank].contiguous()
-    if f.up[:, rank:].any() or f.down[rank:].any(): return f           # somebody has changed the file since
+    if f.up[:, rank:].float().any() or f.down[rank:].float().any(): return f           # somebody has changed the file since
     return replace(f, up=up, down=down, alpha=None if f.scaling == 1 else f.scaling * rank)
 
 def original(

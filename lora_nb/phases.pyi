@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from .core import LoraError, atomic_path, patch_to
-from .bases import Base, Cond, runs_on
+from .bases import Base, Cond
 
 __all__ = ['SLICE_FROM', 'free_memory', 'empty_cache', 'is_out_of_memory', 'fitting', 'frugal_vae', 'encode_fitting', 'Remembered', 'Placement', 'send', 'send_cond', 'table_of', 'Shelf', 'encoders_digest', 'TextCache']
 def free_memory(device: str | torch.device) -> int | None: ...

@@ -1,7 +1,7 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
 import re, warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple

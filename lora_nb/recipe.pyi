@@ -9,13 +9,15 @@ from .core import LoraError, Markup, TargetError, closest, escaped, patch_to, pr
 from .bases import Base
 from .dataset import HOLES
 
-__all__ = ['Intent', 'WEIGHTINGS', 'LR_SCHEDULES', 'OPTIMISERS', 'CHOICES', 'LARGE', 'SD3', 'CARDS', 'FLUX', 'INTENTS', 'RATES', 'setting', 'check_recipe', 'check_range', 'Learning', 'Recipe', 'Card', 'card_name', 'recipe_card', 'recipe_for', 'Cards', 'check_rate', 'learning_encoders']
+__all__ = ['Intent', 'WEIGHTINGS', 'LR_SCHEDULES', 'OPTIMISERS', 'RATE_NAMES', 'MOST', 'CHOICES', 'LARGE', 'SD3', 'CARDS', 'FLUX', 'INTENTS', 'RATES', 'setting', 'check_recipe', 'check_range', 'Learning', 'Recipe', 'Card', 'card_name', 'recipe_card', 'recipe_for', 'Cards', 'check_rate', 'learning_encoders']
 def setting(default: Any, doc: str) -> Any: ...
 Intent = Literal['subject', 'style', 'face']
 WEIGHTINGS: tuple[Any, ...]
 LR_SCHEDULES: tuple[Any, ...]
 OPTIMISERS: tuple[Any, ...]
 def check_recipe(r: 'Recipe') -> None: ...
+RATE_NAMES: tuple[Any, ...]
+MOST: dict[str, Any]
 CHOICES: dict[str, Any]
 def check_range(name: str, pair: Any) -> None: ...
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from .core import LoraError, TargetError, closest, finite_number, patch_to, some
+from .core import LoraError, TargetError, closest, finite_number, is_there, patch_to, some
 from .names import COMPONENTS, fits_block, named_positions, parse_blocks
 from .lora import Lora
 

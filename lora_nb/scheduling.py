@@ -8,7 +8,8 @@ Docs: https://lora-nb.github.io/lora_nb/scheduling.html.md"""
 __all__ = ['Vector', 'Clock', 'Site', 'ScheduledLora', 'LayerGroup', 'ScheduleState', 'ScheduleStats', 'Scheduled', 'Branches',
            'scheduled', 'RankMask', 'rank_masked']
 
-# %% ../nbs/40_scheduling.ipynb #e342d907
+# %% ../nbs/40_scheduling.ipynb #282aeb3c
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .core import LoraError, TargetError, closest, finite, finite_number, free_name, is_there, patch_to
+from .core import LoraError, TargetError, closest, finite, finite_number, free_name, is_there, patch_to, some
 from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
 from .quantized import packing
-from .worn import (Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked, original_weight, places,
-                          resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state)
+from .worn import (Wearer, adapters, branches, changing, check_stores, foreign_adapters, is_offloaded, layer_factors, locked,
+                          original_weight, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state)
 from .injection import apply_lora, place_lora, remove_lora, set_scale
 from .schedule import LoraComposite, LoraSchedule, Moment, as_plan, as_schedule, rank_at
 from .weight_cache import WeightCache, cache_budget
@@ -68,12 +69,13 @@ Vector = tuple[tuple[int, float, int | None], ...]   # ((LoRA's number, strength
 
 class Site:
     "One weight of the model, and the factors of every scheduled LoRA that touches it"
-    __slots__ = ("path", "root", "base", "restore", "kept", "up", "down", "spans", "others", "now", "vector", "who")
+    __slots__ = ("path", "root", "base", "restore", "kept", "up", "down", "spans", "others", "now", "vector", "who", "seen")
 
     def __init__(self, path: str, root: nn.Module, wears: dict[int, tuple[Factors, float]]):  # number -> (factors, strength)
         self.path, self.root, self.who = path, root, sorted(wears)
-        self.restore = self.base = self.now = stored_weight(root)    # to put back; without scheduled LoRAs; in use
+        self.restore = self.base = self.now = stored_weight(root).data    # to put back; without scheduled LoRAs; in use
         self.vector, self.kept = None, False      # strengths in use (None: unknown); did we set `_kept_weight`?
+        self.seen = _writes(root)                 # the module's parameter, and how often others wrote into it
         self.others = {k: x for k, x in wears.items() if not x[0].low_rank}     # DoRA and other kinds: no sum of factors
         self.spans, ups, downs, n = {}, [], [], 0
         for k, (f, s) in wears.items():
@@ -178,6 +180,7 @@ class Scheduled:
         self.sized = budget is not None                 # by the caller
         self.sites: dict[str, Site | Branches] = {}     # path -> the layer, merged or with its branches
         self.undo, self.hooks = [], []                  # what leaving calls, from the end; handles of hooks
+        self.left: list[str] = []                       # weights that other code has written over
         self.room: torch.Tensor | None = None           # for one weight in single precision
 
     names = property(lambda self: [l.name for l in self.loras])
@@ -211,7 +214,7 @@ def _scheduled_loras(pipe, loras):
         found.append(ScheduledLora(name, key, lora, as_schedule(schedule)))
     return found
 
-# %% ../nbs/40_scheduling.ipynb #466fd1f0
+# %% ../nbs/40_scheduling.ipynb #829bdf27
 @patch_to(Site)
 def hold(self, model: nn.Module, names: list[str]) -> None:
     "Start from the weight that the model has now, less the scheduled LoRAs, `names`, that are merged into it"
@@ -221,18 +224,34 @@ def hold(self, model: nn.Module, names: list[str]) -> None:
     if not hasattr(self.root, "_kept_weight"):             # what others merge meanwhile starts from it
         self.kept, self.root._kept_weight = True, stored_weight(self.root)
     merged = {n: (fs[self.path], s) for n, (fs, s) in worn_state(model).merged.items() if self.path in fs}
-    self.restore = self.base = self.now = stored_weight(self.root)
+    self.restore = self.base = self.now = stored_weight(self.root).data      # `.data`: our own writes are not counted
+    self.seen = _writes(self.root)
     self.vector = None if merged.keys() & names else tuple((k, 0., None) for k in self.who)
     if self.vector is None:
         self.base = summed_weight(original_weight(self.root), [x for n, x in merged.items() if n not in names])
 
 @patch_to(Site)
-def put_back(self, model: nn.Module) -> None:
-    "Give the module the tensor that it had"
-    w = stored_weight(self.root)
-    store_weight(self.root, self.restore.to(w.device, w.dtype))
+def put_back(self, model: nn.Module) -> bool:
+    "Give the module the tensor that it had; False if other code has written over it, which stays"
+    w, kept = stored_weight(self.root), self.untouched()
+    if kept:
+        self.now = self.restore.to(w.device, w.dtype)
+        store_weight(self.root, self.now)
     merged = any(self.path in fs for fs, _ in worn_state(model).merged.values())
     if self.kept and not merged and hasattr(self.root, "_kept_weight"): del self.root._kept_weight
+    return kept
+
+@patch_to(Site)
+def untouched(self) -> bool:
+    "Has the module the weight that we gave it? A model that was only moved has"
+    w, ours = stored_weight(self.root), self.now
+    if is_offloaded(self.root) or (w.device, w.dtype) != (ours.device, ours.dtype): return True
+    return w.data_ptr() == ours.data_ptr() and _writes(self.root) == self.seen
+
+def _writes(root):
+    "Which parameter a module has, and how often it was written into"
+    p = root._parameters["weight"]
+    return id(p), None if p.is_inference() else p._version
 
 # %% ../nbs/40_scheduling.ipynb #8f544f65
 @patch_to(Scheduled)
@@ -270,7 +289,7 @@ def _merge_sites(self, layers):
         for path, wear in own.items(): wears.setdefault(path, {})[k] = wear
     sites = {path: Site(path, where[path], ws) for path, ws in wears.items()}
     for site in sites.values():
-        self.undo.append(lambda site=site: site.put_back(self.model))
+        self.undo.append(lambda site=site: site.put_back(self.model) or self.left.append(site.path))
         site.hold(self.model, self.names)
     return sites
 
@@ -454,6 +473,7 @@ def _install(self, site, vector):
         if new.dtype == torch.float16 and not finite(new) and finite(site.base):
             raise LoraError(f"{site.path} would hold NaN or infinity: at {vector} the LoRAs exceed what {new.dtype} can hold. Choose lower "
                             "strengths, or load the base in bf16 or fp32")
+    if not site.untouched(): raise LoraError(f"{site.path} was loaded, trained or written over while it is scheduled: leave scheduled() first")
     store_weight(site.root, new)
     site.now, site.vector = new, vector
     self.stats.composed += fresh
@@ -492,12 +512,12 @@ def _follow(self):
 @patch_to(Site)
 def move(self) -> None:
     "Follow the module's weight to another device or precision"
-    w = stored_weight(self.root)
+    w = stored_weight(self.root).data
     to = lambda t, **kw: None if t is None else t.to(w.device, **kw)
     shared = self.base is self.restore
     self.restore = to(self.restore, dtype=w.dtype)
     self.base = self.restore if shared else to(self.base, dtype=w.dtype)
-    self.up, self.down, self.now, self.vector = to(self.up), to(self.down), w, None
+    self.up, self.down, self.now, self.vector, self.seen = to(self.up), to(self.down), w, None, _writes(self.root)
 
 # %% ../nbs/40_scheduling.ipynb #fb1a58de
 @patch_to(Scheduled)
@@ -508,6 +528,9 @@ def _take_off(self):
     while self.undo:
         self.undo[-1]()
         self.undo.pop()
+    if self.left: warnings.warn(f"{len(self.left)} weights ({some(self.left, 2)}) were loaded, trained, replaced or written over while "
+                                "they were scheduled. They stay as they are; for the original ones load the base again", stacklevel=4)
+    self.left = []
     self.cache.clear()
     self.sites, self.room, self.state.groups = {}, None, None     # a notebook keeps the handle: not the weights, too
     self.stats.bytes = 0

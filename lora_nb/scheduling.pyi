@@ -1,5 +1,6 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 import torch
 from torch import nn
-from .core import LoraError, TargetError, closest, finite, free_name, patch_to
+from .core import LoraError, TargetError, closest, finite, finite_number, free_name, is_there, patch_to, some
 from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
-from .worn import Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked, original_weight, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state
+from .quantized import packing
+from .worn import Wearer, adapters, branches, changing, check_stores, foreign_adapters, is_offloaded, layer_factors, locked, original_weight, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, worn_state
 from .injection import apply_lora, place_lora, remove_lora, set_scale
 from .schedule import LoraComposite, LoraSchedule, Moment, as_plan, as_schedule, rank_at
 from .weight_cache import WeightCache, cache_budget
@@ -40,6 +42,7 @@ class Site:
     now: Any
     vector: Any
     kept: bool
+    seen: Any
     others: dict[Any, Any]
     spans: dict[Any, Any]
     up: Any
@@ -50,7 +53,8 @@ class Site:
     def add_to(self, total: torch.Tensor, vector: Vector, base: torch.Tensor | None=None) -> None: ...
     def compose(self, vector: Vector, out: torch.Tensor, scratch: Callable[[int], torch.Tensor]) -> None: ...
     def hold(self, model: nn.Module, names: list[str]) -> None: ...
-    def put_back(self, model: nn.Module) -> None: ...
+    def put_back(self, model: nn.Module) -> bool: ...
+    def untouched(self) -> bool: ...
     def move(self) -> None: ...
 
 @dataclass
@@ -102,6 +106,7 @@ class Scheduled:
     sites: dict[str, Site | Branches]
     undo: list[Any]
     hooks: list[Any]
+    left: list[str]
     room: torch.Tensor | None
     def __init__(self, pipe: 'Wearer', loras: Any, budget: int | None, mode: Literal['merge', 'inject']='merge') -> None: ...
     def __repr__(self): ...

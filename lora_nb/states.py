@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 # %% ../nbs/43_states.ipynb #c7d902da
-from .core import TrainingError, atomic_path, checksum, is_there, some
+from .core import TrainingError, atomic_path, bit_sum, is_there, some
 from .bases import Base
 from .dataset import Examples
 from .worn import worn_state
@@ -91,7 +91,8 @@ def base_identity(
     "What tells a base from others: a hash of all numbers of its frozen weights, branches and new words left aside"
     seen = {}
     for component, net in base.parts().items():
-        of = seen.setdefault("all weights of the VAE" if component == "vae" else f"all weights of the base ({str(base.dtype).removeprefix('torch.')})", [])
+        which = "VAE" if component == "vae" else f"base ({str(base.dtype).removeprefix('torch.')})"
+        of = seen.setdefault(f"all weights of the {which}", [])
         split = {id(m._parameters["weight"]): m._kept_weight for m in net.modules() if "_split_stamp" in m.__dict__}     # by PiSSA
         kept = worn_state(net).kept
         for name, p in net.named_parameters():
@@ -106,7 +107,7 @@ def base_identity(
 def _numbers(t):
     "A text that tells a tensor from others, made of its parts where it is quantised"
     inner = [getattr(t, n) for n in t.__tensor_flatten__()[0]] if hasattr(t, "__tensor_flatten__") else [t]
-    return " ".join(f"{x.dtype} {tuple(x.shape)} {checksum(x)}" for x in inner)
+    return " ".join(f"{x.dtype} {tuple(x.shape)} {bit_sum(x)}" for x in inner)
 
 # %% ../nbs/43_states.ipynb #85deae78
 def examples_identity(

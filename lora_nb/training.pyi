@@ -1,7 +1,7 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
 import contextlib, json, random, time, warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from .core import TrainingError, atomic_path, default_dtype, progress, patch_to
 from .bases import Base, Cond
 from .scheduling import rank_masked
 from .phases import Placement, TextCache
+from .plan import batch_that_fits
 from .dataset import Examples, derive, hole_for
 from .show import running_mean
 from .recipe import Recipe, check_rate
 from .log import TrainingLog
 from .states import base_identity, differences, examples_identity, newest_state, read_previews, write_previews, write_state
 from .optimizers import MovingAverage, make_optimizer, parameter_groups, rate_factors
-from .stopping import RunStopped, rise, stop_signals, worse
+from .stopping import RunStopped, Sound, rise, stop_signals, superfluous, worse
+from .processes import average, shard_frozen, shared, sharding_wanted, without_sharding
 from .samples import Batch, Stream, captions_at, draw_samples, keep_on_host, offset, position_weights, seeded_noise, send_batches, texts_of
 from PIL import Image
 
@@ -44,6 +46,8 @@ class Trainer:
     log: Any
     average: Any
     done: int
+    window: Any
+    sound: Any
     texts: Any
     pending: list[Any]
     learning: bool

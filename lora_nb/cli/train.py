@@ -456,7 +456,7 @@ def lora_dreambooth(a):
     base = base_with_vae(a)
     recipe = dreambooth_recipe(a, base, len(pictures), number_of_processes())
     prior = (a.prior or "images") if a.with_prior_preservation else "auto" if config else None
-    sampling = dict(batch_size=a.sample_batch_size or 24)
+    sampling = dict(batch_size=a.sample_batch_size)
     run = DreamBooth(base, None if config else pictures, a.instance_prompt, a.class_prompt, a.class_data_dir, prior, recipe, out,
                      dataset_config=config, num_class_images=a.num_class_images or 24, previews=previews_of(a), sampling=sampling, start=start,
                      report_to=a.report_to, **picture_options(a))
@@ -647,7 +647,7 @@ def lora_pti(a):
     start = a.load_pretrained_inversion_embeddings_path and Lora.load(a.load_pretrained_inversion_embeddings_path)
     out, pictures, base, kw = prepare(a)
     prior = dict(class_prompt=a.class_prompt, class_data=a.class_data_dir, prior=(a.prior or "images") if a.class_prompt else None,
-                 num_class_images=a.num_class_images or 24, sampling=dict(batch_size=a.sample_batch_size or 24))
+                 num_class_images=a.num_class_images or 24, sampling=dict(batch_size=a.sample_batch_size))
     run = PivotalTuning(base, pictures, a.placeholder_tokens, a.initializer_tokens, recipe=pti_recipe(a, base),
                         class_noun=a.class_noun, start=start, **prior, **kw)
     try_formats(run, a.output_format, run.remove)

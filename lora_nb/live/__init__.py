@@ -429,7 +429,7 @@ def _check_wearable(base, name, path):
     lost = [n for n in lora.layers if n.partition(".")[2] not in have.get(n.partition(".")[0], {})]
     if lost: raise LoraError(f"The LoRA {name!r} has layers that {base.name} has not: {some(lost)}. It belongs to another base.")
 
-# %% ../../nbs/63_live.ipynb #410bc471
+# %% ../../nbs/63_live.ipynb #41a46f9d
 def export_live(
     base: Base,                          # of Stable Diffusion 1.x's family, on the CPU
     out: str | Path,                     # folder; made anew
@@ -462,6 +462,7 @@ def export_live(
         (tmp / "page.json").write_text(json.dumps(dict(loras=cards, examples=taught, bytes=sizes)))
     return Path(out)
 
+# %% ../../nbs/63_live.ipynb #23c9123b
 def _card(base, name, path):
     "What the page shows about a LoRA before it is loaded."
     lora = Lora.load(path)

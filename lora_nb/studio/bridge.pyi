@@ -5,11 +5,9 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 from PIL import Image
 from ..core import DataError, LoraError, atomic_path, file_name, free_name, human, patch_to
 from .panel import boxed
-import ipywidgets as widgets
 
 __all__ = ['NOTEBOOK_BYTES', 'PAGE_BYTES', 'KINDS', 'page_script', 'Bridge', 'drop_html', 'received', 'canvas_html', 'painted']
 def page_script() -> str: ...
