@@ -552,7 +552,7 @@ def test_looks(live, browser, tmp_path, width, scheme):
         seen = []
         while len(seen) < 60:                               # the Tab key goes down the page, column by column
             p.keyboard.press("Tab")
-            at = p.evaluate("""() => { const e = document.activeElement, r = e.getBoundingClientRect()
+            at = p.evaluate("""() => { const e = document.activeElement, r = (e.closest('figure') ?? e).getBoundingClientRect()
                 return e === document.body || e.id.startsWith('tab-') ? null : [e.tagName, e.id, r.top + scrollY, r.height] }""")
             if at is None: break
             seen.append(at)

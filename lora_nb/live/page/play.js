@@ -77,6 +77,7 @@ $('few').onchange = () => { for (const x of ['steps', 'guidance']) $(x).disabled
 $('file').onchange = async () => {
   const f = $('file').files[0]
   if (!f) return
+  $('file').value = ''                                   // so that the same file, mended, can be chosen again
   try {
     const buffer = await f.arrayBuffer(), name = f.name.replace(/\.safetensors$/, '')
     const about = await model.client.ask('lora', {name, buffer}, undefined, [buffer])
