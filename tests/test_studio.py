@@ -69,7 +69,8 @@ def test_widgets_are_imported_only_where_they_are_built():
 def test_the_style_sheet_knows_every_class_that_is_used():
     css = style_sheet()
     assert css.startswith("<style>") and css.endswith("</style>") and css.count("{") == css.count("}")
-    source = "".join((PACKAGE / "studio" / f"{m}.py").read_text() for m in ("__init__", "panel", "training", "bridge", "history", "ways", "photos"))
+    source = "".join((PACKAGE / "studio" / f"{m}.py").read_text()
+                     for m in ("__init__", "panel", "training", "bridge", "history", "ways", "photos"))
     used = set(re.findall(r"""["' ](ls-[a-z]+)(?=["' ])""", source))
     assert len(used) > 20 and not {c for c in used if f".{c}" not in css}, {c for c in used if f".{c}" not in css}
 
