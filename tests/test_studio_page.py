@@ -60,7 +60,8 @@ def opened(browser, server, width, theme, height=860):
 
 
 def said(page, pattern):
-    page.wait_for_function("p => new RegExp(p, 'm').test([...document.querySelectorAll('.ls-say')].map(e => e.innerText).join('\\n'))", arg=pattern)
+    lines = "[...document.querySelectorAll('.ls-say')].map(e => e.innerText).join('\\n')"
+    page.wait_for_function(f"p => new RegExp(p, 'm').test({lines})", arg=pattern)
 
 
 def field(page, label):
