@@ -35,8 +35,10 @@ FAINT = """() => {
                        for (const [r, g, b, a] of all) out = [r, g, b].map((v, i) => a * v + (1 - a) * out[i]); return out; };
   const found = [];
   for (const e of document.querySelectorAll('.ls *')) {
-    const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join('') || (e.value && e.type !== 'checkbox' && e.type !== 'range' ? e.value : '');
-    if (!text || !e.offsetParent || e.disabled || e.closest('style, svg, option') || e.tagName === 'OPTION' || getComputedStyle(e).opacity < 1) continue;
+    const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join('')
+      || (e.value && e.type !== 'checkbox' && e.type !== 'range' ? e.value : '');
+    if (!text || !e.offsetParent || e.disabled || e.closest('style, svg, option')
+        || e.tagName === 'OPTION' || getComputedStyle(e).opacity < 1) continue;
     const back = under(e), [r, g, b, a] = rgba(getComputedStyle(e).color), ink = [r, g, b].map((v, i) => a * v + (1 - a) * back[i]);
     const [x, y] = [light(ink), light(back)].sort((p, q) => q - p), ratio = (x + .05) / (y + .05);
     if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.className} ${text.slice(0, 40)}`);

@@ -69,7 +69,8 @@ def test_widgets_are_imported_only_where_they_are_built():
 def test_the_style_sheet_knows_every_class_that_is_used():
     css = style_sheet()
     assert css.startswith("<style>") and css.endswith("</style>") and css.count("{") == css.count("}")
-    source = "".join((PACKAGE / "studio" / f"{m}.py").read_text() for m in ("__init__", "panel", "training"))
+    source = "".join((PACKAGE / "studio" / f"{m}.py").read_text()
+                     for m in ("__init__", "panel", "training", "bridge", "history", "ways", "photos"))
     used = set(re.findall(r"""["' ](ls-[a-z]+)(?=["' ])""", source))
     assert len(used) > 20 and not {c for c in used if f".{c}" not in css}, {c for c in used if f".{c}" not in css}
 
@@ -213,7 +214,7 @@ def test_where_a_trigger_goes(prompt, trigger, kind, expected): assert with_trig
 # ------------------------------------------------------------------------------------------ studio
 def test_wrong_settings_are_told_and_an_error_from_elsewhere_is_kept(studio, base, monkeypatch):
     studio.file.value = "noen"; studio.add.click()
-    assert "Did you mean 'neon'" in said(studio) and "ls-error" in studio.words.value and not studio.trouble
+    assert "Did you mean 'neon'" in html.unescape(studio.loaded.value) and "ls-error" in studio.loaded.value and not studio.trouble
     monkeypatch.setattr(base, "generate", None)
     studio.go.click()
     assert "studio.trouble" in said(studio) and "ls-error" in studio.words.value and "Traceback" in studio.trouble
@@ -267,7 +268,7 @@ def test_another_family_refuses_what_does_not_fit_and_its_program_draws_the_same
     flow.prompt.value, flow.steps.value = "a cat on a blue background", 2
     flow.load("neon"); flow.go.click()
     flow.file.value = str(data_path("loras", "neon.safetensors")); flow.add.click()
-    assert "ls-error" in flow.words.value and len(flow.strips) == 1 and flow.now.settings.base == "tiny-sd3"
+    assert "ls-error" in flow.loaded.value and len(flow.strips) == 1 and flow.now.settings.base == "tiny-sd3"
     exec(flow.python().replace('image.save("picture.png")', ""), space := {})
     assert space["image"].tobytes() == flow.now.image.tobytes()
 

@@ -1,7 +1,7 @@
 """The studio's page in a real browser: keys, files, masks, state, labels, contrast, wide and narrow, light and dark.
 
 With ipywidgets 7.7 as well where OLD_WIDGETS names a folder made by
-`pip install --no-deps --target FOLDER 'ipywidgets==7.7.*' 'jupyterlab_widgets==1.1.*' 'ipython_genutils'`; `make test-browser` has them always."""
+`pip install --no-deps --target FOLDER 'ipywidgets==7.7.*' 'jupyterlab_widgets==1.1.*' ipython_genutils`; `make test-browser` has them."""
 import contextlib
 import os
 import re
@@ -60,10 +60,12 @@ def opened(browser, server, width, theme, height=860):
 
 
 def said(page, pattern):
-    page.wait_for_function("p => new RegExp(p, 'm').test([...document.querySelectorAll('.ls-say')].map(e => e.innerText).join('\\n'))", arg=pattern)
+    lines = "[...document.querySelectorAll('.ls-say')].map(e => e.innerText).join('\\n')"
+    page.wait_for_function(f"p => new RegExp(p, 'm').test({lines})", arg=pattern)
 
 
-def field(page, label): return page.locator(".ls-field", has=page.get_by_text(re.compile(f"^{label}$"))).locator("textarea, input, select").first
+def field(page, label):
+    return page.locator(".ls-field", has=page.get_by_text(re.compile(f"^{label}$"))).locator("textarea, input, select").first
 
 
 def type_in(page, label, text):
@@ -114,7 +116,8 @@ def test_a_mask_is_painted(browser, server):
         page.mouse.move(box["x"] + 10, box["y"] + 10); page.mouse.down()
         page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2, steps=5); page.mouse.up()
         page.get_by_text("Only the mask is drawn").wait_for()
-        type_in(page, "Steps", 4); type_in(page, "Prompt", "a red cat"); page.get_by_role("button", name="Draw", exact=True).click(); said(page, r"^\d+\.\d\d s$")
+        type_in(page, "Steps", 4); type_in(page, "Prompt", "a red cat")
+        page.get_by_role("button", name="Draw", exact=True).click(); said(page, r"^\d+\.\d\d s$")
         drawn = max((server[1] / "pictures" / "history").glob("*/*.png"), key=lambda p: p.stat().st_mtime_ns)
         s = read_settings(drawn)
         assert s.mask and s.image and Image.open(s.mask).getextrema() == (0, 255)

@@ -66,6 +66,7 @@ def old_widgets(folder):
 # ------------------------------------------------------------------------------------------ a hand and an eye
 PIXELS = """async () => {
   let img = document.querySelector('.ls-frame img');
+  if (!img) return '';
   for (let i = 0; i < 40; i++) {                        // a picture may be replaced while it is read
     try { await img.decode(); break; } catch (e) { await new Promise(r => setTimeout(r, 50)); }
     img = document.querySelector('.ls-frame img');
@@ -86,16 +87,16 @@ class Hand:
 
     def find(self, css, **kw): return self.page.locator(css, **kw).locator("visible=true")
     def field(self, label):
-        head = self.page.locator(".ls-label", has_text=re.compile(rf"^\s*{re.escape(label)}\s*$"))
+        head = self.page.locator(".ls-label, .widget-label", has_text=re.compile(rf"^\s*{re.escape(label)}\s*$"))
         return self.find(".ls-field", has=head)
     def click(self, text): self.find(".jupyter-button", has_text=re.compile(f"^{re.escape(text)}$")).first.click()
-    def said(self): return self.find(".ls-say").first.inner_text()
+    def said(self): return "\n".join(self.find(".ls-say").all_inner_texts())
     def pixels(self): return self.page.evaluate(PIXELS)
 
     def hear(self, pattern, seconds=60):
         "Wait until the panel says something"
         end = time.time() + seconds * SLOW
-        while not re.search(pattern, text := self.said()):
+        while not re.search(pattern, text := self.said(), re.M):
             if time.time() > end: self.shot("failed"); raise AssertionError(f"expected {pattern!r}, the panel says {text!r}")
             self.page.wait_for_timeout(50)
         return text
@@ -103,7 +104,7 @@ class Hand:
     def another(self, was, seconds=60):
         "Wait until the picture has changed and is finished"
         end = time.time() + seconds * SLOW
-        while (now := self.pixels()) == was or not re.search(r"^\d+\.\d\d s$", self.said()):
+        while (now := self.pixels()) == was or not re.search(r"^\d+\.\d\d s$", self.said(), re.M):
             if time.time() > end: self.shot("failed"); raise AssertionError(f"the picture is the same; the panel says {self.said()!r}")
             self.page.wait_for_timeout(50)
         return now
@@ -133,7 +134,7 @@ def draws(hand, times):
     hand.fill("Prompt", "a cat on a blue background"); hand.fill("Steps", 12); hand.fill("Seed", 3)
     was = hand.pixels(); hand.click("Draw")
     first = hand.another(was); hand.shot("first")
-    load = hand.find("input[list]").first
+    load = hand.field("LoRA").locator("input").first
     load.fill("neon"); load.press("Tab"); hand.click("Load"); hand.hear("Loaded neon")
     assert "<neon>" in hand.field("Prompt").locator("textarea").input_value(), "the trigger did not insert itself"
     hand.click("Draw"); styled = hand.another(first)
@@ -151,7 +152,7 @@ def draws(hand, times):
 def trains(hand, times):
     "Train, stop, resume, try"
     hand.page.get_by_text("Train", exact=True).first.click()
-    hand.find("input[list]").first.fill("teapot"); hand.find("input[list]").first.press("Tab")
+    hand.fill("Pictures", "teapot")
     hand.find(".ls-pics img").first.wait_for()
     hand.fill("Steps", 6); hand.fill("Rank", 4)
     began = time.time(); hand.click("Train"); hand.hear(r"Step [123] of 6", 90); hand.click("Stop")
@@ -171,7 +172,7 @@ def looks(hand):
 def compares(hand):
     "The page as the book shows it: two LoRAs, one on a schedule, with and without"
     hand.fill("Prompt", "a cat on a blue background")
-    load = hand.find("input[list]").first
+    load = hand.field("LoRA").locator("input").first
     load.fill("teapot"); load.press("Tab"); hand.click("Load"); hand.hear("Loaded teapot")
     hand.fill("Prompt", "a <teapot> on a blue background, in <neon> style")
     hand.field("Compare").locator("select").select_option("with and without")
