@@ -113,7 +113,8 @@ def test_every_module_of_the_models_is_in_the_dictionary(pipes):
     ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "FLUX"), ("diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight", "FLUX"),
     ("diffusion_model.double_stream_modulation_img.lin.lora_A.weight", ""), ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "Z-Image"),
     ("lora_unet_layers_0_feed_forward_w1.lora_down.weight", "Z-Image"), ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", ""),
-    ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", ""), ("lora_transformer_single_transformer_blocks_0_attn_to_q.alpha", "FLUX")])
+    ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", ""),
+    ("lora_transformer_single_transformer_blocks_0_attn_to_q.alpha", "FLUX")])
 def test_families_by_names(key, family): assert flow_family({key: torch.ones(2, 2)}) == family
 
 

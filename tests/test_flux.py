@@ -186,3 +186,24 @@ def test_single_files_are_told_apart():
 def test_an_encoder_that_cannot_learn_is_named():
     with pytest.raises(LoraError, match="has no CLIP"):
         DreamBooth(as_base(random_pipe("zimage")), [Image.effect_noise((64, 64), 50)], "a sks toy", steps=1, train_text_encoder=True)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_memory_is_estimated_on_shapes_alone(family):
+    from lora_nb.memory import estimate_memory, shapes_of
+    pipe = as_base(random_pipe(family)).pipe; was = fingerprint(pipe.transformer)
+    dense, packed = (estimate_memory(pipe, dtype=torch.float32, allowance=False, quantize=q) for q in (None, "nf4"))
+    less = estimate_memory(pipe, dtype=torch.float32, allowance=False, gradient_checkpointing=True)
+    weights = lambda m: m.phases["step"]["weights: transformer"]
+    linear = sum(m.weight.numel() for m in pipe.transformer.modules() if isinstance(m, torch.nn.Linear))
+    assert weights(dense) == 4 * sum(t.numel() for t in (*pipe.transformer.parameters(), *pipe.transformer.buffers()))
+    assert weights(dense) - weights(packed) == pytest.approx(linear * (4 - .5 - 1/64 - 4/64/256), abs=2)
+    assert less.phases["step"]["activations"] < dense.phases["step"]["activations"]
+    assert fingerprint(pipe.transformer) == was and set(shapes_of(pipe)) >= {"transformer", "text_encoder", "vae"}
+
+
+def test_true_shapes_have_the_published_sizes():
+    from lora_nb.memory import meta_part
+    count = lambda name, part="transformer": sum(p.numel() for p in meta_part(name, part).parameters())
+    assert count("flux.1-dev") == 11_901_408_320 and count("flux.1-schnell") < count("flux.1-dev")
+    assert 3.8e9 < count("flux.2-klein-4b") < 4e9 and 9e9 < count("flux.2-klein-9b") < 9.2e9 and 6.1e9 < count("z-image") < 6.2e9

@@ -228,7 +228,8 @@ def test_a_gguf_file_is_a_base(tmp_path):
     base = load_base(tmp_path / "small.gguf", device="cpu", config=str(tmp_path / "zimage"))
     plain = as_base(random_pipe("zimage"))
     m = base.denoiser.get_submodule("layers.0.feed_forward.w1")
-    assert base.family == "zimage" and packing(m) == "GGUF" and outline(m).shape == plain.denoiser.get_submodule("layers.0.feed_forward.w1").weight.shape
+    assert base.family == "zimage" and packing(m) == "GGUF"
+    assert outline(m).shape == plain.denoiser.get_submodule("layers.0.feed_forward.w1").weight.shape
     torch.manual_seed(0)
     z, t, c = torch.randn(1, 16, 8, 8), torch.tensor([500.]), plain.encode_prompts(["a"])
     a, b = base.predict(z, t, c), plain.predict(z, t, c)
@@ -240,7 +241,8 @@ def test_a_gguf_file_is_a_base(tmp_path):
     with pytest.raises(LoraError, match="requantize=True"): apply_lora(base.pipe, lora)
     with pytest.raises(LoraError, match="cannot be packed again"): apply_lora(base.pipe, lora, requantize=True)
     assert base.predict(z, t, c).equal(a)
-    with pytest.raises(LoraError, match="packed already"): load_base(tmp_path / "small.gguf", device="cpu", config=str(tmp_path / "zimage"), quantize="fp8")
+    with pytest.raises(LoraError, match="packed already"):
+        load_base(tmp_path / "small.gguf", device="cpu", config=str(tmp_path / "zimage"), quantize="fp8")
 
 
 @pytest.mark.parametrize("kind", [p for p in PACKED if p.values[0] in ("quanto", "int8-torchao")])
