@@ -106,8 +106,8 @@ def test_a_plan_is_the_first_that_fits_and_quantises_last():
     assert plans[-1].settings == dict(batch_size=4, prior_batch=4, accumulate=1) and plans[-1].tried == 1
     assert all(p.memory.total <= p.card * .94 * 2**30 and p.settings["batch_size"] * p.settings["accumulate"] == 4 for p in plans)
     with pytest.raises(LoraError, match="the least is"): plan_that_fits("sd1.5", 1, **few)
-    assert plan_that_fits("sd1.5", 2, **few).loading.get("quantize") == "nf4"
-    with pytest.raises(LoraError): plan_that_fits("sd1.5", 2, can_quantize=False, **few)
+    assert plan_that_fits("sd1.5", 2.2, **few).loading.get("quantize") == "nf4"
+    with pytest.raises(LoraError): plan_that_fits("sd1.5", 2.2, can_quantize=False, **few)
 
 
 def test_batches_follow_the_free_memory(monkeypatch):
@@ -117,6 +117,6 @@ def test_batches_follow_the_free_memory(monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: room)
     found = []
     for room in (0, 3_000_000, 30_000_000, 2**40): found.append(plan.batch_that_fits(base, "draw", 64, 24))
-    assert found[0] == 1 and found[-1] == 24 and found == sorted(found) and 1 < found[2] < 24
+    assert found[0] == 1 and found[-1] == 24 and found == sorted(found) and 1 < found[1] < 24
     room = 2**40
     assert plan.batch_that_fits(base, "encode", 64, 8) == 8
