@@ -80,3 +80,43 @@ def test_shared_networks_are_left_as_they_were(answers):
     net = meta_part("sd1.5", "unet")
     assert not any("lora" in n for n, _ in net.named_parameters())
     assert F.scaled_dot_product_attention.__name__ != "<lambda>"
+
+
+# Peaks in GiB of the second step of `Trainer`, simulated at true shapes: fake CPU tensors, PyTorch's MemTracker, CUDA's autocast
+# played by a TorchFunctionMode; rank 16 on attention, batch 1. The simulator keeps the MMDiTs' table of places in fp32; files in half
+# precision do not, and what that adds (.421 for Medium, .167 for Large) is taken off. UNets without checkpointing: the estimate is
+# 2 to 4 % above the simulation; where the difference comes from is not known.
+SIMULATED = (
+    ("sd1.5", dict(resolution=512), 2.682, .02), ("sdxl", dict(gradient_checkpointing=True), 5.714, .02), ("sdxl", {}, 11.883, .045),
+    ("sdxl", dict(prior_batch=1), 18.679, .045), ("sdxl", dict(dtype=torch.float16), 11.883, .045),
+    ("sd3.5-medium", dict(gradient_checkpointing=True), 5.922 - .421, .02), ("sd3.5-medium", {}, 14.008 - .421, .02),
+    ("sd3.5-large", dict(gradient_checkpointing=True), 16.991 - .167, .02), ("sd3.5-large", {}, 32.664 - .167, .02))
+
+
+@pytest.mark.parametrize("name, settings, simulated, within", SIMULATED)
+def test_the_estimate_agrees_with_a_simulated_step(name, settings, simulated, within):
+    step = estimate_memory(name, allowance=False, **settings).sums["step"] / 2**30
+    assert -.02 < step / simulated - 1 < within, step
+
+
+def test_a_plan_is_the_first_that_fits_and_quantises_last():
+    from lora_nb.plan import plan_that_fits
+    few = dict(resolution=256, rank=4)
+    plans = [plan_that_fits("sd1.5", g, batch_size=4, prior_batch=4, **few) for g in (3, 4, 24)]
+    assert plans[-1].settings == dict(batch_size=4, prior_batch=4, accumulate=1) and plans[-1].tried == 1
+    assert all(p.memory.total <= p.card * .94 * 2**30 and p.settings["batch_size"] * p.settings["accumulate"] == 4 for p in plans)
+    with pytest.raises(LoraError, match="the least is"): plan_that_fits("sd1.5", 1, **few)
+    assert plan_that_fits("sd1.5", 2.2, **few).loading.get("quantize") == "nf4"
+    with pytest.raises(LoraError): plan_that_fits("sd1.5", 2.2, can_quantize=False, **few)
+
+
+def test_batches_follow_the_free_memory(monkeypatch):
+    from lora_nb import plan
+    base = as_base(random_pipe("sd"))
+    assert plan.batch_that_fits(base, "draw", 64, 24) == 24                        # a CPU
+    monkeypatch.setattr(plan, "free_memory", lambda device: room)
+    found = []
+    for room in (0, 3_000_000, 30_000_000, 2**40): found.append(plan.batch_that_fits(base, "draw", 64, 24))
+    assert found[0] == 1 and found[-1] == 24 and found == sorted(found) and 1 < found[1] < 24
+    room = 2**40
+    assert plan.batch_that_fits(base, "encode", 64, 8) == 8

@@ -128,7 +128,8 @@ def test_texts_are_shared_by_runs_and_never_by_other_encoders(tmp_path):
     again = cache(as_base(random_pipe("sd")))(["a dog"])
     assert not asked and again["prompt_embeds"][0].equal(first["prompt_embeds"][1])
     cache(as_base(random_pipe("sd", seed=1)))(["a dog"]); assert asked == ["a dog"]
-    base = as_base(random_pipe("sd")); base.pipe.tokenizer.add_tokens(["<x>"]); base.pipe.text_encoder.resize_token_embeddings(len(base.pipe.tokenizer))
+    base = as_base(random_pipe("sd")); base.pipe.tokenizer.add_tokens(["<x>"])
+    base.pipe.text_encoder.resize_token_embeddings(len(base.pipe.tokenizer))
     one = encoders_digest(base)
     with torch.no_grad(): base.pipe.text_encoder.get_input_embeddings().weight[-1] += 1
     assert one != encoders_digest(base)                                   # the row of one new word
@@ -323,3 +324,53 @@ def test_training_equals_training_without_a_card():
     plain.fit(); moved.fit()
     assert torch.allclose(torch.tensor(plain.log.losses), torch.tensor(moved.log.losses), atol=1e-6)
     assert torch.allclose(torch.tensor(plain.log.val["prior"]), torch.tensor(moved.log.val["prior"]), atol=1e-6)
+
+
+def test_a_micro_batch_is_one_copy_and_the_schedule_none():
+    "With a meta device in the card's place: copies from the CPU are counted"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from lora_nb.samples import send_batches
+    class Copies(TorchDispatchMode):
+        n = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            to = (kwargs or {}).get("device")
+            self.n += f is torch.ops.aten._to_copy.default and to is not None and to.type == "meta" and args[0].device.type == "cpu"
+            return f(*args, **kwargs or {})
+    trainer = trainer_of("sdxl")
+    batches = [b for s in trainer.streams for b in trainer.draw(s, 0)]
+    base = trainer.base; alphas = base.alphas
+    with Copies() as copies:
+        sent = send_batches(batches, "meta")
+        first = copies.n
+        t = torch.zeros(2, dtype=torch.long, device="meta")
+        for b in sent: base.add_noise(b.latents[:1], b.noise[:1], t[:1]); base.target(b.latents, b.noise, t[:1]); base.min_snr(t, 5.)
+    base.alphas = alphas
+    assert first == 1 and copies.n == 2                       # all batches; the schedule's table, once
+
+
+@pytest.mark.parametrize("family", ("sd", "sd3"))
+def test_noise_from_the_device_is_a_function_of_the_place(family):
+    from dataclasses import replace
+    from lora_nb.samples import draw_samples
+    trainer = trainer_of(family); x = trainer.streams[0].examples
+    whole, half = draw_samples(x, range(4), 0, device=torch.device("cpu")), draw_samples(x, range(2, 4), 0, device=torch.device("cpu"))
+    assert torch.stack(whole[3][2:]).equal(torch.stack(half[3])) and whole[2][2:].equal(half[2])
+    assert abs(torch.stack(whole[3]).std() - 1) < .2 and not whole[3][0].equal(whole[3][1])
+    trainer.recipe = replace(trainer.recipe, device_noise=True)
+    assert trainer.draw(trainer.streams[0], 0)[0].noise.equal(trainer.draw(trainer.streams[0], 0)[0].noise)
+
+
+def test_branches_share_their_input_under_autocast():
+    "to_q, to_k and to_v used to keep a copy of the same tokens each"
+    from torch import nn
+    from lora_nb.layers import LoraInjectedLinear
+    layers = [LoraInjectedLinear.from_base(nn.Linear(16, 16).bfloat16(), 4, dtype=torch.float32) for _ in range(3)]
+    x, kept = torch.randn(8, 16, dtype=torch.bfloat16), set()
+    def keep(t):
+        if t.shape == x.shape: kept.add(t.untyped_storage().data_ptr())
+        return t
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = [m(x) for m in layers]
+    assert kept == {x.untyped_storage().data_ptr()} and all(o.dtype == torch.bfloat16 for o in out)
+    sum(o.float().sum() for o in out).backward()
+    assert all(m.lora_up.weight.grad.dtype == torch.float32 for m in layers)

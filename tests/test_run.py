@@ -283,3 +283,18 @@ def test_the_start_report_says_whether_masks_count(base, folder, floor, told, tm
 @pytest.mark.parametrize("bad", (dict(recursive="no"), dict(folder_words=2), dict(num_class_images=True)))
 def test_switches_are_switches(bad):
     with pytest.raises(LoraError, match=next(iter(bad))): PriorOptions(**bad)
+def test_a_recipe_that_fits_a_small_card_takes_the_same_steps(base, monkeypatch):
+    from lora_nb import plan
+    need = lambda n: plan.estimate_memory(base, rank=2, targets="attention", batch_size=n, dtype=torch.float32).total
+    small = need(2) / plan.usable(1) + 1e-6
+    run = DreamBooth(base, WALL, "a sks wall", fit=small, **{**QUICK, "batch_size": 8, "targets": "attention"})
+    assert (run.recipe.batch_size, run.recipe.accumulate) == (2, 4) and run.streams[0].batch == 2
+    run.remove()
+    with pytest.raises(LoraError, match="the least is"): DreamBooth(base, WALL, "a sks wall", fit=.1, **QUICK)
+    assert bare(base)
+
+
+def test_texts_are_kept_beside_the_latents(base, tmp_path):
+    run = DreamBooth(base, WALL, "a sks wall", latent_cache=tmp_path, **QUICK)
+    run.fit()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and len(list((tmp_path / "texts").glob("*.safetensors"))) == 1

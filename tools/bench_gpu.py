@@ -3,6 +3,7 @@
     python tools/bench_gpu.py            the true shapes, random weights in bf16; writes nbs/benchmarks/03_gpu.json, .md
     python tools/bench_gpu.py --tiny     the same program on small shapes, on any device: its test
     python tools/bench_gpu.py --models medium --batches 1 4 --rounds 3
+    python tools/bench_gpu.py --check    at most ten minutes (`make gpu-check`): one picture, few steps, memory beside its estimate
 
 Both sides train the same transformer in the same process, in turns. No weights are loaded: time and memory do not
 depend on their values.
@@ -119,7 +120,7 @@ def peer_step(net, config, batch, checkpointing, device):
         loss = (v.float() - (noise - latents)).square().mean()
         loss.backward(); torch.nn.utils.clip_grad_norm_(params, 1.)
         opt.step(); opt.zero_grad()
-        return loss.item()
+        return loss.detach()                                      # reading it would make the peer wait at each step; we do not
     def undo():
         if checkpointing: net.disable_gradient_checkpointing()
         net.delete_adapters("peer")
@@ -182,8 +183,16 @@ def rows_of(name, args, device, dtype, rate):
             for side, runs in found.items():
                 row = dict(model=name, batch=batch, checkpointing=checkpointing, side=side)
                 yield {**row, **(numbers(runs, batch, tokens, work, rate) if None not in runs
-                                 else dict(error="out of memory"))}
+                                 else dict(error="out of memory")),
+                       **({} if args.tiny or side != "lora_nb" else dict(estimate_gb=estimated(name, batch, checkpointing)))}
     del net; gc.collect()
+
+
+def estimated(name, batch, checkpointing):
+    "What `estimate_memory` says of the step, in GB, without the allowance for driver and allocator"
+    from lora_nb.memory import estimate_memory
+    need = estimate_memory(f"sd3.5-{name}", rank=RANK, batch_size=batch, gradient_checkpointing=checkpointing, allowance=False)
+    return need.sums["step"] / 1e9
 
 
 def numbers(runs, batch, tokens, work, rate):
@@ -202,13 +211,14 @@ def report(rows, about):
             f"random weights. **{about['device']}**, matrix product {about['matmul_tflops']:.1f} TFLOP/s (measured). "
             f"torch {about['torch']}, diffusers {about['diffusers']}, peft {about['peft']}. Operations are those of a "
             "step without recomputation.")
-    lines = ["| model | batch | checkpointing | by | s / step | peak, GB | tokens / s | share of the matrix rate |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| model | batch | checkpointing | by | s / step | pictures / s | peak, GB | estimate, GB | tokens / s | share of the matrix rate |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         told = f"| {r['model']} | {r['batch']} | {'on' if r['checkpointing'] else 'off'} | {r['side']} |"
-        if "error" in r: lines.append(f"{told} {r['error']} | | | |"); continue
+        if "error" in r: lines.append(f"{told} {r['error']} | | | | | |"); continue
         peak = "" if r["peak_gb"] is None else f"{r['peak_gb']:.1f}"
-        lines.append(f"{told} {r['seconds']:.3f} | {peak} | {r['tokens_per_second']:,.0f} | "
+        guess = f"{r['estimate_gb']:.1f}" if "estimate_gb" in r else ""
+        lines.append(f"{told} {r['seconds']:.3f} | {r['batch'] / r['seconds']:.2f} | {peak} | {guess} | {r['tokens_per_second']:,.0f} | "
                      f"{r['share_of_matmul']:.0%} |")
     return "\n".join([head, "", *lines]) + "\n"
 
@@ -216,6 +226,7 @@ def report(rows, about):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--tiny", action="store_true", help="small shapes in fp32, on any device: a test of this program")
+    p.add_argument("--check", action="store_true", help="a short run for any GPU: one picture, one round")
     p.add_argument("--models", nargs="+", choices=list(SHAPES), default=["medium", "large"])
     p.add_argument("--batches", nargs="+", type=int, default=None, help="pictures in a step; default 1 2 4 (tiny: 1 2)")
     p.add_argument("--steps", type=int, default=None, help="measured steps in a round, after two others; default 6")
@@ -226,7 +237,8 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    args.batches = args.batches or ([1, 2] if args.tiny else [1, 2, 4])
+    if args.check: args.rounds, args.steps = 1, args.steps or 4
+    args.batches = args.batches or ([1] if args.check else [1, 2] if args.tiny else [1, 2, 4])
     args.steps = args.steps or (1 if args.tiny else 6)
     if not args.tiny and not torch.cuda.is_available():
         print("no GPU found; nothing measured"); return 0
