@@ -105,7 +105,7 @@ from .log import TrainingLog as TrainingLog
 
 # Stable Diffusion 3.5
 from .sd3 import attention_maps as attention_maps
-from .flows import shift_for as shift_for
+from .sd3 import shift_for as shift_for
 from .sd3 import block_groups as block_groups
 
 # few steps

@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/37_dataset.ipynb #689fe05f
+# %% ../nbs/37_dataset.ipynb #102ed4ec
 from .core import DataError, LoraError, Markup, atomic_path, check_number, patch_to, quiet, table
 from .bases import Base
-from .phases import Shelf, encode_fitting
+from .phases import Shelf, encode_fitting, latent_dtype
 from .plan import batch_that_fits
 from .families import spelled
 from .pictures import (bucket_sizes, can_read, find_pictures, folder_words, is_folder, mask_owner, masks_beside, nearest_bucket, read_mask,
@@ -286,7 +286,7 @@ def others(
     have = {k: getattr(self, k) for k in ("masks", "ids", "pixels")}
     return {k: pick(v, torch.as_tensor(rows), torch.as_tensor(sides)) for k, v in have.items() if v is not None}
 
-# %% ../nbs/37_dataset.ipynb #0965ac9a
+# %% ../nbs/37_dataset.ipynb #6e623d11
 def encode(
     base: Base,
     data: ConceptDataset,
@@ -302,7 +302,8 @@ def encode(
     for rows in _same_size(data.shapes, batch_size):
         sides = [_sides(data.images[i], data.masks[i], data.flip) for i in rows]       # (F, 4, H, W) uint8
         for i, x, z in zip(rows, sides, _encoded(base, sides, store)):
-            latents[i], prints[i] = z, hashlib.blake2b(repr(tuple(x.shape)).encode() + x.numpy().tobytes(), digest_size=16).hexdigest()
+            latents[i] = z.to(latent_dtype(base))
+            prints[i] = hashlib.blake2b(repr(tuple(x.shape)).encode() + x.numpy().tobytes(), digest_size=16).hexdigest()
             if masked: masks[i] = _shrink(x[:, 3:], z.shape[-2:])
             if base.inpainting: pixels[i] = x
     index = [i for i, k in enumerate(data.repeats) for _ in range(k)]                  # a picture that counts twice has two rows

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .core import DataError, LoraError, Markup, atomic_path, check_number, patch_to, quiet, table
 from .bases import Base
-from .phases import Shelf, encode_fitting
+from .phases import Shelf, encode_fitting, latent_dtype
 from .plan import batch_that_fits
 from .families import spelled
 from .pictures import bucket_sizes, can_read, find_pictures, folder_words, is_folder, mask_owner, masks_beside, nearest_bucket, read_mask, read_picture, to_rgb

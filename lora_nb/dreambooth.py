@@ -274,7 +274,7 @@ def config_streams(
                                         **(sampling or {})))
     return out
 
-# %% ../nbs/51_dreambooth.ipynb #a739c40f
+# %% ../nbs/51_dreambooth.ipynb #2b967dbb
 class DreamBooth(TrainingRun):
     "A DreamBooth run: `fit()` trains it, `lora()` is what it has learned so far."
     @delegates(PriorOptions)
@@ -302,8 +302,9 @@ class DreamBooth(TrainingRun):
         else: self.concepts = _concepts(instance_data, instance_prompt, class_prompt, class_data, trigger)
         self.prior = _prior_of(prior, self.concepts)
         drawn = o.num_class_images, o.resolution, o.sampling
+        if self.config: self.recipe = _config_recipe(self.config, self.recipe, self.prior)
+        self.shrink(bool(self.prior))
         if self.config:
-            self.recipe = _config_recipe(self.config, self.recipe, self.prior)
             self.streams = config_streams(base, self.config, self.concepts, self.prior, self.recipe, *drawn, o.latent_cache)
         else: self.streams = concept_streams(base, self.concepts, self.prior, self.recipe, *drawn, masks=masks, **o.pictures)
         _warn_of_silence(self.base, self.streams, self.recipe)

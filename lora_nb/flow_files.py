@@ -10,7 +10,6 @@ __all__ = ['FLUX1', 'FLUX2', 'ZIMAGE', 'FLOW_NAMES', 'flow_paths', 'flow_family'
 
 # %% ../nbs/21b_flow_files.ipynb #1c505df3
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +32,8 @@ if TYPE_CHECKING: from lora_nb.worn import Wearer
 # %% ../nbs/21b_flow_files.ipynb #b9b6339f
 _EMBEDDERS = {f"{a}_in.{'in' if i == 1 else 'out'}_layer": f"{{0}}.{b}_embedder.linear_{i}"
               for a, b in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance")) for i in (1, 2)}
-_TOP = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear"}
+_TOP = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear"}
 _DOUBLE = {"img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.proj": ("attn.to_out.0",),
            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.proj": ("attn.to_add_out",)}
 _MLP = lambda inner, outer: {f"{a}_mlp.{i}": (f"{b}.{end}",) for a, b in (("img", "ff"), ("txt", "ff_context"))
@@ -84,7 +84,8 @@ def flow_paths(
     return tuple("transformer." + p.replace("#", m[2] if m else "") for p in found)
 
 # %% ../nbs/21b_flow_files.ipynb #f0dce622
-_OWN = re.compile(r"(double|single)_blocks[._]\d+[._](img|txt|linear|modulation)|(noise_refiner|context_refiner|layers)[._]\d+[._](attention|feed_forward)|"
+_OWN = re.compile(r"(double|single)_blocks[._]\d+[._](img|txt|linear|modulation)|"
+                  r"(noise_refiner|context_refiner|layers)[._]\d+[._](attention|feed_forward)|"
                   r"single_transformer_blocks_\d+_|diffusion_model\.(single_)?transformer_blocks\.")
 _RATIO = {"linear1": 7, "mlp_0": 4, "linear2": 1 / 5, "mlp_2": 1 / 4}        # rows to columns in FLUX.1
 
@@ -244,7 +245,8 @@ def _theirs(name, family):
     found = _back(family).get(f"{m[1]}.#.{path[m.end():]}" if m else path)
     return found and (found[0].replace("#", m[2] if m else ""), *found[1:])
 
-_ENCODER = {"kohya": ("lora_te1_text_model_", "lora_te3_"), "comfy": ("text_encoders.clip_l.transformer.text_model.", "text_encoders.t5xxl.transformer.")}
+_ENCODER = {"kohya": ("lora_te1_text_model_", "lora_te3_"),
+            "comfy": ("text_encoders.clip_l.transformer.text_model.", "text_encoders.t5xxl.transformer.")}
 
 def _text_key(name, style):
     "The name of a text encoder's module, or None"

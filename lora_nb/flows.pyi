@@ -9,7 +9,7 @@ from .bases import Base
 from .core import patch_to
 from diffusers import DiffusionPipeline
 
-__all__ = ['FlowBase', 'shift_for']
+__all__ = ['FlowBase', 'shift_at_size']
 class FlowBase(Base):
     denoiser_name: tuple[Any, ...]
     flow: tuple[Any, ...]
@@ -27,4 +27,4 @@ class FlowBase(Base):
     @contextmanager
     def shifted(self, shift: float | None) -> Iterator[None]: ...
 
-def shift_for(tokens: int, scheduler: 'object') -> float: ...
+def shift_at_size(tokens: int, scheduler: 'object') -> float: ...

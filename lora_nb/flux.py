@@ -8,7 +8,6 @@ Docs: https://lora-nb.github.io/lora_nb/flux.html.md"""
 __all__ = ['FLUX_HUB', 'pack', 'unpack', 'places_of_patches', 'FluxBase', 'Flux2Base']
 
 # %% ../nbs/13c_flux.ipynb #f58d26b0
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 import torch
@@ -17,7 +16,7 @@ import torch
 import lora_nb.drawing  # noqa: F401      every family draws: this adds `generate` and others to `Base`
 from .bases import SAMPLING, Cond, runs_on
 from .core import LoraError, patch_to
-from .flows import FlowBase, shift_for
+from .flows import FlowBase, shift_at_size
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/13c_flux.ipynb #1d972b91
@@ -69,7 +68,7 @@ class FluxBase(FlowBase):
         tokenizer = getattr(pipe, self.tokenizer_of_text)
         self.text_length = min(SAMPLING[self.preset]["text_length"], tokenizer.model_max_length)
         self.token_limits = {self.tokenizer_of_text: self.text_length}     # of tokens read, by tokenizer
-        self.shift = shift_for((self.resolution // self.size_step)**2, pipe.scheduler)
+        self.shift = shift_at_size((self.resolution // self.size_step)**2, pipe.scheduler)
 
 # %% ../nbs/13c_flux.ipynb #7c25988a
 @patch_to(FluxBase, as_prop=True)
@@ -224,5 +223,6 @@ def ask_blank(cls, net: torch.nn.Module, noise, batch: int, size: tuple[int, int
 def ask_blank(cls, net: torch.nn.Module, noise, batch: int, size: tuple[int, int]) -> torch.Tensor:
     "The answer of a transformer to `noise(*shape)` in the place of pictures and prompts."
     (w, h), c, words = size, net.config, 512
-    return net(hidden_states=noise(batch, h * w, c.in_channels), timestep=noise(batch), encoder_hidden_states=noise(batch, words, c.joint_attention_dim),
-               txt_ids=noise(batch, words, 4), img_ids=noise(batch, h * w, 4)).sample
+    return net(hidden_states=noise(batch, h * w, c.in_channels), timestep=noise(batch),
+               encoder_hidden_states=noise(batch, words, c.joint_attention_dim), txt_ids=noise(batch, words, 4),
+               img_ids=noise(batch, h * w, 4)).sample

@@ -1,13 +1,12 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 import torch
 import lora_nb.drawing
 from .bases import SAMPLING, Cond, runs_on
 from .core import LoraError, patch_to
-from .flows import FlowBase, shift_for
+from .flows import FlowBase, shift_at_size
 from diffusers import DiffusionPipeline
 
 __all__ = ['FLUX_HUB', 'pack', 'unpack', 'places_of_patches', 'FluxBase', 'Flux2Base']

@@ -529,10 +529,12 @@ def _hang_all(model, layers, scale, name, undo):
 # %% ../nbs/09_injection.ipynb #a448f8eb
 def _check_packed(placed, requantize):
     "Raise before anything is changed if a merge would need quantised weights to be packed again, and nobody asked for that"
-    packed = {f"{c}.{n}": kind for c, layers in placed.items() for n, (p, _) in layers.items() if (kind := packing(root_module(p.module)))}
+    roots = {f"{c}.{n}": root_module(p.module) for c, layers in placed.items() for n, (p, _) in layers.items()}
+    packed = {n: kind for n, root in roots.items() if (kind := packing(root))}
     if packed and not requantize:
-        raise LoraError(f"{len(packed)} weights are packed by {' and '.join(sorted({*packed.values()}))} ({some(packed, 2)}), and a merge would round most "
-                        "of the LoRA away: wear it with mode='inject', which loses nothing; or pass requantize=True to unpack, add and pack again")
+        raise LoraError(f"{len(packed)} weights are packed by {' and '.join(sorted({*packed.values()}))} ({some(packed, 2)}), and a merge "
+                        "would round most of the LoRA away: wear it with mode='inject', which loses nothing; or pass requantize=True to "
+                        "unpack, add and pack again")
 
 def _merge(model, layers, scale, name, undo):
     "Add a LoRA to the weights"

@@ -203,7 +203,8 @@ def from_base(cls,
     root = module.root if isinstance(module, LoraLayer) else module
     check_rank(r, *cls._sizes(root))
     if init == "pissa" and packing(root):
-        raise LoraError(f"PiSSA changes the base's weight, which is packed by {packing(root)}: load the base unquantised, or choose init='gaussian'")
+        raise LoraError(f"PiSSA changes the base's weight, which is packed by {packing(root)}: load the base unquantised, or choose "
+                        "init='gaussian'")
     up, down = init_factors(outline(root), r, init, dtype)
     magnitude = nn.Parameter(row_norms(dense_weight(root)).to(up.dtype)) if dora else None
     root.requires_grad_(False)

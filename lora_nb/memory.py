@@ -93,9 +93,13 @@ _QWEN = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hi
              num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
 _reads = dict(text_encoder=_clip(*_L, "CLIPTextModel"), text_encoder_2=_T5, vae=_VAE16)
 _klein = dict(transformer=_KLEIN, text_encoder=("Qwen3ForCausalLM", _QWEN), vae=("AutoencoderKLFlux2", {}))
+_larger = dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
+_klein9 = dict(transformer=(_KLEIN[0], {**_KLEIN[1], **_larger}), vae=("AutoencoderKLFlux2", {}), text_encoder=("Qwen3ForCausalLM", {
+    **_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}))
 _zimage = dict(transformer=("ZImageTransformer2DModel", {}), text_encoder=("Qwen3Model", _QWEN), vae=_VAE16)
 SHAPES |= {"flux.1-dev": dict(transformer=_flux(True), **_reads), "flux.1-schnell": dict(transformer=_flux(False), **_reads),
-           "flux.2-klein-4b": _klein, "flux.2-klein-base-4b": _klein, "z-image": _zimage, "z-image-turbo": _zimage}
+           "flux.2-klein-4b": _klein, "flux.2-klein-base-4b": _klein, "flux.2-klein-9b": _klein9, "flux.2-klein-base-9b": _klein9,
+           "z-image": _zimage, "z-image-turbo": _zimage}
 
 # %% ../nbs/16_memory.ipynb #f6f31073
 @lru_cache(None)   # building Large takes seconds even without weights; callers share it and must undo what they change
@@ -418,7 +422,7 @@ def _allow(rows):
     "Rows with what a GPU adds."
     return {**rows, "allowance (a guess)": CONTEXT + SPLIT * rows.get("activations", 0)}
 
-# %% ../nbs/16_memory.ipynb #05ddbb3f
+# %% ../nbs/16_memory.ipynb #20aed130
 def estimate_memory(
     base: Any,                              # short name, hub id of one, embedded base, folder, pipeline or Base
     task: Literal["train", "generate"] = "train",
@@ -456,6 +460,12 @@ def estimate_memory(
     prior = f" + {prior_batch}" if prior_batch else ""
     packed = f", {quantize}" if isinstance(quantize, str) else ""
     return Memory(f"{title}, {size[0]} x {size[1]}, batch {batch_size}{prior}{packed}", phases)
+
+# %% ../nbs/16_memory.ipynb #6df83399
+def _check_question(task, optimizer):
+    "Raise at words that are no choice"
+    if task not in ("train", "generate"): raise LoraError(f"task={task!r}: expected 'train' or 'generate'.")
+    if optimizer not in OPTIMIZERS: raise LoraError(f"optimizer={optimizer!r}: expected {', '.join(OPTIMIZERS)}.")
 
 def _packed_parts(quantize, main):
     "component -> kind of packing; installed or not, on whatever device"

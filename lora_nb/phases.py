@@ -6,7 +6,8 @@ Docs: https://lora-nb.github.io/lora_nb/phases.html.md"""
 
 # %% auto #0
 __all__ = ['SLICE_FROM', 'free_memory', 'empty_cache', 'is_out_of_memory', 'fitting', 'frugal_vae', 'encode_fitting',
-           'Remembered', 'Placement', 'send', 'send_cond', 'table_of', 'Shelf', 'encoders_digest', 'TextCache']
+           'Remembered', 'Placement', 'send', 'send_cond', 'table_of', 'latent_dtype', 'Shelf', 'encoders_digest',
+           'TextCache']
 
 # %% ../nbs/12b_phases.ipynb #516cfaa4
 import gc, hashlib, math, tempfile, warnings, weakref
@@ -335,6 +336,12 @@ def table_of(
     return flat.view(*rows)
 
 # %% ../nbs/12b_phases.ipynb #e620eff3
+def latent_dtype(
+    base: Base,
+) -> torch.dtype:
+    "The precision in which latents wait: the base's own where that is half precision on a card, else single."
+    return base.dtype if base.device.type != "cpu" and base.dtype in (torch.float16, torch.bfloat16) else torch.float32
+
 class Shelf:
     "Tensors by number; those of one group have one shape and lie in one table."
     def __init__(

@@ -92,6 +92,7 @@ class PivotalTuning(TrainingRun):
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = trigger_words_of(data, o.class_noun), list(inits)
         self.prior, self.class_prompt = check_prior(prior, class_prompt), class_prompt
+        self.shrink(bool(self.prior))
         self.streams = word_streams(base, data, self.recipe, o.prompt, o.resolution, o.class_noun, **o.pictures)
         if self.prior: self.streams.append(self._class_stream(*next(iter(data.items())), class_data))
         if isinstance(start, (str, Path)): start = Lora.load(start, base=base.pipe)

@@ -63,7 +63,8 @@ def wanted_packings(
             raise LoraError(f"quantize={kind!r}: expected one of {', '.join(PACKINGS)}.{closest(str(kind), PACKINGS)}")
         p = PACKINGS[kind]
         if p.where == "cuda" and device.type != "cuda": raise LoraError(f"quantize={kind!r} needs a CUDA GPU; the device is {device}.")
-        if part == "vae": raise LoraError("quantize: the VAE has few linear layers and shows every error; expected the denoiser or a text encoder.")
+        if part == "vae":
+            raise LoraError("quantize: the VAE has few linear layers and shows every error; expected the denoiser or a text encoder.")
         if kind == "fp8" and part.startswith("text_encoder"):
             raise LoraError(f"quantize: fp8 is for the denoiser; give {part} 'int8', 'quanto' or 'nf4'.")
         if p.package and not _installed(p.package):

@@ -86,7 +86,7 @@ def packed_like(
     kind, old = packing(module), module._parameters["weight"]
     dense = weight.to(compute_dtype(module)).contiguous()
     if kind == "bitsandbytes 4-bit":
-        settings = dict(blocksize=old.blocksize, compress_statistics=old.compress_statistics, quant_type=old.quant_type, quant_storage=old.quant_storage)
+        settings = {k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
         return type(old)(dense, requires_grad=False, **settings).to(old.device)
     if kind == "bitsandbytes 8-bit": return type(old)(dense, requires_grad=False, has_fp16_weights=False).to(old.device)
     if kind == "quanto":
@@ -94,7 +94,8 @@ def packed_like(
         q = old.data
         return nn.Parameter(quantize_weight(dense, q.qtype, q.axis, _quanto_scale(dense, q), None), requires_grad=False)
     if kind == "torchao" and (again := _torchao_again(old.data, dense)) is not None: return nn.Parameter(again, requires_grad=False)
-    raise LoraError(f"weights of {kind} ({type(old.data).__name__}) cannot be packed again: wear the LoRA with mode='inject', or load the base unquantised")
+    raise LoraError(f"weights of {kind} ({type(old.data).__name__}) cannot be packed again: wear the LoRA with mode='inject', or load "
+                    "the base unquantised")
 
 def _torchao_again(old, dense):
     "A tensor of torchao packed as `old` was; None: not a kind whose settings can be read from it"

@@ -135,7 +135,6 @@ class Learning:
     snr_soft: bool = setting(False, "Soft-min-SNR, which has no corner, with the same gamma.")
     t_range: tuple = setting((0., 1.), "Range of noise levels to train on, 0 = clean, 1 = pure noise.")
     offset_noise: float = setting(0., "Strength of noise that is constant over a channel, for very dark or bright pictures; 0.05-0.1.")
-    device_noise: bool = setting(False, "Draw noise on the GPU: quicker for large pictures, but other numbers than on another kind of device.")
     input_perturbation: float = setting(0., "Extra noise that the denoiser sees but need not predict; 0.1 in the paper.")
     mask_floor: float | None = setting(None, "Weight of the loss outside the masks, 0 to 1; None: masks are ignored.")
     holes: str = setting("random", "What an inpainting base must fill: random shapes, the subject, or all (full).")
@@ -153,6 +152,7 @@ class Recipe(Learning):
     preview_every: int = setting(0, "Steps between previews; 0 for none.")
     checkpoint_every: int = setting(0, "Steps between checkpoints; 0 for none.")
     keep_checkpoints: int = setting(2, "How many checkpoints stay on disk.")
+    device_noise: bool = setting(False, "Draw noise on the GPU: quicker for large pictures, but other numbers than on another kind of device.")
     guard: bool = setting(True, "Stop a run that is worse than at its start, and warn of odd learning rates.")
     def __post_init__(self): check_recipe(self)
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 import torch
 
-# %% ../nbs/49_run.ipynb #b3bd5588
+# %% ../nbs/49_run.ipynb #a7857e2b
 from .core import LoraError, ShapeError, closest, patch_to, printable
 from .bases import Base
 from .injection import Injected, disabled, inject_lora
 from .lora import Factors, Lora
 from .memory import OPTIMIZERS, estimate_memory
+from .plan import plan_that_fits
 from .extraction import resize
 from .dataset import StartReport, cut_captions, start_report
 from .log import TrainingLog, joined
@@ -32,7 +33,7 @@ from .tracking import newest_row, open_trackers, tracker_names
 from .processes import is_main_process, join_processes, launched, number_of_processes
 from .training import Stream, Trainer
 
-# %% ../nbs/49_run.ipynb #df670eaa
+# %% ../nbs/49_run.ipynb #ae1abc30
 @dataclass
 class RunOptions:
     "What a run takes besides its pictures, its words and its recipe"
@@ -44,7 +45,8 @@ class RunOptions:
     recursive: bool = setting(False, "Also read subfolders of the pictures' folder.")
     folder_words: bool = setting(False, "Pictures without a caption get the words of their folder '10_sks dog', not the prompt.")
     tags: Callable[..., str] | None = setting(None, "Rewords a caption at each draw, such as `TagWording()`.")
-    latent_cache: str | Path | None = setting(None, "Folder that keeps latents for the next run.")
+    latent_cache: str | Path | None = setting(None, "Folder that keeps latents, and what text encoders say, for the next run.")
+    fit: float | bool | None = setting(None, "Size of the card in GiB: batches and checkpointing are set to fit it; True: what is free.")
     @property
     def pictures(self) -> dict[str, Any]:
         "How the pictures are read, for `subject_stream`"
@@ -174,6 +176,21 @@ def _wider(f: Factors, m):
     flat[:, :f.rank], down[:f.rank] = f.up.flatten(1).to(flat) * f.scaling, f.down.to(down)
     return replace(f, up=flat.view_as(up), down=down, alpha=None)
 
+# %% ../nbs/49_run.ipynb #c5499be0
+@patch_to(TrainingRun)
+def shrink(self,
+    prior: bool = False,   # whether a class is preserved
+) -> None:
+    "Make the recipe fit the card that `fit` names."
+    r, fit = self.recipe, self.options.fit
+    if not fit: return
+    plan = plan_that_fits(self.base, None if fit is True else fit, r.batch_size, r.prior_batch if prior else 0, can_quantize=False,
+                          rank=r.rank, targets=r.targets, resolution=self.options.resolution, dtype=self.base.dtype,
+                          optimizer=r.optimizer, ema=bool(r.ema))
+    found = {k: v for k, v in plan.recipe.items() if k != "prior_batch" or prior}
+    self.recipe = r.replace(**{**found, "accumulate": r.accumulate * found["accumulate"]})
+
+
 # %% ../nbs/49_run.ipynb #15e604a1
 @patch_to(TrainingRun)
 def inject(self,
@@ -223,8 +240,10 @@ def train_on(self,
     off = None if self.worn is None else lambda: disabled(self.worn)
     folder = None if self.dir is None else self.dir / phase
     told = lambda: {k: v for k, v in self.lora().metadata.items() if k not in ("base", "recipe")}
-    return Trainer(self.base, params, self.streams if streams is None else streams, recipe or self.recipe, off,
-                   output_dir=folder, keep=self.write, about=told, **more)
+    trainer = Trainer(self.base, params, self.streams if streams is None else streams, recipe or self.recipe, off,
+                      output_dir=folder, keep=self.write, about=told, **more)
+    if self.options.latent_cache is not None: trainer.texts.folder = Path(self.options.latent_cache)/"texts"
+    return trainer
 
 # %% ../nbs/49_run.ipynb #4f52a6a4
 def file_dtype(
@@ -260,7 +279,7 @@ def about(self,
     "Metadata of the LoRA: the base's name and the recipe, with what the method adds"
     return dict(base=self.base.name, **own, recipe=self.recipe.to_json())
 
-# %% ../nbs/49_run.ipynb #a915ce62
+# %% ../nbs/49_run.ipynb #58528d33
 @patch_to(TrainingRun)
 def start_report(self) -> StartReport:
     "What the run will see: pictures, captions, masks, what is left out or cut, steps for each picture, and memory"
@@ -274,7 +293,7 @@ def start_report(self) -> StartReport:
     optimizer = r.optimizer if r.optimizer in OPTIMIZERS else "adamw"
     try:
         memory = estimate_memory(self.base, rank=r.rank, targets=r.targets if self.worn else "attention", dtype=self.base.dtype,
-                                 batch_size=sum(s.batch for s in self.streams), resolution=(size[1] * factor, size[0] * factor),
+                                 batch_size=sum(s.batch for s in self.streams), ema=bool(r.ema), resolution=(size[1] * factor, size[0] * factor),
                                  gradient_checkpointing=r.gradient_checkpointing, optimizer=optimizer)
         report.more["memory"] = f"about {memory.total / 2**30:.1f} GiB of a GPU, most of it in the phase {memory.peak!r}"
     except LoraError as e: report.more["memory"] = f"not known ({e})"

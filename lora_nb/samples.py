@@ -17,7 +17,7 @@ import torch
 # %% ../nbs/47b_samples.ipynb #ce63a228
 from .bases import Base, Cond
 from .dataset import Examples, derive, drop_caption, order_by_size
-from .phases import send
+from .phases import latent_dtype, send
 
 # %% ../nbs/47b_samples.ipynb #d7d85f22
 @dataclass
@@ -139,8 +139,10 @@ def keep_on_host(
     base: Base,
 ) -> Examples:
     "The latents of examples in the host's memory, in the base's precision where that is half precision."
-    half = base.dtype if base.device.type != "cpu" and base.dtype in (torch.float16, torch.bfloat16) else None
-    to = lambda z: z.to("cpu", half or z.dtype)
+    half, done = latent_dtype(base), {}
+    def to(z):                        # rows that count twice stay one piece of memory
+        if z.data_ptr() not in done: done[z.data_ptr()] = z.to("cpu", half if half.itemsize < 4 else z.dtype)
+        return done[z.data_ptr()]
     examples.latents = [to(z) for z in examples.latents] if isinstance(examples.latents, list) else to(examples.latents)
     return examples
 

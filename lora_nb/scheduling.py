@@ -214,13 +214,13 @@ def _scheduled_loras(pipe, loras):
         found.append(ScheduledLora(name, key, lora, as_schedule(schedule)))
     return found
 
-# %% ../nbs/40_scheduling.ipynb #829bdf27
+# %% ../nbs/40_scheduling.ipynb #2bccc108
 @patch_to(Site)
 def hold(self, model: nn.Module, names: list[str]) -> None:
     "Start from the weight that the model has now, less the scheduled LoRAs, `names`, that are merged into it"
     if (kind := packing(self.root)):
-        raise LoraError(f"{self.path} is packed by {kind}, and a schedule writes weights at each step: draw with a base that is not quantised, or wear the "
-                        "LoRA with mode='inject' at one strength")
+        raise LoraError(f"{self.path} is packed by {kind}, and a schedule writes weights at each step: draw with a base that is not quantised, "
+                        "or wear the LoRA with mode='inject' at one strength")
     if not hasattr(self.root, "_kept_weight"):             # what others merge meanwhile starts from it
         self.kept, self.root._kept_weight = True, stored_weight(self.root)
     merged = {n: (fs[self.path], s) for n, (fs, s) in worn_state(model).merged.items() if self.path in fs}

@@ -370,6 +370,7 @@ class TextualInversion(TrainingRun):
     ):
         base = load_base(base)                                 # a pipeline or a name will do
         super().__init__(base, recipe or inversion_recipe_for(base), output_dir, options, WordOptions)
+        self.shrink()
         o, r = self.options, self.recipe
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger = trigger_words_of(data, o.class_noun)

@@ -473,7 +473,7 @@ def weight_state(
         if remake and "_merge_stamp" in marks: note_weight(root)          # another order of sums, perhaps
     return back
 
-# %% ../nbs/07_worn.ipynb #4597812e
+# %% ../nbs/07_worn.ipynb #c9676998
 def _tied(model):
     "`id` of the tensors that several modules use"
     owners = {}
@@ -481,11 +481,13 @@ def _tied(model):
         if (w := m._parameters.get("weight")) is not None: owners.setdefault(id(w), []).append(m)
     return {i for i, ms in owners.items() if len(ms) > 1}
 
+# %% ../nbs/07_worn.ipynb #a29dd9a5
 def _repack(path, root, after, undo):
     "Exchange one packed weight: the original with the LoRAs `after` added, packed again; the original itself if there is none"
     own, param = root.__dict__, root._parameters["weight"]
-    original = own.get("_packed_weight", param)
-    def back(kept=own.get("_packed_weight")):
+    kept = own.get("_packed_weight")
+    original = param if kept is None else kept
+    def back():
         swap_weight(root, param); own.pop("_packed_weight", None)
         if kept is not None: own["_packed_weight"] = kept
     undo.append(back)
@@ -497,6 +499,7 @@ def _repack(path, root, after, undo):
     own["_packed_weight"] = original
     swap_weight(root, new)
 
+# %% ../nbs/07_worn.ipynb #090a19ac
 def _reweigh(path, root, before, after, tied, hold, undo):
     "Exchange one merged weight, from the LoRAs `before` to those `after`"
     if packing(root): return _repack(path, root, after, undo)

@@ -9,9 +9,9 @@ __all__ = ['REQUIRED', 'JSON', 'CONFIG', 'COMMANDS', 'BASE_NAMES', 'BASE_FLAGS',
            'meant', 'Parser', 'terminal', 'Flag', 'truth', 'outside', 'number', 'choice', 'shown_default', 'help_of',
            'add_flag', 'given', 'sets_instead', 'Old', 'OldFlag', 'old_help', 'asks_for_the_same', 'values_of',
            'range_of', 'help_line', 'entry', 'text_table', 'folded', 'help_text', 'Shown', 'version', 'config_words',
-           'words_of', 'toml_value', 'Command', 'complete', 'plain_errors', 'plain_warnings', 'stop_if_ours', 'command',
-           'flag_table', 'check_base', 'check_lora', 'check_exists', 'bundled', 'quiet_libraries', 'available_device',
-           'open_base', 'base_of', 'writable', 'folder_of', 'check_file']
+           'config_path', 'words_of', 'toml_value', 'Command', 'complete', 'plain_errors', 'plain_warnings',
+           'stop_if_ours', 'command', 'flag_table', 'check_base', 'check_lora', 'check_exists', 'bundled',
+           'quiet_libraries', 'available_device', 'open_base', 'base_of', 'writable', 'folder_of', 'check_file']
 
 # %% ../../nbs/64_cli_flags.ipynb #dc8c994d
 import argparse, contextlib, difflib, importlib.util, io, json, math, os, re, shutil, sys, textwrap
@@ -75,9 +75,10 @@ class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line, and which never guesses a flag"
     def __init__(self, prog: str, about: str, **kw: Any):
         super().__init__(prog, description=about, allow_abbrev=False, **kw)
-    def knows(self, flag: str) -> bool:
-        "Whether there is such a flag"
-        return flag in self._option_string_actions
+    def check_names(self, words: Sequence[str]):
+        "Refuse a misspelt flag, before argparse asks for those that are missing"
+        for w in words:
+            if w[:2] == "--" and w != "--" and w.partition("=")[0] not in self._option_string_actions: self.error(f"unrecognized arguments: {w}")
     def error(self, message: str) -> NoReturn:
         odd = message.removeprefix("unrecognized arguments: ")
         hint = meant(odd.split("=")[0].split()[0], self._option_string_actions) if odd != message else ""
@@ -353,6 +354,13 @@ def config_words(
         words += words_of(flags[key], value, path)
     return words, {k: None if v == "none" else v for k, v in recipe.items()}
 
+def config_path(c: "Command", words: Sequence[str]) -> str:
+    "The file that `--config` names, or nothing."
+    if not any(f == CONFIG for flags in c.groups.values() for f in flags): return ""
+    found = (i for i, w in enumerate(words) if w.partition("=")[0] == "--config")
+    return next((words[i].partition("=")[2] or next(iter(words[i + 1:]), "") for i in found), "")
+
+# %% ../../nbs/64_cli_flags.ipynb #0606aa42
 def words_of(
     flag: Flag,
     value: Any,        # as TOML has it
@@ -399,13 +407,9 @@ class Command:
         return p
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         "The flags, with those of a `--config` file; what can be checked without PyTorch is checked"
-        files = [f for flags in self.groups.values() for f in flags if f == CONFIG]
-        path = next((w.partition("=")[2] or next(iter(words[i + 1:]), "") for i, w in enumerate(words)
-                     if w.partition("=")[0] == "--config"), "") if files else ""
-        more, recipe = config_words(self, path) if path else ([], {})
+        more, recipe = config_words(self, path) if (path := config_path(self, words)) else ([], {})
         p = self.parser()
-        for w in words:                                  # a misspelt flag is said before those that are missing
-            if w[:2] == "--" and w != "--" and not p.knows(w.partition("=")[0]): p.error(f"unrecognized arguments: {w}")
+        p.check_names(words)
         a = p.parse_args([*more, *words])
         a.recipe = recipe
         for f in (f for flags in self.groups.values() for f in flags if f.check):
@@ -445,6 +449,7 @@ def plain_warnings(name: str):  # of the command
         warnings.showwarning = lambda message, *a, **kw: say(f"{name}: warning: {message}", to=sys.stderr)
         yield
 
+# %% ../../nbs/64_cli_flags.ipynb #7df1ac8e
 COMMANDS: dict[str, Command] = {}        # every command by its name, in the order of the chapters
 
 def stop_if_ours(name: str, error: ValueError) -> NoReturn:

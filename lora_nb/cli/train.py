@@ -75,10 +75,11 @@ DATA_FLAGS = [
     CONFIG, JSON,
 ]
 
-# %% ../../nbs/65_cli_train.ipynb #80639854
+# %% ../../nbs/65_cli_train.ipynb #45d68bfc
 RUN_FLAGS = [
     Flag("train_batch_size", int, None, "pictures in a batch", "batch_size", 1, most=4096),
     Flag("gradient_accumulation_steps", int, None, "batches whose gradients make one step", "accumulate", 1, most=4096),
+    Flag("fit", float, None, "size of the card in GiB: batches and checkpointing are set to fit it", least=1, most=4096),
     Flag("gradient_checkpointing", bool, None, "recompute activations: less memory for a third more time", "gradient_checkpointing"),
     Flag("mixed_precision", ("no", "fp16", "bf16"), None, "precision of the computation", "mixed_precision"),
     Flag("weighting", ("v", "x0", "epsilon"), None, "flow models: whose error counts; v is their own", "weighting"),
@@ -206,7 +207,7 @@ def picture_options(a: argparse.Namespace) -> dict[str, Any]:
     "How the pictures are read, as options of a run."
     from lora_nb.dataset import TagWording
     tags = TagWording(a.shuffle_tags, 1 if a.keep_tokens is None else a.keep_tokens, a.tag_dropout)
-    return dict(buckets=a.buckets or None, recursive=a.recursive, folder_words=a.folder_words, resolution=a.resolution,
+    return dict(fit=a.fit, buckets=a.buckets or None, recursive=a.recursive, folder_words=a.folder_words, resolution=a.resolution,
                 tags=tags if a.shuffle_tags or a.tag_dropout else None, latent_cache=a.cache_latents_dir)
 
 def check_masks(
@@ -309,6 +310,7 @@ def recipe_toml(
              f"command = {toml_value(c.name)}", *(f"{k} = {toml_value(v)}" for k, v in {**kept, **here}.items())]
     return "\n".join([*lines, "", "[recipe]", *(f"{k} = {toml_value(v)}" for k, v in recipe.to_dict().items()), ""])
 
+# %% ../../nbs/65_cli_train.ipynb #29b4c90f
 def conclude(
     run: Any,                          # a finished training
     lora: "Lora",                      # what it made

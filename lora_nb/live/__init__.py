@@ -415,7 +415,7 @@ def _check_export(base, loras, examples, training, rank, runtime):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not str(pair[1]).strip():
             raise LoraError(f"The example {n!r} is {pair!r:.80}: expected (folder of pictures, class noun).")
         find_pictures(pair[0])
-    if runtime is not None and (gone := [f for f in RUNTIME_FILES if not Path(runtime, f).is_file()]):
+    if runtime is not None and (gone := [f for f in PROCESSOR_FILES if not Path(runtime, _shipped(f)).is_file()]):
         raise LoraError(f"runtime = {runtime} has no {', '.join(gone)}: expected a folder with onnxruntime-web.")
 
 def _check_wearable(base, name, path):

@@ -35,7 +35,7 @@ from .easel import (Easel, LIVE, MIXES, weights_id, sampler_of, Glimpse, bundled
 from .code import described_loras, python_of, parameters_of, png_bytes, read_settings
 from .panel import (Stopped, Job, Worker, style_sheet, labelled, boxed, button, note_html, report_html, Strip,
                                   with_trigger)
-from .grid import AXES, Axis, read_axis, sheet
+from .grid import AXES, Axis, read_axis, grid_sheet
 from .samplers import ENLARGE, FLOW_SAMPLERS, SAMPLERS, enlarged, sampler, samplers
 from .bridge import Bridge, canvas_html, drop_html, page_script, painted, received
 from .history import History, days_of, keep_picture, picture_button, pictures_on
@@ -174,13 +174,13 @@ def draw_page(studio: "Studio") -> "widgets.Box":
     t.rack.layout.grid_gap = "8px"
     t.drop.face.value = drop_html("Drop LoRAs, or a saved picture whose settings come back; or choose files")
     seed = tight(labelled("Seed", t.seed), t.dice); seed.add_class("ls-seed")
+    wide = tight(labelled("Width", t.width), labelled("Height", t.height)); wide.add_class("ls-wide")
     pick = tight(labelled("LoRA", t.file), t.add); pick.add_class("ls-enter")
     unfold = widgets.Accordion([boxed([t.ways.panel]), t.redraw.panel]); unfold.selected_index = None
     for i, title in enumerate(("Sampler, number, size", "Draw over a picture")): unfold.set_title(i, title)
     start = boxed([tight(t.go, t.halt, t.live), t.bar, t.words], "ls-start")
     left = boxed([labelled("Prompt", t.prompt), labelled("Negative prompt", t.negative),
-                  row(seed, labelled("Steps", t.steps), labelled("Guidance", t.guidance), labelled("Width", t.width),
-                      labelled("Height", t.height)),
+                  row(seed, labelled("Steps", t.steps), labelled("Guidance", t.guidance), wide),
                   pick, t.loaded, t.drop.panel, t.rack,
                   row(labelled("Together", t.method), labelled("Compare", t.compare), t.beside), t.ways.grid, unfold, start], "ls-left")
     acts = boxed([t.keep, t.send, t.teach, t.links], "ls-row", "ls-acts", row=True)
@@ -189,6 +189,7 @@ def draw_page(studio: "Studio") -> "widgets.Box":
                   "ls-right")
     return boxed([boxed([left, right], "ls-columns", row=True)], "ls-page")
 
+# %% ../../nbs/61_studio.ipynb #30cda578
 def studio_panel(studio: "Studio") -> "widgets.Box":
     "The whole panel: the base, and a page each for drawing and for training."
     import ipywidgets as widgets
@@ -202,7 +203,7 @@ def studio_panel(studio: "Studio") -> "widgets.Box":
 def _begin(self, loras):
     "Listen to the widgets, and load the first LoRAs."
     for i, title in enumerate(("Draw", "Train")): self.tabs.set_title(i, title)
-    self.halt.disabled = True; self.say(""); self._named(); self._present(None)
+    self.halt.disabled = True; self.say(""); self._named(); self._present(None); self.curves()
     for w in (self.seed, self.steps, self.guidance, self.width, self.height, self.method, self.compare, self.over):
         w.observe(lambda _: self.changed(), "value")
     for x in loras: self.load(x)
@@ -408,6 +409,7 @@ def _draw_all(self, job, s, live, many):
         try: self._draw(job, replace(s, seed=(s.seed + k) % 2**31), live, f"Picture {k + 1} of {many}, " if many > 1 else "")
         except BaseException: self._present(self.now); raise
 
+# %% ../../nbs/61_studio.ipynb #f46960d7
 @patch_to(Studio)
 def _preview(self, image, text):
     "Show an unfinished picture, marked as one."
@@ -543,6 +545,7 @@ def _elsewhere(self, s):
     "A warning if the picture was drawn on another base."
     return f" It was drawn on {s.base}; here is {self.source}." if s.base != self.source else ""
 
+# %% ../../nbs/61_studio.ipynb #e648b6a3
 @patch_to(Studio)
 def save(self,
          entry: Entry | None = None,  # of the gallery; None: the picture on show

@@ -18,7 +18,7 @@ from .settings import Wear, Settings, settings_from, SCALES, SCHEDULE_PRESETS, s
 from .easel import Easel, LIVE, MIXES, weights_id, sampler_of, Glimpse, bundled_files, picture_of, bundled_loras, find_lora
 from .code import described_loras, python_of, parameters_of, png_bytes, read_settings
 from .panel import Stopped, Job, Worker, style_sheet, labelled, boxed, button, note_html, report_html, Strip, with_trigger
-from .grid import AXES, Axis, read_axis, sheet
+from .grid import AXES, Axis, read_axis, grid_sheet
 from .samplers import ENLARGE, FLOW_SAMPLERS, SAMPLERS, enlarged, sampler, samplers
 from .bridge import Bridge, canvas_html, drop_html, page_script, painted, received
 from .history import History, days_of, keep_picture, picture_button, pictures_on

@@ -9,7 +9,7 @@ from PIL import Image
 from ..core import DataError, LoraError, atomic_path, file_name, free_name, human, patch_to
 from .panel import boxed
 
-__all__ = ['NOTEBOOK_BYTES', 'PAGE_BYTES', 'KINDS', 'page_script', 'Bridge', 'drop_html', 'received', 'canvas_html', 'painted']
+__all__ = ['NOTEBOOK_BYTES', 'PAGE_BYTES', 'DROP_KINDS', 'page_script', 'Bridge', 'drop_html', 'received', 'canvas_html', 'painted']
 def page_script() -> str: ...
 class Bridge:
     got: Callable[[dict], object]
@@ -22,7 +22,7 @@ class Bridge:
 
 NOTEBOOK_BYTES: Any
 PAGE_BYTES: Any
-KINDS: dict[Any, Any]
+DROP_KINDS: dict[Any, Any]
 def drop_html(text: str, kinds: tuple[str, ...]=..., many: bool=True) -> str: ...
 def received(message: dict, folder: Path) -> list[Path]: ...
 def canvas_html(image: Image.Image, alt: str='the picture to draw over') -> str: ...

@@ -67,10 +67,11 @@ def _draw_code(s, vary=""):
     read = [Prompt(parse_prompt(t).pieces) for t in texts] if s.notation else []
     lines = _call_code(s, repr(read[0].text if read else s.prompt))
     if any(p.weighted for p in read):
-        lines = [f"with weighted(base, {[str(p) for p in read]!r}) as (prompt, how['negative_prompt']):", *inside(_call_code(s, "prompt"))]
+        lines = [f"with weighing(base, {[str(p) for p in read]!r}) as (prompt, how['negative_prompt']):", *inside(_call_code(s, "prompt"))]
     if not _worn(s, vary): return lines
     return [f"plan = {_plan_code(s, vary)}", "with scheduled(base, plan):", *inside(lines)]
 
+# %% ../../nbs/58_studio_code.ipynb #b1cb601a
 def python_of(
     s: Settings,
     turbo: str = "",  # the name of a turbo LoRA among those worn
@@ -107,7 +108,7 @@ def _grid_code(s):
 # %% ../../nbs/58_studio_code.ipynb #22c4cf7d
 _HOMES = {"lora_nb": ("Lora", "LoraComposite", "compose", "data_path", "grid", "load_base", "parse_schedule", "scheduled",
                       "turbo_settings"),
-          "lora_nb.prompts": ("weighted",), "lora_nb.studio.samplers": ("enlarged", "sampler"), "lora_nb.studio.easel": ("Easel",),
+          "lora_nb.prompts": ("weighing",), "lora_nb.studio.samplers": ("enlarged", "sampler"), "lora_nb.studio.easel": ("Easel",),
           "lora_nb.studio.settings": ("settings_from",),
           "PIL": ("Image",), "lora_nb.turbo": ("turbo_scheduler",), "dataclasses": ("replace",)}
 

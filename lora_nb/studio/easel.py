@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from ..core import DataError, LoraError, closest, patch_to
 from ..composition import compose
 from ..lora import Lora
-from ..prompts import Prompt, parse_prompt, weighted
+from ..prompts import Prompt, parse_prompt, weighing
 from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled
 from ..show import grid, to_image
-from .grid import sheet
+from .grid import grid_sheet
 from .samplers import enlarged, sampler
 from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings
@@ -172,12 +172,13 @@ def draw(self,
     while len(self.drawn) > 64: self.drawn.popitem(last=False)
     return image
 
+# %% ../../nbs/57_studio_easel.ipynb #a1d3c7a3
 @patch_to(Easel)
 def _made(self, s, step, how):
     "Draw from nothing, over a picture or into its mask; then enlarge."
     texts = [s.prompt, s.negative_prompt]
     if s.notation: texts = [Prompt(parse_prompt(t).pieces) for t in texts]
-    with weighted(self.base, texts) if s.notation else contextlib.nullcontext(texts) as (prompt, negative):
+    with weighing(self.base, texts) if s.notation else contextlib.nullcontext(texts) as (prompt, negative):
         how = dict(how, negative_prompt=negative, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale, callback_on_step_end=step)
         if s.mask and not s.image: raise LoraError("there is a mask, but no picture that it belongs to: choose a picture to draw over.")
         if s.mask: image, = self.base.inpaint(picture_of(s.image), picture_of(s.mask), [prompt], strength=s.strength, size=s.size, **how)
@@ -197,6 +198,7 @@ def _stamp(file):
     try: return Path(file).stat().st_mtime_ns if file else 0
     except OSError: return 0
 
+# %% ../../nbs/57_studio_easel.ipynb #590e51d1
 @patch_to(Easel)
 def render(self,
            s: Settings,
@@ -205,11 +207,11 @@ def render(self,
 ) -> "Image.Image":
     "Draw the picture, or the grid of pictures, that the settings ask for."
     frames, images, past = s.frames(), [], 0
-    show = lambda: sheet(images, *s.axes[:2]) if s.compare == "grid" else grid(images, titles=[t for t, _ in frames], cols=min(4, len(frames)))
+    show = lambda: grid_sheet(images, *s.axes[:2]) if s.compare == "grid" else grid(images, titles=[t for t, _ in frames], cols=min(4, len(frames)))
     for _, f in frames:
         images.append(self.draw(f, on_step and (lambda i, look, past=past: on_step(past + i, look))))
         past += f.steps
-        if on_picture: on_picture(len(images), lambda: sheet(images, *s.axes[:2]) if s.compare == "grid" else images[-1])
+        if on_picture: on_picture(len(images), lambda: grid_sheet(images, *s.axes[:2]) if s.compare == "grid" else images[-1])
     return images[0] if len(frames) == 1 and s.compare != "grid" else show()
 
 # %% ../../nbs/57_studio_easel.ipynb #e817dfba

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from ..core import DataError, LoraError, closest, patch_to
 from ..composition import compose
 from ..lora import Lora
-from ..prompts import Prompt, parse_prompt, weighted
+from ..prompts import Prompt, parse_prompt, weighing
 from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled
 from ..show import grid, to_image
-from .grid import sheet
+from .grid import grid_sheet
 from .samplers import enlarged, sampler
 from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings

@@ -11,8 +11,8 @@ from ..pictures import find_pictures
 from ..show import to_image
 from .panel import boxed, labelled
 
-__all__ = ['CROPS', 'Photo', 'photos_of', 'square', 'prepared', 'PhotoRows', 'thumb_html']
-CROPS: dict[Any, Any]
+__all__ = ['PHOTO_CROPS', 'Photo', 'photos_of', 'photo_square', 'prepared', 'PhotoRows', 'thumb_html']
+PHOTO_CROPS: dict[Any, Any]
 @dataclass(frozen=True)
 class Photo:
     path: Path
@@ -21,7 +21,7 @@ class Photo:
     use: bool = ...
 
 def photos_of(folder: Path) -> list[Photo]: ...
-def square(image: Image.Image, crop: str='middle') -> Image.Image: ...
+def photo_square(image: Image.Image, crop: str='middle') -> Image.Image: ...
 def prepared(photos: list[Photo], folder: Path) -> Path: ...
 class PhotoRows:
     most: int

@@ -225,6 +225,7 @@ def _put(self, name, value):
     self.hints[name] = value
     if was is None or field.value == was: field.value = value
 
+# %% ../../nbs/60_studio_training.ipynb #016b7dc6
 @patch_to(Training)
 def choose(self,
            folder: Path):  # with pictures

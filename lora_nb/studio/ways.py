@@ -80,6 +80,7 @@ class Ways:
         self.suit(base)
         for w in (self.sampler, self.enlarge): w.observe(lambda _: changed(), "value")
 
+# %% ../../nbs/59d_studio_ways.ipynb #7b14c8ae
 @patch_to(Ways)
 def suit(self,
          base: "Base"):
@@ -181,6 +182,7 @@ def _try(self, f):
     try: f()
     except LoraError as e: self.say(e, True)
 
+# %% ../../nbs/59d_studio_ways.ipynb #b0a7701f
 @patch_to(Redraw)
 def take_picture(self, message: dict):
     "A picture from the page."
