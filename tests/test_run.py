@@ -283,6 +283,8 @@ def test_the_start_report_says_whether_masks_count(base, folder, floor, told, tm
 @pytest.mark.parametrize("bad", (dict(recursive="no"), dict(folder_words=2), dict(num_class_images=True)))
 def test_switches_are_switches(bad):
     with pytest.raises(LoraError, match=next(iter(bad))): PriorOptions(**bad)
+
+
 def test_a_recipe_that_fits_a_small_card_takes_the_same_steps(base, monkeypatch):
     from lora_nb import plan
     need = lambda n: plan.estimate_memory(base, rank=2, targets="attention", batch_size=n, dtype=torch.float32).total
