@@ -52,7 +52,7 @@ def browser():
 def opened(browser, server, width, theme, height=860):
     page = browser.new_page(viewport=dict(width=width, height=height))
     page.set_default_timeout(PATIENCE)
-    page.goto(f"{server[0]}&voila-theme={theme}")
+    page.goto(f"{server[0]}&theme={theme}")
     page.locator(".ls-start .ls-go").first.wait_for()
     page.wait_for_timeout(500)
     try: yield page
