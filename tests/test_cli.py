@@ -424,7 +424,7 @@ def test_ppim_refuses_what_it_cannot_do(tmp_path):
                         (("--min_side", "9000"), "too small"), (("--use_8bit", "1"), "no flag")):
         assert said in refused(lora_ppim, *ppim, *flags)
     assert not [p for p in raw.iterdir() if p.suffix == ".jsonl"]
-    assert "98 %" in works(lora_ppim, "--help")
+    assert "98 %" in works(lora_ppim, "--help-all")
 
 
 def test_names_that_no_file_can_have(tmp_path):
