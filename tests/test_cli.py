@@ -421,10 +421,10 @@ def test_ppim_refuses_what_it_cannot_do(tmp_path):
     ppim = ("--instance_data_dir", raw, "--output_dir", tmp_path / "ready", "--preset", "embedded", "--subject", "{trigger}")
     for flags, said in ((("--instance_data_dir", "nowhere"), "nowhere"), (("--output_dir", raw), "originals are never"),
                         (("--crop", "middle"), "expected one of center"), (("--zoom", ".2", "--crop", "pad"), "salience"),
-                        (("--min_side", "9000"), "too small"), (("--use_8bit", "1"), "unrecognized")):
+                        (("--min_side", "9000"), "too small"), (("--use_8bit", "1"), "no flag")):
         assert said in refused(lora_ppim, *ppim, *flags)
     assert not [p for p in raw.iterdir() if p.suffix == ".jsonl"]
-    assert "98 %" in works(lora_ppim, "--help")
+    assert "98 %" in works(lora_ppim, "--help-all")
 
 
 def test_names_that_no_file_can_have(tmp_path):
@@ -559,8 +559,9 @@ def test_entry_points_are_the_commands():
     import lora_nb.cli
     for line in ini["DEFAULT"]["console_scripts"].split():
         name, target = line.split("=")
-        if target.startswith("lora_nb.cli:"): assert getattr(lora_nb.cli, target.split(":")[1]) is COMMANDS[name]
-    assert set(COMMANDS) - {"demo"} == {s.split("=")[0] for s in ini["DEFAULT"]["console_scripts"].split() if "lora_nb.cli:" in s}
+        if name == "lora_nb": assert lora_nb.cli.main is main and target == "lora_nb.cli:main"
+        elif target.startswith("lora_nb.cli:"): assert getattr(lora_nb.cli, target.split(":")[1]) is COMMANDS[name]
+    assert {"lora_nb", *COMMANDS} - {"demo"} == {s.split("=")[0] for s in ini["DEFAULT"]["console_scripts"].split() if "lora_nb.cli:" in s}
 
 
 def test_required_flags_are_asked_for():

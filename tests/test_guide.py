@@ -90,7 +90,8 @@ def test_tasks_are_found_first():
     titles = {p.stem: markdown(p).partition("\n")[0].lower() for p in HOW_TO}
     asked = {"train own photos sdxl": "10_photos", "train style": "11_style", "train face": "12_face", "several subjects": "13_several",
              "lora civitai diffusers": "14_civitai", "lora no effect": "15_no_effect", "lora smaller": "16_smaller",
-             "merge checkpoint": "17_merge", "four steps": "18_four_steps", "train several gpus": "19_several_gpus", "train without gpu": "20_cpu"}
+             "merge checkpoint": "17_merge", "four steps": "18_four_steps", "train several gpus": "19_several_gpus",
+             "train without gpu": "20_cpu"}
     for query, page in asked.items():
         best = max(titles, key=lambda p: sum(w in re.findall(r"\w[\w.]*", titles[p]) for w in query.split()))
         assert best == page, (query, best)
