@@ -10,7 +10,7 @@ __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'clas
            'train_dreambooth']
 
 # %% ../nbs/51_dreambooth.ipynb #d1206280
-import bisect, itertools, json, re, warnings
+import bisect, contextlib, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal

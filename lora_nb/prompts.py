@@ -40,7 +40,7 @@ class Prompt:
         return "".join(t for t, _ in self.pieces)
 
     @property
-    def weighing(self) -> bool:
+    def weighted(self) -> bool:
         "Whether any word has a weight other than 1."
         return any(w != 1 for _, w in self.pieces)
 

@@ -13,7 +13,8 @@ __all__ = ['WEIGHTS', 'STEP_INPUTS', 'MOST_STEPS', 'PAGE', 'RUNTIME', 'PROCESSOR
            'live_parser', 'lora_live']
 
 # %% ../../nbs/63_live.ipynb #81401aa1
-import contextlib, functools, gzip, hashlib, http.server, json, logging, re, shutil, subprocess, sys, tarfile, tempfile, threading, types, warnings
+import contextlib, functools, gzip, hashlib, http.server, json, logging, re, shutil, subprocess, sys, tarfile, tempfile, threading, types
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

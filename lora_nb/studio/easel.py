@@ -207,7 +207,8 @@ def render(self,
 ) -> "Image.Image":
     "Draw the picture, or the grid of pictures, that the settings ask for."
     frames, images, past = s.frames(), [], 0
-    show = lambda: grid_sheet(images, *s.axes[:2]) if s.compare == "grid" else grid(images, titles=[t for t, _ in frames], cols=min(4, len(frames)))
+    titles = [t for t, _ in frames]
+    show = lambda: grid_sheet(images, *s.axes[:2]) if s.compare == "grid" else grid(images, titles=titles, cols=min(4, len(frames)))
     for _, f in frames:
         images.append(self.draw(f, on_step and (lambda i, look, past=past: on_step(past + i, look))))
         past += f.steps
