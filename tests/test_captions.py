@@ -1,7 +1,9 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from helpers_pictures import bear, scene, tiny_blip
 
 from lora_nb import captions
@@ -214,3 +216,15 @@ def test_captions_of_pictures_that_are_not_chosen_are_no_strays(tmp_path):
 def test_a_note_on_columns_names_those_of_the_file(table, notes, texts, tmp_path):
     (tmp_path/"metadata.csv").write_text(table)
     assert caption_notes([tmp_path/"a.png"]) == notes and own_captions([tmp_path/"a.png"]) == texts
+
+
+def test_one_text_for_two_pictures_is_said(tmp_path):
+    "0.jpg and 0.png both find 0.txt"
+    for n in ("0.jpg", "0.png", "1.png"): Image.new("RGB", (8, 8)).save(tmp_path / n)
+    for n in ("0.txt", "1.txt"): (tmp_path / n).write_text("a toy")
+    files = [tmp_path / n for n in ("0.jpg", "0.png", "1.png")]
+    assert caption_notes(files) == ["0.txt is the caption of 0.jpg and 0.png: to tell them apart, name theirs 0.jpg.txt, 0.png.txt"]
+    assert caption_notes(files[1:]) == []
+    (tmp_path / "0.txt").unlink()
+    for f in files[:2]: Path(f"{f}.txt").write_text(f.name)
+    assert caption_notes(files) == [] and own_captions(files) == ["0.jpg", "0.png", "a toy"]

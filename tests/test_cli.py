@@ -603,3 +603,31 @@ def test_a_dataset_file_takes_the_place_of_a_folder(tmp_path):
     assert "or a --dataset_config" in refused(lora_dreambooth, "--instance_data_dir", BEAR)
     text = works(lora_dreambooth, *few, "--max_train_steps", 1, "--lora_rank", 1, "--targets", "attention")
     assert "Trigger: 'sks toy'" in text and Lora.load(tmp_path / "out/lora.safetensors").metadata["trigger"] == "sks toy"
+
+
+@pytest.mark.parametrize("name", ("", " ", "..", "a/b", "../x", "a\\b", "a" * 201, "\N{SNOWMAN}" * 70))
+def test_names_of_trained_files_stay_in_their_folder(name, no_base, tmp_path):
+    "Found before the training, not after it"
+    for command in (lora_ti, lora_pti):
+        assert "expected the name of a file" in refused(command, *WORDS, "--output_dir", tmp_path / "out", f"--out_name={name}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dataset_files_are_for_dreambooth(no_base, tmp_path):
+    for command in (lora_ti, lora_pti):
+        assert "lora_dreambooth --dataset_config" in refused(command, *WORDS, "--output_dir", tmp_path, "--dataset_config", "set.toml")
+
+
+def test_what_was_learned_outlives_a_full_disk(tmp_path, monkeypatch):
+    import tempfile
+    from lora_nb.cli.train import kept
+    from lora_nb.core import LoraError
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lora = Lora.load(NEON)
+    def full(): raise LoraError("cannot write out/lora.safetensors: No space left on device.")
+    with pytest.raises(LoraError, match="No space left on device. What was learned is in") as e: kept(full, lora)
+    (path,) = tmp_path.glob("*/lora.safetensors")
+    assert str(path) in str(e.value) and Lora.load(path) == lora
+    monkeypatch.setattr(Lora, "save", lambda *a, **kw: full())
+    with pytest.raises(LoraError, match="left on device.$"): kept(full, lora)
+    assert kept(lambda: [path], lora) == [path]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_nb.core import DataError, data_path
+from lora_nb.core import DataError, LoraError, data_path
 from lora_nb.evaluation import (GROUPS, PROMPTS, Evaluation, Question, _exam_for, _eyes, _trigger_of, bootstrap, evaluate, marks,
                                 paired_bootstrap, pick_groups, prompt_exam, score_pictures, wearing)
 from lora_nb.injection import apply_lora, inject_lora
@@ -156,3 +156,26 @@ def test_the_base_is_undressed_after_an_error(base, nothing):
 
 
 def test_an_evaluation_of_nothing(): assert Evaluation({}).to_dict() == dict(about={}, metrics={}, marks={}, prompts={})
+
+
+def test_an_evaluation_replaces_an_evaluation_only(tmp_path):
+    "What else lies at its place is kept, to the last byte"
+    path = tmp_path / "marks.json"
+    Evaluation({}).save(path); Evaluation({}).save(path)
+    assert json.loads(path.read_text()) == Evaluation({}).to_dict()
+    for other in (b'{"weights": 1}', b"\0" * 9, b'{"metrics": 3}'):
+        path.write_bytes(other)
+        with pytest.raises(DataError, match="is no evaluation: nothing was written"): Evaluation({}).save(path)
+        assert path.read_bytes() == other and [p.name for p in tmp_path.iterdir()] == ["marks.json"]
+    with pytest.raises(LoraError, match="too long"): Evaluation({}).save(tmp_path / ("a" * 300))
+
+
+@pytest.mark.parametrize("many", ([], (token,), {"a": token}), ids=("list", "tuple", "dict"))
+def test_several_loras_are_no_lora(base, many):
+    with pytest.raises(LoraError, match="takes one LoRA"): evaluate(base, many)
+
+
+@pytest.mark.parametrize("judge", (Clip, Dino))
+def test_a_judge_that_is_not_there(judge):
+    with pytest.raises(DataError, match="No .* could be loaded from '/nowhere'"): judge("/nowhere")
+    with pytest.raises(LoraError, match="expected a name such as cpu"): judge(device="gpu")

@@ -179,3 +179,9 @@ def test_a_text_encoder_that_is_nowhere(single, tmp_path):
     file, folder = single
     shutil.copytree(folder, tmp_path/"folder"); shutil.rmtree(Path(tmp_path, "folder", "text_encoder_2"))
     fails("text encoders", file, config=str(tmp_path/"folder"))
+
+
+@pytest.mark.parametrize("name, said", [("cuda:99", "this machine has cpu"), ("gpu", "expected a name such as cpu"), ("", "expected a name"), (3.5, "expected a name")])
+def test_a_device_that_is_not_there(name, said, tmp_path):
+    "Said before anything is loaded"
+    with pytest.raises(LoraError, match=said): load_base(tmp_path / "nothing", device=name)

@@ -1,4 +1,4 @@
-import inspect
+import inspect, warnings
 from dataclasses import replace
 
 import pytest
@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from lora_nb.core import LoraError
-from lora_nb.dreambooth import DreamBooth, train_dreambooth
+from lora_nb.dataset import ConceptDataset
+from lora_nb.dreambooth import Concept, DreamBooth, train_dreambooth
 from lora_nb.extraction import resize
 from lora_nb.families import as_base
 from lora_nb.injection import inject_lora
@@ -300,3 +301,62 @@ def test_texts_are_kept_beside_the_latents(base, tmp_path):
     run = DreamBooth(base, WALL, "a sks wall", latent_cache=tmp_path, **QUICK)
     run.fit()
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 and len(list((tmp_path / "texts").glob("*.safetensors"))) == 1
+
+
+# --- what a person is warned of --------------------------------------------------------------------------------------
+LONG = "a toy " * 60                                   # a letter is a token here
+
+def album(folder, **captions):
+    for n, text in captions.items():
+        WALL[0].save(folder / f"{n}.png"); (folder / f"{n}.txt").write_text(text)
+    return folder
+
+
+def warned(f):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = f()
+    return made, [str(w.message) for w in told]
+
+
+def test_captions_that_are_cut_are_named_once(base, tmp_path, capfd):
+    "By file, and not again at each step of a text encoder that learns"
+    album(tmp_path, short="a sks toy", long=f"a sks toy {LONG}")
+    train = lambda: train_dreambooth(base, tmp_path, "a sks toy", train_text_encoder=True, **{**QUICK, "steps": 6})
+    said = [w for w in warned(train)[1] if "longer than a text encoder reads" in w]
+    assert len(said) == 1 and "long.png: tokenizer reads 77 of" in said[0] and "short.png" not in said[0]
+    assert capfd.readouterr().err.count("truncated") <= 2
+
+
+@pytest.mark.parametrize("prompt, class_prompt, said", [
+    ("a sks toy", "a sks toy", True), ("a sks toy", "A toy, SKS", True), ("a sks toy", "a toy", False), ("sks", "a person", False)])
+def test_a_class_prompt_that_says_the_new_word(prompt, class_prompt, said):
+    assert any("nothing tells the class from it" in w for w in warned(lambda: Concept(WALL, prompt, class_prompt))[1]) == said
+
+
+@pytest.mark.parametrize("captions, said", [
+    (dict(a="a toy", b="red"), "No caption of the subject says 'sks toy'"), (dict(a="a sks toy", b="red"), ""),
+    (dict(a="a {trigger}", b="red"), ""), (dict(a=f"{LONG} sks toy"), "only beyond what the text encoder reads")])
+def test_words_that_no_caption_says(base, captions, said, tmp_path):
+    run, told = warned(lambda: DreamBooth(base, album(tmp_path, **captions), "a sks toy", **QUICK))
+    run.remove()
+    told = [w for w in told if "say" in w]
+    assert any(said in w for w in told) if said else not told
+
+
+def test_a_word_that_some_captions_say(base, tmp_path):
+    "An error where none does, a warning with the files where some do not"
+    make = lambda: TextualInversion(base, tmp_path, "<x>", "toy", **{**QUICK, "rank": 1})
+    album(tmp_path, a="a <x>", b="red")
+    run, told = warned(make); run.remove()
+    assert [w for w in told if "1 of 2 captions do not say '<x>'" in w and "b.png: 'red'" in w]
+    album(tmp_path, a="red")
+    with pytest.raises(LoraError, match="No caption says '<x>'"): make()
+    assert bare(base)
+
+
+def test_a_trigger_that_nobody_gave(tmp_path):
+    album(tmp_path, a="")
+    assert any("{trigger} in the prompt stays empty" in n for n in ConceptDataset(tmp_path).sources.notes)
+    assert ConceptDataset(tmp_path).captions == ["a photo of"] and ConceptDataset(tmp_path, trigger="sks").captions == ["a photo of sks"]
+    assert not any("{trigger}" in n for n in ConceptDataset(tmp_path, "a toy").sources.notes)

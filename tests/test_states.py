@@ -164,3 +164,19 @@ def test_identity_of_a_split_or_rearranged_base(base):
     base.denoiser.to(memory_format=torch.channels_last)
     assert base_identity(base) == before
     run.remove(); remove_lora(base.pipe); base.denoiser.to(memory_format=torch.contiguous_format)
+
+
+def test_warnings_spell_out_control_characters(state, base, tmp_path):
+    "A folder's name may hold escape sequences, which a terminal would obey"
+    folder = tmp_path / "a\x1b[31mred"; folder.mkdir()
+    torch.save(dict(step=1, recipe="{}", log={}), folder / "step-000001.pt")
+    write_state(folder / "step-000002.pt", state)
+    with pytest.warns(UserWarning, match="older version") as told: read_state(folder / "step-000001.pt")
+    (folder / "step-000003.pt").write_bytes(b"junk")
+    with pytest.warns(UserWarning, match="Going on from step-000002.pt") as more: assert newest_state(folder)[0].name == "step-000002.pt"
+    (folder / "step-000003-00.png").write_bytes(b"junk")
+    with pytest.warns(UserWarning, match="Broken previews") as last: assert read_previews(folder, 9) == []
+    with pytest.warns(UserWarning, match="holds no checkpoint") as none:
+        train_dreambooth(base, RED, "a sks wall", output_dir=folder / "run", resume=True, **QUICK)
+    said = [str(w.message) for ws in (told, more, last, none) for w in ws if "red" in str(w.message)]
+    assert len(said) >= 4 and not [s for s in said if "\x1b" in s] and all("\\x1b[31mred" in s for s in said)
