@@ -246,6 +246,7 @@ WRONG = {
     "no pictures": (lora_evaluate, ("--lora", NEON, "--instance_data_dir", "nowhere"), "No folder nowhere"),
     "nothing to measure": (lora_evaluate, ("--lora", "none.safetensors", "--instance_data_dir", BEAR), "none.safetensors"),
     "dialect": (lora_convert, (NEON, "x.safetensors", "--dialect", "sgm", "--base", "tiny-sd"), "--format kohya"),
+    "own alphas": (lora_convert, (NEON, "x.safetensors", "--own_alphas"), "--own_alphas is for --format kohya"),
     "absent": (lora_convert, ("absent", "x.safetensors"), "absent"),
     "mode": (add_command, (PUMPKIN, NEON, "x.safetensors", "--mode", "ljl", "--method", "ties"), "--mode lpl"),
     "text": (add_command, ("tiny-sd", NEON, "x.safetensors", "--mode", "upl-ckpt-v2", "--with_text_lora"), "--mode lpl"),

@@ -189,6 +189,8 @@ def test_reports_as_json(tmp_path, capsys):
     assert need["bytes"] == max(sum(rows.values()) for rows in need["phases"].values())
     made = report(lora_convert, NEON, tmp_path / "k.safetensors", "--format", "kohya")
     assert made["layers"] == len(Lora.load(NEON)) and made["bytes"] == Path(made["file"]).stat().st_size and made["notes"]
+    own = report(lora_convert, NEON, tmp_path / "own.safetensors", "--format", "kohya", "--own_alphas")
+    assert own["layers"] == made["layers"] and not any("one_alpha" in n or "left_out=" in n for n in own["notes"] + made["notes"])
     small = report(lora_resize, PUMPKIN, tmp_path / "s.safetensors", "--rank", 2)
     assert small["rank"] == 2 and 0 < small["error"] < 1
     assert Path(report(add_command, NEON, PUMPKIN, tmp_path / "sum.safetensors")["file"]).exists()

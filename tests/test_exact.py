@@ -12,7 +12,7 @@ from lora_nb.containers import checksum
 from lora_nb.core import FormatError, LoraError, peak_rss_mb
 from lora_nb.formats import FORMATS, load_lora, save_lora
 from lora_nb.injection import apply_lora
-from lora_nb.kohya import full_names, kohya_name
+from lora_nb.kohya import full_names, kohya_name, with_one_alpha
 from lora_nb.lora import Factors, Lora
 from lora_nb.peft_files import base_layers
 from lora_nb.random_pipes import random_pipe
@@ -180,7 +180,9 @@ def exact(f, format, family):
 
 
 def equal(a, b, format, family):
-    if all(exact(f, format, family) for f in a.layers.values()): return a == b
+    even, before = with_one_alpha(a) if format == "kohya" else (a, {})
+    rounded = [n for n, f in even.layers.items() if f is not a.layers[n] and n not in before]      # no rank makes its alpha the others'
+    if not rounded and all(exact(f, format, family) for f in a.layers.values()): return a == b
     bare = lambda f: replace(f, magnitude=None).delta()
     near = all((bare(f) - bare(b.layers[n])).abs().max() <= .01 * bare(f).abs().max() for n, f in a.layers.items())
     return near and set(a.layers) == set(b.layers) and a.metadata == b.metadata

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers_files import pair, random_lora
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_nb.containers import read_safetensors
 from lora_nb.core import FormatError, LoraError, ShapeError
@@ -249,6 +249,11 @@ def test_a_transformer_of_another_family_gets_no_names_of_sd3(tmp_path):
     "FLUX's double blocks have SD3's paths in diffusers"
     name = "transformer.transformer_blocks.0.attn.to_q"
     flux = Lora({name: pair(3072, 1, 3072), name.replace("attn.to_q", "ff_context.net.2"): pair(3072, 1, 12288)})
-    for format in ("kohya", "comfy"): refused("transformer of FLUX", flux.save, tmp_path/"a.safetensors", format)
+    for format, key in (("kohya", "lora_unet_double_blocks_0_img_attn_qkv"), ("comfy", "diffusion_model.double_blocks.0.img_attn.qkv")):
+        flux.save(tmp_path/"a.safetensors", format)
+        assert f"{key}.lora_up.weight" in load_file(tmp_path/"a.safetensors") and Lora.load(tmp_path/"a.safetensors").layers == flux.layers
+    qwen = Lora({f"transformer.transformer_blocks.{b}.attn.{m}": pair(3072, 1, 3072) for b in (0, 59) for m in ("to_q", "add_q_proj")})
+    for format in ("kohya", "comfy"):
+        refused("transformer of Qwen-Image", qwen.save, tmp_path/"a.safetensors", format, overwrite=True)
     flux.save(tmp_path/"a.safetensors")
     assert trip(Lora({name: pair(1536, 1, 1536)}), tmp_path).layers.keys() == {name}

@@ -464,6 +464,27 @@ def test_theirs_fused_into_a_merged_one_stays(tmp_path):
     with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(pipe)
     assert fingerprint(pipe.unet) == bits
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_theirs_fused_and_unfused_again_is_forgiven(dtype, tmp_path):
+    "Adding and subtracting rounds: our LoRA comes off to the bit all the same, and never while theirs is fused"
+    pipe = random_pipe("sd"); pipe.unet.to(dtype); lora = lora_for(pipe)
+    bits = {n: p.detach().clone() for n, p in pipe.unet.named_parameters()}
+    name = apply_lora(pipe, lora); wear_theirs(pipe, lora_for(pipe), tmp_path); pipe.fuse_lora()
+    for change in (lambda: remove_lora(pipe), lambda: set_scale(pipe, .5)):
+        with warnings.catch_warnings(), pytest.raises(LoraError, match=r"has fused default_0 .* call pipe.unfuse_lora\(\) first"):
+            warnings.simplefilter("ignore")
+            change()
+    pipe.unfuse_lora()
+    assert adapters(pipe) == {name: "merge"}
+    set_scale(pipe, .5); set_scale(pipe, 1.)
+    if dtype == torch.float32: pipe.unload_lora_weights()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*diffusers or peft")
+        remove_lora(pipe)
+    if dtype != torch.float32: pipe.unload_lora_weights()
+    assert all(torch.equal(p, bits[n]) for n, p in pipe.unet.named_parameters())
+
 def test_diffusers_refuses_our_branches_with_our_advice(tmp_path):
     pipe = random_pipe("sd"); lora = lora_for(pipe); bits = fingerprint(pipe.unet)
     apply_lora(pipe, lora, mode="inject", name="mine")
