@@ -253,7 +253,7 @@ def voila_of(python, name, browser, folder, times, train=False):
     port = free_port(); url = f"http://127.0.0.1:{port}/"
     homes = dict.fromkeys([Path(python).parent.parent, Path(sys.prefix)])       # the first one's widgets count
     paths = os.pathsep.join([*(str(h / "share/jupyter") for h in homes), ENV.get("JUPYTER_PATH", "")]).rstrip(os.pathsep)
-    start = f"from lora_nb.studio import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder=pictures'])"
+    start = f"from lora_nb.cli import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder=pictures'])"
     with serving([python, "-c", start], url, folder, JUPYTER_PATH=paths, JUPYTER_CONFIG_DIR=str(Path(folder, "config")),
                  JUPYTER_TOKEN="open-sesame"):
         began = time.time(); page = new_page(browser); page.goto(f"{url}?token=open-sesame", timeout=PATIENCE * 1000)
