@@ -73,7 +73,7 @@ base3: $(VENV)/.run
 	$(BIN)/python -m lora_nb.zoo.mmdit $(or $(OUT),out/base)
 
 live: $(VENV)/.dev
-	$(BIN)/python -m lora_nb.live export --output_dir out/live
+	$(BIN)/python -m lora_nb lora_live export --output_dir out/live
 
 docs: $(VENV)/.dev
 	grep -qs '"draw"' out/live/page.json || ! command -v npm >/dev/null || $(MAKE) live

@@ -3,7 +3,6 @@ import ast
 import contextlib
 import html
 import http.client
-import io
 import json
 import re
 import socket
@@ -23,7 +22,9 @@ from lora_nb.lora import Lora
 from lora_nb.studio.easel import Easel, bundled_loras, find_lora, weights_id
 from lora_nb.studio.training import Lesson, find_concept
 from lora_nb.studio.settings import Settings, Wear, settings_from, sparkline
-from lora_nb.studio import Studio, lora_studio
+from lora_nb.cli import lora_studio
+from lora_nb.cli.flags import terminal
+from lora_nb.studio import Studio
 from lora_nb.studio.panel import Worker, style_sheet, with_trigger
 from lora_nb.studio.code import python_of, read_settings
 from lora_nb.studio.settings import SCALES
@@ -60,7 +61,7 @@ def said(where): return html.unescape(re.sub(r"<[^>]+>", "", where.words.value))
 # ------------------------------------------------------------------------------------------ the package
 def test_widgets_are_imported_only_where_they_are_built():
     code = ("import sys; import lora_nb.studio.settings, lora_nb.studio.easel, lora_nb.studio.code, lora_nb.lessons, lora_nb.show\n"
-            "from lora_nb.studio import Studio, lora_studio, studio_parser; studio_parser()\n"
+            "from lora_nb.studio import Studio, serve_studio\n"
             "found = {'ipywidgets', 'matplotlib'} & set(sys.modules); assert not found, found\n"
             "from lora_nb.studio import button; button('a', print); assert 'ipywidgets' in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -71,8 +72,9 @@ def test_the_style_sheet_knows_every_class_that_is_used():
     assert css.startswith("<style>") and css.endswith("</style>") and css.count("{") == css.count("}")
     source = "".join((PACKAGE / "studio" / f"{m}.py").read_text()
                      for m in ("__init__", "panel", "training", "bridge", "history", "ways", "photos"))
+    known = css + (PACKAGE / "studio/page.js").read_text()                 # some classes are only handles of the script
     used = set(re.findall(r"""["' ](ls-[a-z]+)(?=["' ])""", source))
-    assert len(used) > 20 and not {c for c in used if f".{c}" not in css}, {c for c in used if f".{c}" not in css}
+    assert len(used) > 20 and not {c for c in used if f".{c}" not in known}, {c for c in used if f".{c}" not in known}
 
 
 # ------------------------------------------------------------------------------------------ settings and code
@@ -383,13 +385,15 @@ def test_pivotal_tuning_in_the_tab(base, tmp_path):
 
 # ------------------------------------------------------------------------------------------ command
 def usage_error(*argv):
-    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit): lora_studio([str(a) for a in argv])
-    return err.getvalue()
+    code, text = terminal(lora_studio, *argv)
+    assert code == 2 and "\n" not in text, (code, text)
+    return text
 
 
 def test_what_can_be_known_is_checked_before_the_server_starts():
-    assert "Did you mean 'tiny-sd" in usage_error("--pretrained_model_name_or_path", "tiny-sdd")
-    for port in (0, 65536, -1, "http"): assert "expected a port" in usage_error("--port", port)
+    assert "Did you mean tiny-sd" in usage_error("--pretrained_model_name_or_path", "tiny-sdd")
+    for port, why in {0: "at least 1", 65536: "at most 65535", -1: "at least 1", "http": "a whole number"}.items():
+        assert why in usage_error("--port", port)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0)); s.listen()
         assert "choose another" in usage_error("--port", s.getsockname()[1])
@@ -423,6 +427,12 @@ def test_the_page_is_for_this_machine_and_those_who_have_its_address(tmp_path):
     finally: server.kill(); server.wait(); log.close()
 
 
-def test_a_misspelt_lora_is_an_error_of_the_command():
-    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit): lora_studio(["--lora", "noen"])
-    assert "Did you mean 'neon'" in err.getvalue()
+def test_a_misspelt_lora_is_an_error_of_the_command(): assert "Did you mean neon" in usage_error("--lora", "noen")
+
+
+def test_a_default_port_that_is_taken_is_refused_too():
+    taken = {f.name: f for group in lora_studio.groups.values() for f in group}["port"].default
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError): s.bind(("127.0.0.1", taken)); s.listen()      # or another program has it
+        assert f"cannot have port {taken}" in usage_error("--no_browser")

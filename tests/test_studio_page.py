@@ -31,7 +31,7 @@ def server(request, tmp_path_factory):
     old = [OLD] if request.param == "7.7" else []
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*old, str(root)]), "JUPYTER_TOKEN": "sesame", "LORA_NB_QUIET": "1", "HF_HUB_OFFLINE": "1",
            "OMP_NUM_THREADS": "1", **({"JUPYTER_PATH": f"{OLD}/share/jupyter"} if old else {})}
-    code = f"from lora_nb.studio import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder={home}/pictures'])"
+    code = f"from lora_nb.cli import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder={home}/pictures'])"
     with open(home / "log", "w") as log:
         p = subprocess.Popen([sys.executable, "-c", code], cwd=home, env=env, stdout=log, stderr=log)
     try:

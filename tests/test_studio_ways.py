@@ -257,7 +257,7 @@ def test_another_base(studio):
 def test_the_page_says_when_it_cannot_load():
     box = opening("no-such-base")
     for _ in range(200):
-        if "ls-error" in box.children[0].value: break
+        if "could not be loaded" in box.children[0].value: break
         time.sleep(.05)
     assert "no-such-base could not be loaded" in plain(box.children[0])
 

@@ -2,6 +2,7 @@
 
     python tools/browser.py               all of it
     python tools/browser.py lab voila7    some of: lab, live, voila, voila7
+    python tools/browser.py picture       nbs/images/studio.jpg, the picture of the book, drawn again
 Screenshots are left in out/browser/.
 """
 import contextlib, json, os, re, shutil, socket, subprocess, sys, sysconfig, tempfile, time, venv
@@ -9,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "out" / "browser"
+BOOK = ROOT / "nbs" / "images" / "studio.jpg"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OLD_WIDGETS = ("ipywidgets==7.7.1", "jupyterlab_widgets==1.1.1", "ipython_genutils==0.2.0")    # Colab's
 SLOW = float(os.environ.get("SLOW", 1))               # SLOW=5: have patience on a busy machine
@@ -248,23 +250,43 @@ show_live(export_live(as_base(random_pipe('sd'), 'random'), 'page', training=())
         Hand(page, "live").shot("drawn")
 
 
-def voila_of(python, name, browser, folder, times, train=False):
-    "The command `lora_studio`, as a person starts it"
+@contextlib.contextmanager
+def in_voila(python, name, browser, folder, times):
+    "The page of the command `lora_studio`, as a person starts it"
     port = free_port(); url = f"http://127.0.0.1:{port}/"
     homes = dict.fromkeys([Path(python).parent.parent, Path(sys.prefix)])       # the first one's widgets count
     paths = os.pathsep.join([*(str(h / "share/jupyter") for h in homes), ENV.get("JUPYTER_PATH", "")]).rstrip(os.pathsep)
-    start = f"from lora_nb.studio import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder=pictures'])"
+    start = f"from lora_nb.cli import lora_studio; lora_studio(['--no_browser', '--port={port}', '--folder=pictures'])"
     with serving([python, "-c", start], url, folder, JUPYTER_PATH=paths, JUPYTER_CONFIG_DIR=str(Path(folder, "config")),
                  JUPYTER_TOKEN="open-sesame"):
         began = time.time(); page = new_page(browser); page.goto(f"{url}?token=open-sesame", timeout=PATIENCE * 1000)
-        hand = ready(page, name, times, began)
-        draws(hand, times); looks(hand)
+        yield ready(page, name, times, began)
         page.close()
+
+
+def voila_of(python, name, browser, folder, times):
+    "Draw there, and see that nothing sticks out"
+    with in_voila(python, name, browser, folder, times) as hand: draws(hand, times); looks(hand)
 
 
 def voila(browser, folder, times):
     "Voila with ipywidgets 8"
     voila_of(sys.executable, "voila", browser, folder, times)
+
+
+def picture(browser, folder, times):
+    "The studio as the book shows it"
+    from PIL import Image
+    with in_voila(sys.executable, "picture", browser, folder, times) as hand:
+        hand.fill("Prompt", "a cat on a blue background"); hand.fill("Steps", 12); hand.fill("Seed", 3)
+        hand.click("Draw"); hand.hear(r"^\d+\.\d\d s$")
+        load = hand.field("LoRA").locator("input").first
+        load.fill("neon"); load.press("Tab"); hand.click("Load"); hand.hear("Loaded neon")
+        compares(hand); looks(hand)
+        hand.page.set_viewport_size(dict(width=1000, height=860)); hand.page.wait_for_timeout(500)
+        hand.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+        hand.page.screenshot(path=SHOTS / "studio.png")
+    with Image.open(SHOTS / "studio.png") as shot: shot.convert("RGB").save(BOOK, quality=82, optimize=True)
 
 
 def voila7(browser, folder, times):
@@ -277,6 +299,7 @@ def voila7(browser, folder, times):
 
 
 PLACES = dict(lab=lab, live=live, voila=voila, voila7=voila7)
+MORE = dict(picture=picture)                              # only when asked for
 
 
 def check():
@@ -294,7 +317,7 @@ def test(name):
     times = {}
     with tempfile.TemporaryDirectory(prefix="lora_nb-browser-") as folder, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        try: PLACES[name](browser, Path(folder).resolve(), times)
+        try: (PLACES | MORE)[name](browser, Path(folder).resolve(), times)
         finally: browser.close()
     return times
 
@@ -307,7 +330,7 @@ def main(names):
         began = time.time()
         try:
             times = test(name)
-            print(f"ok     {time.time() - began:6.1f} s  {name}: {PLACES[name].__doc__}; seconds: {times}", flush=True)
+            print(f"ok     {time.time() - began:6.1f} s  {name}: {(PLACES | MORE)[name].__doc__}; seconds: {times}", flush=True)
         except Missing as e: print(f"missing          {name}: {e}", flush=True)
         except Exception as e: failed += 1; print(f"FAILED {time.time() - began:6.1f} s  {name}: {type(e).__name__}: {e}", flush=True)
     return bool(failed)
