@@ -149,7 +149,7 @@ def test_flags_of_other_trainers_are_ours():
         *SUBJECT[:4], "--rank", 3, "--network_alpha", 2, "--checkpointing_steps", 7, "--validation_prompt", "x", "--unet_lr", "2e-3",
         "--text_encoder_lr", "1e-3", "--noise_offset", ".05", "--min_snr_gamma", 5, "--random_flip", "--enable_bucket", "--use_dora",
         "--layer_rates", "down_blocks=.5,mid_block=0", "--use_8bit_adam")])
-    from lora_nb.cli.train import settings_of
+    from lora_nb.cli.runs import settings_of
     s = settings_of(a, lora_dreambooth)
     assert (s["rank"], s["alpha"], s["checkpoint_every"], s["learning_rate"], s["text_learning_rate"]) == (3, 2, 7, 2e-3, 1e-3)
     assert (s["offset_noise"], s["snr_gamma"], s["flip"], s["dora"], s["optimizer"]) == (.05, 5, True, True, "adamw8bit")

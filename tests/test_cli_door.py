@@ -8,7 +8,8 @@ import lora_nb.drawing
 from lora_nb.cli import door, full_name, main
 from lora_nb.cli.draw import lora_evaluate, lora_generate
 from lora_nb.cli.files import add_command, lora_convert, lora_info, lora_memory, lora_resize
-from lora_nb.cli.flags import BASE_NAMES, COMMANDS, bundled, plain, terminal, text_table, toml_value
+from lora_nb.cli.flags import BASE_NAMES, COMMANDS, bundled, plain, terminal, text_table
+from lora_nb.recipe_file import toml_value
 from lora_nb.cli.train import lora_dreambooth, lora_pti, lora_ti
 from lora_nb.core import data_path, printable
 from lora_nb.lora import Lora
@@ -161,7 +162,7 @@ def test_a_file_written_by_hand(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(f"train_data_dir = {toml_value(str(BEAR))}\ninstance_prompt = 'a sks toy'\nrank = 4\nflip = true\n"
                     "[recipe]\nsnr_gamma = 'none'")
-    from lora_nb.cli.train import settings_of
+    from lora_nb.cli.runs import settings_of
     a = lora_dreambooth.parse(["--config", str(file), "--lora_rank", "8"])
     assert settings_of(a, lora_dreambooth) == {"snr_gamma": None, "rank": 8, "flip": True, "seed": 0, "checkpoint_every": 0}
     assert a.instance_data_dir == str(BEAR)
@@ -170,7 +171,7 @@ def test_a_file_written_by_hand(tmp_path):
 def test_a_prompt_that_is_also_a_folder(tmp_path, monkeypatch):
     "Paths are written whole; a text stays a text, even if there is a folder of that name."
     monkeypatch.chdir(tmp_path); (tmp_path / "toy").mkdir(); (tmp_path / "bears").symlink_to(BEAR)
-    from lora_nb.cli.train import recipe_toml
+    from lora_nb.cli.runs import recipe_toml
     from lora_nb.recipe import Recipe
     a = lora_dreambooth.parse(["--instance_data_dir", "bears", "--instance_prompt", "toy", "--output_dir", "new", "--preview_prompt", ""])
     kept = tomllib.loads(recipe_toml(a, lora_dreambooth, Recipe()))
