@@ -149,7 +149,7 @@ def test_flags_of_other_trainers_are_ours():
         *SUBJECT[:4], "--rank", 3, "--network_alpha", 2, "--checkpointing_steps", 7, "--validation_prompt", "x", "--unet_lr", "2e-3",
         "--text_encoder_lr", "1e-3", "--noise_offset", ".05", "--min_snr_gamma", 5, "--random_flip", "--enable_bucket", "--use_dora",
         "--layer_rates", "down_blocks=.5,mid_block=0", "--use_8bit_adam")])
-    from lora_nb.cli.train import settings_of
+    from lora_nb.cli.runs import settings_of
     s = settings_of(a, lora_dreambooth)
     assert (s["rank"], s["alpha"], s["checkpoint_every"], s["learning_rate"], s["text_learning_rate"]) == (3, 2, 7, 2e-3, 1e-3)
     assert (s["offset_noise"], s["snr_gamma"], s["flip"], s["dora"], s["optimizer"]) == (.05, 5, True, True, "adamw8bit")
@@ -389,6 +389,53 @@ def test_a_picture_is_its_own_recipe_and_nothing_is_overwritten(tmp_path, monkey
                         (("--prompt", "x", "--seed", 10**30), "at most 1")):
         assert said in refused(lora_generate, *one, *words)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_and_loras_in_a_prompt(tmp_path, monkeypatch):
+    "A prompt in the notation draws what flags and Python draw, and its PNG repeats it; what is cut off is said."
+    monkeypatch.chdir(tmp_path)
+    one = ("--device", "cpu", "--num_images", 1, "--num_inference_steps", 2, "--output_dir", ".")
+    works(lora_generate, *one, "--prompt", "a cat face, <neon> style", "--lora", "neon:0.5", "--seed", 1)
+    works(lora_generate, *one, "--prompt", "a cat face, <neon> style <lora:neon:0.5>", "--seed", 1)
+    pixels = lambda name: Image.open(name).tobytes()
+    assert pixels("000001.png") == pixels("000001-2.png")
+    works(lora_generate, *one, "--prompt", "a (cat:1.6) face, <neon> style <lora:neon:0.5>", "--negative_prompt", "(dog:1.2)", "--seed", 1)
+    s = read_settings("000001-3.png")
+    assert pixels("000001-3.png") != pixels("000001.png") and s.notation and [x.source for x in s.wears()] == ["neon"]
+    works(lora_generate, *one, "--from_png", "000001-3.png")
+    exec(python_of(s).replace('image.save("picture.png")', ""), space := {})
+    assert pixels("000001-4.png") == pixels("000001-3.png") == space["image"].tobytes()
+    works(lora_generate, *one, "--from_png", "000001.png", "--prompt", "a (cat:1.6) face, <neon> style", "--negative_prompt", "(dog:1.2)")
+    assert pixels("000001-5.png") == pixels("000001-3.png")
+    assert "does not read" in works(lora_generate, *one, "--prompt", "a cat face " * 60, "--seed", 2)
+    for words, said in ((("--prompt", "(a cat"), "never closed"), (("--prompt", "x <lora:noen>"), "Did you mean neon?"),
+                        (("--prompt", "x", "--negative_prompt", "<lora:neon>"), "expected LoRAs in --prompt")):
+        assert said in refused(lora_generate, *one, *words)
+
+
+def test_a_packed_base(tmp_path, monkeypatch):
+    "--quantize reaches the base of every command that loads one, and a picture's file repeats it."
+    monkeypatch.chdir(tmp_path)
+    one = ("--device", "cpu", "--num_images", 1, "--num_inference_steps", 2, "--output_dir", ".", "--prompt", "a cat face")
+    works(lora_generate, *one); works(lora_generate, *one, "--quantize", "fp8")
+    pixels = lambda name: Image.open(name).tobytes()
+    assert pixels("000000.png") != pixels("000000-2.png") and read_settings("000000-2.png").quantize == "fp8"
+    assert "quantize='fp8'" in python_of(read_settings("000000-2.png"))
+    works(lora_generate, "--device", "cpu", "--output_dir", ".", "--from_png", "000000-2.png")
+    assert pixels("000000-3.png") == pixels("000000-2.png")
+    works(lora_dreambooth, "--instance_data_dir", BEAR, "--instance_prompt", "a sks toy", "--max_train_steps", 1, "--train_batch_size", 1,
+          "--device", "cpu", "--quantize", "fp8", "--output_dir", "out")
+    assert 'quantize = "fp8"' in Path("out/recipe.toml").read_text()
+    assert "nf4" in refused(lora_generate, *one, "--quantize", "nf5")
+
+
+def test_settings_that_fit_cards():
+    text = works(lora_memory, "flux.1-dev", "--fit", 12, 24)
+    from lora_nb.plan import plan_that_fits
+    assert "--quantize nf4" in text and f"{plan_that_fits('flux.1-dev', 24).memory.total / 2**30:.1f}" in text
+    found = json.loads(works(lora_memory, "sd1.5", "--fit", 2, 16, "--json"))["cards"]
+    assert "Nothing fits" in found[0]["error"] and "--train_batch_size 1" in found[1]["flags"]
+    assert "leave out --offload" in refused(lora_memory, "sdxl", "--fit", 12, "--offload", "model")
 
 
 def test_the_studio_and_the_command_read_each_other(tmp_path):

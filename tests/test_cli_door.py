@@ -8,7 +8,8 @@ import lora_nb.drawing
 from lora_nb.cli import door, full_name, main
 from lora_nb.cli.draw import lora_evaluate, lora_generate
 from lora_nb.cli.files import add_command, lora_convert, lora_info, lora_memory, lora_resize
-from lora_nb.cli.flags import BASE_NAMES, COMMANDS, bundled, plain, terminal, text_table, toml_value
+from lora_nb.cli.flags import BASE_NAMES, COMMANDS, QUANTIZE_NAMES, bundled, plain, terminal, text_table
+from lora_nb.recipe_file import toml_value
 from lora_nb.cli.train import lora_dreambooth, lora_pti, lora_ti
 from lora_nb.core import data_path, printable
 from lora_nb.lora import Lora
@@ -85,6 +86,8 @@ def test_names_are_those_of_the_chapters():
     from lora_nb.loading import embedded_bases
     from lora_nb.studio.easel import bundled_files
     assert set(BASE_NAMES) == {*embedded_bases(), *HUB}
+    from lora_nb.quantize import PACKINGS
+    assert list(QUANTIZE_NAMES) == list(PACKINGS)
     assert set(bundled("loras")) >= {*bundled_files("tiny-sd"), *bundled_files("tiny-sd3")}
     assert {"teapot", "octopus"} <= set(bundled("subjects")) and "neon" in bundled("styles")
 
@@ -164,7 +167,7 @@ def test_a_file_written_by_hand(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(f"train_data_dir = {toml_value(str(BEAR))}\ninstance_prompt = 'a sks toy'\nrank = 4\nflip = true\n"
                     "[recipe]\nsnr_gamma = 'none'")
-    from lora_nb.cli.train import settings_of
+    from lora_nb.cli.runs import settings_of
     a = lora_dreambooth.parse(["--config", str(file), "--lora_rank", "8"])
     assert settings_of(a, lora_dreambooth) == {"snr_gamma": None, "rank": 8, "flip": True, "seed": 0, "checkpoint_every": 0}
     assert a.instance_data_dir == str(BEAR)
@@ -173,12 +176,33 @@ def test_a_file_written_by_hand(tmp_path):
 def test_a_prompt_that_is_also_a_folder(tmp_path, monkeypatch):
     "Paths are written whole; a text stays a text, even if there is a folder of that name."
     monkeypatch.chdir(tmp_path); (tmp_path / "toy").mkdir(); (tmp_path / "bears").symlink_to(BEAR)
-    from lora_nb.cli.train import recipe_toml
+    from lora_nb.cli.runs import recipe_toml
     from lora_nb.recipe import Recipe
     a = lora_dreambooth.parse(["--instance_data_dir", "bears", "--instance_prompt", "toy", "--output_dir", "new", "--preview_prompt", ""])
     kept = tomllib.loads(recipe_toml(a, lora_dreambooth, Recipe()))
     assert kept["instance_prompt"] == "toy" and kept["pretrained_model_name_or_path"] == "tiny-sd"
     assert Path(kept["instance_data_dir"]).is_absolute()
+
+
+def test_python_leaves_the_same_file(tmp_path):
+    "A run of Python is repeated by the command that its recipe.toml names; what no file can hold is named there."
+    from lora_nb import data_path, load_base, train_dreambooth, train_pti, train_textual_inversion
+    from lora_nb.recipe_file import read_recipe
+    base = load_base("tiny-sd", "cpu")
+    lora = train_dreambooth(base, BEAR, "a sks toy", class_prompt="a toy", prior="prediction", steps=2, batch_size=1, seed=5,
+                            output_dir=tmp_path / "db")
+    works(lora_dreambooth, "--config", tmp_path / "db" / "recipe.toml", "--output_dir", tmp_path / "again", "--device", "cpu")
+    again = Lora.load(tmp_path / "again" / "lora.safetensors")
+    assert lora.layers == again.layers and read_recipe(tmp_path / "again" / "recipe.toml") == read_recipe(tmp_path / "db" / "recipe.toml")
+    train_textual_inversion(base, BEAR, "<bear>", "toy", steps=1, output_dir=tmp_path / "ti")
+    a = lora_ti.parse(["--config", str(tmp_path / "ti" / "recipe.toml")])
+    assert (a.placeholder_tokens, a.instance_data_dir, a.seed) == ("<bear>", str(BEAR), 0)
+    picture = Image.open(next(Path(data_path("subjects", "teddy_bear")).glob("*.jpg"), None) or sorted(BEAR.glob("*.png"))[0])
+    train_pti(base, [picture], "<bear>", "toy", steps=1, ti_steps=0, class_noun="toy", output_dir=tmp_path / "pti")
+    text = (tmp_path / "pti" / "recipe.toml").read_text()
+    assert "not in this file: instance_data_dir" in text and "instance_data_dir" in refused(lora_pti, "--config", tmp_path / "pti" / "recipe.toml")
+    a = lora_pti.parse(["--config", str(tmp_path / "pti" / "recipe.toml"), "--instance_data_dir", str(BEAR)])
+    assert (a.class_noun, a.recipe["ti_steps"]) == ("toy", 0)
 
 
 # ------------------------------------------------------------------------------------------ reports for programs
