@@ -139,7 +139,7 @@ from .show import save_jpeg as save_jpeg
 
 # studio
 from .studio import Studio as Studio
-from .studio.page import lora_studio as lora_studio
+from .cli.pages import lora_studio as lora_studio
 
 # in the browser
 from .live import export_live as export_live
@@ -166,7 +166,7 @@ from .cli.files import lora_info as lora_info
 from .cli.files import lora_convert as lora_convert
 from .cli.files import lora_distill as lora_distill
 from .cli.files import lora_memory as lora_memory
-from .live import lora_live as lora_live
+from .cli.pages import lora_live as lora_live
 
 # errors
 from .core import LoraError as LoraError
@@ -287,6 +287,7 @@ from . import quantize as quantize
 from . import quantized as quantized
 from . import random_pipes as random_pipes
 from . import recipe as recipe
+from . import recipe_file as recipe_file
 from . import reference as reference
 from . import report as report
 from . import run as run

@@ -224,6 +224,7 @@ def _rivals(used, rows, folder, sheet):
         said = [(sheet, row)] * bool(row) + [(n.name, t) for n, t in _texts_beside(f, there)]
         if other := [n for n, t in said if t != said[0][1]]:
             notes.append(f"{f.name} has captions that differ: that of {said[0][0]} is used, not that of {_some(other)}")
+    notes += _shared(used, there)
     said = {}
     for row in _sheet_rows(folder): said.setdefault(Path(row["file_name"]).as_posix(), []).append(row_caption(row, sheet))
     twice = [n for n, ts in said.items() if len(set(ts)) > 1]
@@ -231,6 +232,15 @@ def _rivals(used, rows, folder, sheet):
     return notes if len(notes) <= 5 else [*notes[:5], f"{len(notes) - 5} more pictures have captions that differ"]
 
 def _some(names): return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+# %% ../nbs/44_captions.ipynb #5a1dc0e0
+def _shared(used, there):
+    "Notes on files of captions that belong to several pictures, as 0.txt does to 0.jpg and 0.png"
+    owners = {}
+    for f in used:
+        for n, _ in _texts_beside(f, there): owners.setdefault(n.name, []).append(f.name)
+    return [f"{n} is the caption of {' and '.join(fs)}: to tell them apart, name theirs {', '.join(f'{f}.txt' for f in fs)}"
+            for n, fs in owners.items() if len(fs) > 1]
 
 # %% ../nbs/44_captions.ipynb #ae6ae5fa
 def fill_prompt(

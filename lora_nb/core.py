@@ -6,11 +6,11 @@ Docs: https://lora-nb.github.io/lora_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['printable', 'LoraError', 'FormatError', 'TargetError', 'ShapeError', 'DataError', 'TrainingError', 'closest',
-           'default_device', 'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator', 'generators',
-           'data_path', 'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'is_there', 'patch_to',
-           'progress', 'peak_rss_mb', 'some', 'human', 'Markup', 'escaped', 'code', 'table', 'free_name', 'file_name',
-           'finite', 'finite_number', 'check_number', 'bit_sum', 'row_norms', 'working_dtype', 'common_dtype', 'quick',
-           'quiet']
+           'default_device', 'usable_device', 'default_dtype', 'fast_bf16', 'autocast', 'set_seed', 'generator',
+           'generators', 'data_path', 'finish_writing', 'atomic_paths', 'atomic_path', 'check_free', 'is_there',
+           'patch_to', 'progress', 'peak_rss_mb', 'some', 'human', 'Markup', 'escaped', 'code', 'table', 'free_name',
+           'file_name', 'finite', 'finite_number', 'check_number', 'bit_sum', 'row_norms', 'working_dtype',
+           'common_dtype', 'quick', 'quiet']
 
 # %% ../nbs/00_core.ipynb #8227671f
 import builtins, contextlib, difflib, errno, gc, importlib.util, json, math, numbers, os, random, re, shutil, sys, tempfile, time, warnings
@@ -58,6 +58,18 @@ def default_device(
     if device is not None: return torch.device(device)
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+def usable_device(
+    device: torch.device | str | None = None,  # a device or its name; None: the best there is
+) -> torch.device:
+    "The device, or the best there is; a `LoraError` for one that this machine does not have"
+    try: found = default_device(device)
+    except (RuntimeError, TypeError) as e: raise LoraError(f"device = {device!r}: expected a name such as cpu, cuda, cuda:1 or mps.") from e
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    have = ["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *(f"cuda:{i}" for i in range(cards))]
+    there = (found.index or 0) < cards if found.type == "cuda" else found.type != "mps" or "mps" in have
+    if not there: raise LoraError(f"device = {str(device)!r}: this machine has {', '.join(have)}. Leave it out for the best one.")
+    return found
 
 def default_dtype(
     device: torch.device | str | None = None,  # a device or its name; None: the best there is

@@ -286,7 +286,7 @@ def others(
     have = {k: getattr(self, k) for k in ("masks", "ids", "pixels")}
     return {k: pick(v, torch.as_tensor(rows), torch.as_tensor(sides)) for k, v in have.items() if v is not None}
 
-# %% ../nbs/46_dataset.ipynb #6e623d11
+# %% ../nbs/46_dataset.ipynb #c3cd6697
 def encode(
     base: Base,
     data: ConceptDataset,
@@ -294,11 +294,12 @@ def encode(
     cache: str | Path | None = None,  # folder that keeps latents for the next run; None: none are kept
 ) -> Examples:
     "Encode every picture once, mirror images too if the dataset asks for them"
-    check_number("batch_size", batch_size, 1, whole=True)
+    if batch_size is not None: check_number("batch_size", batch_size, 1, whole=True)
     n, masked = len(data), any(data.sources.masked)
     latents, masks, pixels, prints = Shelf(data.shapes), Shelf(data.shapes), Shelf(data.shapes), [""] * n
     store = None if cache is None else LatentCache(cache, base)
     if batch_size is None: batch_size = batch_that_fits(base, "encode", max(data.shapes, key=math.prod), 8)
+    check_number("batch_size", batch_size, 1, whole=True)
     for rows in _same_size(data.shapes, batch_size):
         sides = [_sides(data.images[i], data.masks[i], data.flip) for i in rows]       # (F, 4, H, W) uint8
         for i, x, z in zip(rows, sides, _encoded(base, sides, store)):

@@ -133,6 +133,8 @@ def generate(
     guidance_scale = options.pop("guidance_scale", guidance_scale)
     steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale, options, batch_size)
     if isinstance(prompts, str): prompts = [prompts] * (len(seeds) if hasattr(seeds, "__len__") else 1)
+    if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+        raise LoraError(f"prompts = {prompts!r:.60}: expected a text, or a list of texts.")
     w, h = _size(self, size)
     if self.inpainting:                            # draws from nothing if all is a hole
         gray = Image.new("RGB", (w, h), (128,) * 3)

@@ -62,8 +62,7 @@ def class_pictures(
     if batch_size is None: batch_size = batch_that_fits(base, "draw", kw.get("size"), 24)
     def draw(mine):
         made, parts = [], [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
-        bars = drawing_bar(base, map(len, parts), kw.get("steps"), batch_size, "class pictures") if mine else contextlib.nullcontext({})
-        with bars as bar:
+        with drawing_bar(base, map(len, parts), kw.get("steps"), batch_size, "class pictures") as bar:
             for part in parts:
                 images = base.generate([p for _, p in part], seeds=[seed + i for i, _ in part], batch_size=batch_size, **{**bar, **kw})
                 made += [_keep(folder, i, im, p) for (i, p), im in zip(part, images)]
@@ -277,6 +276,7 @@ def config_streams(
 # %% ../nbs/62_dreambooth.ipynb #2b967dbb
 class DreamBooth(TrainingRun):
     "A DreamBooth run: `fit()` trains it, `lora()` is what it has learned so far."
+    command = "lora_dreambooth"
     @delegates(PriorOptions)
     def __init__(self,
         base: Base,
@@ -301,6 +301,8 @@ class DreamBooth(TrainingRun):
         if self.config: self.concepts = _config_concepts(self.config, instance_prompt, class_prompt, class_data, trigger)
         else: self.concepts = _concepts(instance_data, instance_prompt, class_prompt, class_data, trigger)
         self.prior = _prior_of(prior, self.concepts)
+        self.asked = self._asked(instance_data, instance_prompt, class_prompt, class_data, start, dataset_config, trigger=trigger,
+                                 masks=masks, held_back=held_back, sampling=o.sampling)
         drawn = o.num_class_images, o.resolution, o.sampling
         if self.config: self.recipe = _config_recipe(self.config, self.recipe, self.prior)
         self.shrink(bool(self.prior))
@@ -335,6 +337,14 @@ def lora(self) -> Lora:
     return self.worn.lora(self.about(
         trigger=", ".join(triggers), triggers=json.dumps(triggers), instance_prompt=one(of(lambda c: c.prompt)),
         method="dreambooth", prior=str(self.prior), class_prompt=json.dumps(one(of(lambda c: c.class_prompt)))))
+
+# %% ../nbs/62_dreambooth.ipynb #a6200001
+@patch_to(DreamBooth)
+def _asked(self, data, prompt, class_prompt, class_data, start, config, **unsaid):
+    "What the run was given, as flags of `lora_dreambooth`"
+    prior = dict(with_prior_preservation=True, prior=self.prior, num_class_images=self.options.num_class_images) if self.prior and class_prompt else {}
+    return dict(instance_data_dir=data, dataset_config=config, instance_prompt=prompt, resume_unet=start, resume_text_encoder=start,
+                class_prompt=class_prompt, class_data_dir=class_data, **prior, **{k: [v] for k, v in unsaid.items() if v is not None})
 
 # %% ../nbs/62_dreambooth.ipynb #83ba72d6
 def _warn_of_silence(base, streams, recipe):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from .bases import Base
 from .drawing import drawing_bar
-from .core import DataError, Markup, atomic_path, check_number, closest, data_path, table
+from .core import DataError, LoraError, Markup, atomic_path, check_number, closest, data_path, table
 from .injection import apply_lora, remove_lora
 from .loading import load_base
 from .lora import Lora
@@ -329,6 +329,8 @@ def _models(base, lora):
     base = load_base(base)
     if lora is None or isinstance(lora, Lora): return base, lora, base
     if isinstance(lora, (str, Path)): return base, Lora.load(lora, base=base.pipe), base
+    if isinstance(lora, (list, tuple, dict)):
+        raise LoraError(f"evaluate takes one LoRA, found {type(lora).__name__}. Join several by compose, or put them on and hand in the base.")
     return base, None, load_base(lora)
 
 def _trigger_of(lora, exam=None):

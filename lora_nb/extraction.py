@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .core import (LoraError, ShapeError, TargetError, common_dtype, default_device, finite, human, patch_to, printable,
+from .core import (LoraError, ShapeError, TargetError, common_dtype, usable_device, finite, human, patch_to, printable,
                           some, working_dtype)
 from .names import canonical
 from .peft_files import config_bytes
@@ -603,7 +603,7 @@ def distillation(
 ) -> Distillation:
     "A LoRA from the difference of two models, with its error and a list of what it cannot carry"
     _one_of(rank=rank, energy=energy, bytes=bytes)
-    device, found = default_device(device), changes(base, tuned, targets, min_difference, config)
+    device, found = usable_device(device), changes(base, tuned, targets, min_difference, config)
     _refuse_nothing(found, targets)
     about = {"method": "svd", "lost": json.dumps(list(found.lost)[:20]), **(metadata or {})}
     empty = Lora({}, found.embeddings, about)

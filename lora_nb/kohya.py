@@ -456,8 +456,9 @@ def kohya_faults(
         if isinstance(f, Change): return n.removesuffix(".bias") in (split(f"{_change_key(n, namer)}.diff") or ((),))[0]
         return n in (split(f"{namer(n)}.alpha") or ((),))[0]
     alien = (family := family_of(lora)) != "unknown" and not family.startswith("SD3")
-    return {"modules without a name in kohya's lists": [n for n, f in lora.layers.items() if not back(n, f)],
-            f"a transformer of {family}: only SD3's has names there": [n for n in lora.layers if alien and n.startswith("transformer.")],
+    return {f"a transformer of {family}: only those of SD3, FLUX and Z-Image have names there":
+                [n for n in lora.layers if alien and n.startswith("transformer.")],
+            "modules without a name in kohya's lists": [n for n, f in lora.layers.items() if not back(n, f)],
             "changes that have no keys there (peft's rotations, scales of biases)":
                 [n for n, f in lora.layers.items() if isinstance(f, Change) and change_parts(f) is None],
             "grouped convolutions": [n for n, f in lora.layers.items() if f.groups > 1],

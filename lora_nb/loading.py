@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 # %% ../nbs/22_loading.ipynb #190152ba
-from .core import LoraError, closest, data_path, default_device, default_dtype, quiet
+from .core import LoraError, closest, data_path, usable_device, default_dtype, quiet
 from .bases import Base
 from .families import FAMILIES, HUB, as_base
 from .quantize import loading_configs, quantize_parts, wanted_packings
@@ -233,7 +233,7 @@ def load_base(
         if t5 is not True or offload or variant or revision or quantize:
             raise LoraError("t5=, offload=, variant=, revision= and quantize= say how to load; this is loaded already.")
         return source if hasattr(source, "family") else as_base(source)     # a base, or what plays one, is given back as it is
-    device = default_device(device); dtype = dtype or default_dtype(device); path = Path(source)
+    device = usable_device(device); dtype = dtype or default_dtype(device); path = Path(source)
     _check_wishes(t5, offload, device)
     pipe, name = _find_pipe(str(source), path, dtype, config, t5, variant, revision, (quantize, device))
     if offload == "model": pipe.enable_model_cpu_offload(device=device)

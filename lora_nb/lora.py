@@ -338,8 +338,9 @@ def norms(self) -> dict[str, float]:
 @patch_to(Lora)
 def __repr__(self):
     words = f", tokens {printable(', '.join(self.embeddings))}" if self.embeddings else ""
+    lost = f"; left out: {printable(self.metadata['left_out'])}" if self.metadata.get("left_out") else ""
     return (f"Lora: {len(self)} layers of {', '.join(self.components) or 'nothing'}, rank {self.rank}, "
-            f"{self.num_parameters:,} parameters, {human(self.bytes)}{words}")
+            f"{self.num_parameters:,} parameters, {human(self.bytes)}{words}{lost}")
 
 @patch_to(Lora)
 def _repr_markdown_(self):
@@ -373,10 +374,11 @@ def save(self,
     format: str = "peft",   # "peft", "kohya", "lora_diffusion" or "pt"
     **kw,
 ) -> Path:
-    "Write the LoRA to a file"
+    "Write the LoRA to a file, and return its path"
     _check_path(path)
     from lora_nb.formats import save_lora
-    return save_lora(self, path, format=format, **kw)
+    save_lora(self, path, format=format, **kw)
+    return Path(path)
 
 def _check_path(path):
     if not isinstance(path, (str, os.PathLike)): raise LoraError(f"expected the path of a file, found {type(path).__name__}")

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 # %% ../nbs/40_pictures.ipynb #a0c1d2e6
-from .core import DataError, LoraError, check_number, default_device, quiet
+from .core import DataError, LoraError, check_number, usable_device, quiet
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/40_pictures.ipynb #34795e17
@@ -407,7 +407,7 @@ def enlarge(
     if isinstance(model, (str, Path)):
         from transformers import Swin2SRForImageSuperResolution
         model = Swin2SRForImageSuperResolution.from_pretrained(model)
-    model, out = model.to(default_device(device)).eval(), []
+    model, out = model.to(usable_device(device)).eval(), []
     for im in images:
         more = [(-v) % model.config.window_size for v in im.size]             # it works in whole windows
         a = np.pad(np.asarray(im), ((0, more[1]), (0, more[0]), (0, 0)), mode="symmetric")
@@ -556,4 +556,4 @@ def load_pair(
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             model = getattr(transformers, kind).from_pretrained(source)
-    return model.to(default_device(device)).eval(), tokenizer
+    return model.to(usable_device(device)).eval(), tokenizer

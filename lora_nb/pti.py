@@ -23,7 +23,7 @@ from .recipe import LR_SCHEDULES, Intent, Recipe, check_range, learning_encoders
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Trainer, Turn
 from .dreambooth import Prior, check_prior, prior_stream
-from .textual_inversion import (InversionRecipe, NewWords, WordOptions, concepts_of, extended_recipe, pulled,
+from .textual_inversion import (InversionRecipe, NewWords, WordOptions, asked_words, concepts_of, extended_recipe, pulled,
                                        trigger_words_of, word_streams, check_said)
 
 # %% ../nbs/64_pti.ipynb #21afc0e8
@@ -72,6 +72,7 @@ class PivotalOptions(PriorOptions, WordOptions):
 
 class PivotalTuning(TrainingRun):
     "A pivotal tuning: `fit()` trains it, `lora()` is what it has learned so far: words and LoRA in one value"
+    command = "lora_pti"
     @delegates(PivotalOptions)
     def __init__(self,
         base: Base,
@@ -89,9 +90,12 @@ class PivotalTuning(TrainingRun):
         base = load_base(base)                                 # a pipeline or a name will do
         super().__init__(base, recipe or pivotal_recipe_for(base), output_dir, options, PivotalOptions)
         o = self.options
+        self.asked = asked_words(instance_data, placeholder_token, initializer_token, o) | dict(
+            class_noun=o.class_noun, load_pretrained_inversion_embeddings_path=start, class_prompt=class_prompt, mode=self.recipe.mode)
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger, self.tokens = trigger_words_of(data, o.class_noun), list(inits)
         self.prior, self.class_prompt = check_prior(prior, class_prompt), class_prompt
+        if self.prior: self.asked |= dict(class_data_dir=class_data, prior=self.prior, num_class_images=o.num_class_images)
         self.shrink(bool(self.prior))
         self.streams = word_streams(base, data, self.recipe, o.prompt, o.resolution, o.class_noun, **o.pictures)
         if self.prior: self.streams.append(self._class_stream(*next(iter(data.items())), class_data))

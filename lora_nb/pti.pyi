@@ -13,7 +13,7 @@ from .recipe import LR_SCHEDULES, Intent, Recipe, check_range, learning_encoders
 from .run import PriorOptions, TrainingRun, delegates
 from .training import Trainer, Turn
 from .dreambooth import Prior, check_prior, prior_stream
-from .textual_inversion import InversionRecipe, NewWords, WordOptions, concepts_of, extended_recipe, pulled, trigger_words_of, word_streams, check_said
+from .textual_inversion import InversionRecipe, NewWords, WordOptions, asked_words, concepts_of, extended_recipe, pulled, trigger_words_of, word_streams, check_said
 from typing import Any
 from collections.abc import Callable
 from .training import Trainer
@@ -39,6 +39,8 @@ class PivotalOptions(PriorOptions, WordOptions):
     ...
 
 class PivotalTuning(TrainingRun):
+    command: str
+    asked: Any
     trigger: Any
     tokens: Any
     prior: Any

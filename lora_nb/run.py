@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/run.html.md"""
 __all__ = ['RunOptions', 'PriorOptions', 'delegates', 'taken', 'TrainingRun', 'of_ranks', 'file_dtype']
 
 # %% ../nbs/60_run.ipynb #d936d385
-import inspect, os, sys, warnings
+import inspect, os, re, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -19,6 +19,7 @@ import torch
 # %% ../nbs/60_run.ipynb #a7857e2b
 from .core import LoraError, ShapeError, closest, patch_to, printable
 from .bases import Base
+from .loading import embedded_bases
 from .injection import Injected, disabled, inject_lora
 from .lora import Factors, Lora
 from .memory import OPTIMIZERS, estimate_memory
@@ -27,6 +28,7 @@ from .extraction import resize
 from .dataset import StartReport, cut_captions, start_report
 from .log import TrainingLog, joined
 from .recipe import Recipe, learning_encoders, setting
+from .recipe_file import write_recipe
 from .stopping import RunStopped
 from .optimizers import optimizer_class
 from .tracking import newest_row, open_trackers, tracker_names
@@ -109,6 +111,7 @@ def taken(
 # %% ../nbs/60_run.ipynb #faac7008
 class TrainingRun:
     "A training by one method: `fit()` trains it, `lora()` is what it has learned so far"
+    command = ""                           # that can repeat such a run; "": none
     trainer: Trainer                       # of the current phase; a run of several phases has none before `fit`
     callback = property(lambda self: self.options.callback, lambda self, f: setattr(self.options, "callback", f))
     def __init__(self,
@@ -127,6 +130,7 @@ class TrainingRun:
         if self.options.report_to: self.options.report_to = tracker_names(self.options.report_to)
         if self.options.report_to and self.dir is None:
             raise LoraError("report_to needs an output_dir, in which the trackers keep their files.")
+        self.asked: dict[str, Any] = {}    # what the method was given, as flags of its command
         self.streams: list[Stream] = []
         self.worn: Injected | None = None  # branches that learn
         self.words: Any = None             # `NewWords` that learn
@@ -312,6 +316,33 @@ def begin(self) -> None:
         if lines: warnings.warn(printable(f"Captions of the {s.name} are longer than a text encoder reads; the rest is not learned from:\n  "
                                           + "\n  ".join(lines)), stacklevel=3)
 
+# %% ../nbs/60_run.ipynb #a6000002
+@patch_to(TrainingRun)
+def flags(self) -> dict[str, Any]:
+    "What the run was given, as flags of its command; what a command cannot say is an object or a list"
+    o, r = self.options, self.recipe
+    unsaid = dict(tags=o.tags, previews=o.previews and [o.previews], callback=o.callback)
+    pictures = dict(resolution=o.resolution, buckets=o.buckets, recursive=o.recursive, folder_words=o.folder_words,
+                    cache_latents_dir=o.latent_cache, report_to=",".join(o.report_to or ()))
+    own = {k: v for k, v in self.asked.items() if v is not None}
+    return {"pretrained_model_name_or_path": _source(self.base), **own, "output_dir": self.dir, **pictures, "seed": r.seed,
+            "save_steps": r.checkpoint_every, **unsaid}
+
+def _source(base):
+    "The name or folder from which a base can be loaded again; the base itself, if that is not known"
+    config = getattr(base.pipe, "config", None) or {}
+    folder = str(config.get("_name_or_path") or "")
+    if base.name in embedded_bases(): return base.name
+    if folder and Path(folder).is_dir(): return folder
+    return base.name if re.fullmatch(r"[\w.-]+/[\w.-]+", base.name) else [base]
+
+@patch_to(TrainingRun)
+def note_recipe(self) -> None:
+    "Write `recipe.toml` into the output folder, in the main process"
+    if self.dir is None or not self.command or not is_main_process(): return
+    self.dir.mkdir(parents=True, exist_ok=True)
+    write_recipe(self.dir/"recipe.toml", self.command, self.flags(), self.recipe.to_dict())
+
 # %% ../nbs/60_run.ipynb #bf8c55fe
 @patch_to(TrainingRun)
 def fit(self,
@@ -321,6 +352,7 @@ def fit(self,
     self.logs, phases = [], self.phases()
     try:
         self.begin()
+        self.note_recipe()
         if self.options.report_to and is_main_process():
             self.trackers = open_trackers(self.options.report_to, self.dir/"logs", self.recipe)
         for i, make in enumerate(phases.values()):

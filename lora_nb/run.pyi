@@ -1,6 +1,6 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import inspect, os, sys, warnings
+import inspect, os, re, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from .core import LoraError, ShapeError, closest, patch_to, printable
 from .bases import Base
+from .loading import embedded_bases
 from .injection import Injected, disabled, inject_lora
 from .lora import Factors, Lora
 from .memory import OPTIMIZERS, estimate_memory
@@ -17,6 +18,7 @@ from .extraction import resize
 from .dataset import StartReport, cut_captions, start_report
 from .log import TrainingLog, joined
 from .recipe import Recipe, learning_encoders, setting
+from .recipe_file import write_recipe
 from .stopping import RunStopped
 from .optimizers import optimizer_class
 from .tracking import newest_row, open_trackers, tracker_names
@@ -49,12 +51,14 @@ class PriorOptions(RunOptions):
 def delegates(to: Callable) -> Callable: ...
 def taken(kind: type, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]: ...
 class TrainingRun:
+    command: str
     trainer: Trainer
     callback: Any
     base: Base
     options: Any
     recipe: Any
     dir: Any
+    asked: dict[str, Any]
     streams: list[Stream]
     worn: Injected | None
     words: Any
@@ -75,6 +79,8 @@ class TrainingRun:
     def about(self, **own: str) -> dict[str, str]: ...
     def start_report(self) -> StartReport: ...
     def begin(self) -> None: ...
+    def flags(self) -> dict[str, Any]: ...
+    def note_recipe(self) -> None: ...
     def fit(self, resume: bool=False) -> Lora: ...
     def remove(self) -> None: ...
 

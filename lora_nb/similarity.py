@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from .core import DataError, check_number, data_path, quiet
+from .core import DataError, check_number, data_path, quiet, usable_device
 from .pictures import find_pictures, open_picture, read_mask, to_rgb
 
 # %% ../nbs/41_similarity.ipynb #9c0e564d
@@ -109,7 +109,8 @@ class Describer:
                  size: int,                   # side of the pictures it takes
                  mean: Sequence[float], std: Sequence[float],  # mean and spread of each channel of pixels in 0..1
                  device: torch.device | str = "cpu"):
-        self.model, self.device = model.to(device, torch.float32).eval().requires_grad_(False), device
+        self.device = device = usable_device(device)
+        self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         c = _preprocessing(source)
         self.size: int = _side(c.get("crop_size")) or _side(c.get("size")) or size
         self.mean: torch.Tensor = torch.tensor(c.get("image_mean", mean)).view(1, 3, 1, 1)
@@ -159,7 +160,7 @@ class Dino(Describer):
                                 "or the id of a DINO, such as 'facebook/dino-vits16'.") from e
         side, mean = (getattr(model.config, k, None) for k in ("image_size", "feature_mean"))
         super().__init__(model, source, min(side or 224, 224), (.485, .456, .406), (.229, .224, .225), device)
-        self.center = 0 if mean is None else torch.tensor(mean, device=device)     # only the bundled one has a mean
+        self.center = 0 if mean is None else torch.tensor(mean, device=self.device)     # only the bundled one has a mean
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         "The class token of each picture, or the mean of a convolutional network's last map."
         h = getattr(self.model(pixel_values=x), "last_hidden_state", None)
@@ -178,7 +179,11 @@ class Clip(Describer):
         source, self.tokenizer = data_path("clip") if source is None else source, None
         model = source
         if not isinstance(source, CLIPModel):
-            with quiet(): self.tokenizer, model = (c.from_pretrained(source) for c in (AutoTokenizer, CLIPModel))
+            try:
+                with quiet(): self.tokenizer, model = (c.from_pretrained(source) for c in (AutoTokenizer, CLIPModel))
+            except (OSError, ValueError) as e:
+                raise DataError(f"No CLIP could be loaded from {str(source)!r}: {str(e)[:200]} Expected a folder or the id of a "
+                                "CLIP, such as 'openai/clip-vit-base-patch32'.") from e
         size = model.config.vision_config.image_size
         tiny = size <= 64   # ours takes -1..1; OpenAI's are normalised by the mean and spread of photographs
         mean, std = ((.5,) * 3,) * 2 if tiny else ((.4815, .4578, .4082), (.2686, .2613, .2758))

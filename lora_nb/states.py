@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 # %% ../nbs/53_states.ipynb #c7d902da
-from .core import TrainingError, atomic_path, bit_sum, is_there, some
+from .core import TrainingError, atomic_path, bit_sum, is_there, printable, some
 from .bases import Base
 from .dataset import Examples
 from .worn import worn_state
@@ -62,7 +62,7 @@ def read_state(
     if not isinstance(state, dict): raise TrainingError(f"{path} is no checkpoint of a run.")
     known = state.pop("checksum", None)
     if known is None and set(state) <= OLD_STATE and "step" in state:
-        warnings.warn(f"{path} is of an older version, without a checksum and without the identity of its run.")
+        warnings.warn(printable(f"{path} is of an older version, without a checksum and without the identity of its run."))
     elif known != digest(state): raise TrainingError(f"{path} is damaged: its checksum does not fit its contents.")
     return state
 
@@ -74,7 +74,7 @@ def newest_state(
     for path in paths:
         try: found = path, read_state(path)
         except TrainingError as e: wrong.append(str(e)); continue
-        if wrong: warnings.warn(f"{' '.join(wrong)} Going on from {path.name}, the one before.")
+        if wrong: warnings.warn(printable(f"{' '.join(wrong)} Going on from {path.name}, the one before."))
         return found
     if wrong: raise TrainingError(f"No checkpoint in {folder} can be read: {' '.join(wrong)} Restore one, or delete "
                                   "them and start anew without resume.")
@@ -147,5 +147,5 @@ def read_previews(
         try:
             with Image.open(f) as im: out.setdefault(int(number), []).append(im.copy())
         except (OSError, SyntaxError, ValueError): broken[int(number)] = f.name
-    if broken: warnings.warn(f"Broken previews in {folder}, left out: {some(broken.values())}.")
+    if broken: warnings.warn(printable(f"Broken previews in {folder}, left out: {some(broken.values())}."))
     return [(n, images) for n, images in out.items() if n not in broken]

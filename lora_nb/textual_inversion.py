@@ -7,7 +7,7 @@ Docs: https://lora-nb.github.io/lora_nb/textual_inversion.html.md"""
 # %% auto #0
 __all__ = ['INITIALISERS', 'SENTENCES', 'INVERSION_CARDS', 'KEPT', 'WordTable', 'first_vectors', 'random_size', 'NewWords',
            'fingerprint', 'wording_of', 'InversionRecipe', 'extended_recipe', 'inversion_recipe_for', 'concepts_of',
-           'word_streams', 'check_said', 'WordOptions', 'TextualInversion', 'trigger_words_of', 'pulled',
+           'word_streams', 'check_said', 'WordOptions', 'asked_words', 'TextualInversion', 'trigger_words_of', 'pulled',
            'train_textual_inversion', 'neighbours']
 
 # %% ../nbs/63_textual_inversion.ipynb #0fdfcf3e
@@ -356,8 +356,22 @@ class WordOptions(RunOptions):
     class_noun: str = setting("", "Said after the word in captions: 'toy' makes 'a <bear> toy'.")
     components: list[str] | None = setting(None, "Text encoders that learn the words; None: the recipe's `encoders`.")
 
+# %% ../nbs/63_textual_inversion.ipynb #a6300001
+def asked_words(
+    data: Any,
+    placeholder: str | None,
+    initializer: Any,
+    options: WordOptions,
+) -> dict[str, Any]:       # for `recipe.toml`
+    "What a run that learns words was given, as flags of its command"
+    many = {k: [v] for k, v in dict(prompt=options.prompt, components=options.components).items()
+            if v not in (None, WordOptions().prompt)}
+    return dict(instance_data_dir=data, placeholder_tokens=placeholder, initializer_tokens=initializer, **many)
+
+# %% ../nbs/63_textual_inversion.ipynb #a6300002
 class TextualInversion(TrainingRun):
     "A textual inversion: `fit()` trains it, `lora()` is what it has learned so far"
+    command = "lora_ti"
     @delegates(WordOptions)
     def __init__(self,
         base: Base,
@@ -372,6 +386,7 @@ class TextualInversion(TrainingRun):
         super().__init__(base, recipe or inversion_recipe_for(base), output_dir, options, WordOptions)
         self.shrink()
         o, r = self.options, self.recipe
+        self.asked = asked_words(instance_data, placeholder_token, initializer_token, o) | dict(class_noun=[o.class_noun] * bool(o.class_noun))
         inits, data = concepts_of(instance_data, placeholder_token, initializer_token)
         self.trigger = trigger_words_of(data, o.class_noun)
         with self.whole():

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from .training import Trainer
 from pathlib import Path
 
-__all__ = ['INITIALISERS', 'SENTENCES', 'INVERSION_CARDS', 'KEPT', 'WordTable', 'first_vectors', 'random_size', 'NewWords', 'fingerprint', 'wording_of', 'InversionRecipe', 'extended_recipe', 'inversion_recipe_for', 'concepts_of', 'word_streams', 'check_said', 'WordOptions', 'TextualInversion', 'trigger_words_of', 'pulled', 'train_textual_inversion', 'neighbours']
+__all__ = ['INITIALISERS', 'SENTENCES', 'INVERSION_CARDS', 'KEPT', 'WordTable', 'first_vectors', 'random_size', 'NewWords', 'fingerprint', 'wording_of', 'InversionRecipe', 'extended_recipe', 'inversion_recipe_for', 'concepts_of', 'word_streams', 'check_said', 'WordOptions', 'asked_words', 'TextualInversion', 'trigger_words_of', 'pulled', 'train_textual_inversion', 'neighbours']
 class WordTable(nn.Module):
     weight: Any
     table: nn.Embedding
@@ -74,7 +74,10 @@ class WordOptions(RunOptions):
     class_noun: str = ...
     components: list[str] | None = ...
 
+def asked_words(data: Any, placeholder: str | None, initializer: Any, options: WordOptions) -> dict[str, Any]: ...
 class TextualInversion(TrainingRun):
+    command: str
+    asked: Any
     trigger: Any
     words: Any
     streams: Any

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/59_training.ipynb #00f81a08
-from .core import TrainingError, atomic_path, default_dtype, progress, patch_to
+from .core import TrainingError, atomic_path, default_dtype, patch_to, printable, progress, quiet
 from .bases import Base, Cond
 from .scheduling import rank_masked
 from .phases import Placement, TextCache
@@ -155,7 +155,8 @@ def condition(self, captions: list[str]) -> Cond:
     "Cond of the captions: cached where the text encoders are frozen"
     if not any(n.startswith("text") for n in self.groups): return self.frozen_text(captions)
     unique = list(dict.fromkeys(captions))
-    return self.base.encode_prompts(unique)[[unique.index(c) for c in captions]]
+    with quiet(self.done > 0):                    # that a caption is too long is said once, not at every step
+        return self.base.encode_prompts(unique)[[unique.index(c) for c in captions]]
 
 @patch_to(Trainer)
 def _places(self, s, micro):
@@ -553,7 +554,7 @@ def fit(self,
 ) -> TrainingLog:
     "Train to the recipe's last step"
     if resume and not self.resume():
-        warnings.warn(f"resume: {self.dir/'checkpoints'} holds no checkpoint, so the run begins at step 0.", stacklevel=2)
+        warnings.warn(printable(f"resume: {self.dir/'checkpoints'} holds no checkpoint, so the run begins at step 0."), stacklevel=2)
     r, start, stop = self.recipe, time.perf_counter() - self.log.total_seconds, False
     with self.session(), stop_signals() as self.signal, progress(total=r.steps, initial=self.done, desc="training") as bar:
         if self.done == 0: self._look(0, bar=bar)

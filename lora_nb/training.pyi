@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import torch
-from .core import TrainingError, atomic_path, default_dtype, progress, patch_to
+from .core import TrainingError, atomic_path, default_dtype, patch_to, printable, progress, quiet
 from .bases import Base, Cond
 from .scheduling import rank_masked
 from .phases import Placement, TextCache

@@ -444,16 +444,18 @@ def note_weight(
     "Note which numbers a merged weight has now"
     if not (w := stored_weight(root)).is_meta: root.__dict__["_merge_stamp"] = w.dtype, bit_sum(w)
 
-def _overwritten(root, worn):
-    "Has other code given a merged module other numbers?"
+def _overwritten(root, worn, fused=False):
+    "Has other code given a merged module other numbers? `fused`: peft may have added an adapter and taken it off again"
     now, stamp = stored_weight(root), root.__dict__.get("_merge_stamp")
     if stamp is None or now.is_meta or stamp == (now.dtype, bit_sum(now)): return False
     halves = [d for d in (torch.float16, torch.bfloat16) if d != now.dtype and torch.equal(now.to(d).to(now.dtype), now)]
     rounded = halves if now.dtype == stamp[0] else [now.dtype, stamp[0]]       # it may have been there and back
-    if not rounded: return True
-    first = original_weight(root)
+    forgiven = fused or now.dtype == torch.float32
+    if not rounded and not forgiven: return True
+    first, eps = original_weight(root), torch.finfo(now.dtype).eps
     put, now, first = (t.to(torch.float32) for t in (summed_weight(first, worn), now, first))
-    return not bool(((now - put).abs() <= 2 * max(torch.finfo(d).eps for d in rounded) * (put.abs() + first.abs()) + 1e-7).all())
+    if forgiven and bool((now - put).abs().max() <= 4 * eps * (put.abs() + first.abs()).max()): return False
+    return not rounded or not bool(((now - put).abs() <= 2 * max(torch.finfo(d).eps for d in rounded) * (put.abs() + first.abs()) + 1e-7).all())
 
 # %% ../nbs/08_worn.ipynb #336e09ae
 _MARKS = "_kept_weight", "_tied_weight", "_merge_stamp", "_split_stamp"
@@ -539,9 +541,11 @@ def remerge(
     paths = dict.fromkeys(p for n in changed for m in (was, merged) if n in m for p in m[n][0])
     if paths: check_stores(model, "merging"); there = places(model)
     tied, of = _tied(model) if paths else (), lambda m, path: [(fs[path], s) for fs, s in m.values() if path in fs]
-    roots = {path: root_module(place.module) for path in paths if (place := there.get(path))}
+    found = {path: place for path in paths if (place := there.get(path))}
+    _check_fused({p: place.parent for p, place in found.items()}, was)
+    roots, theirs = {p: root_module(place.module) for p, place in found.items()}, {p for p, x in found.items() if _is_foreign(x.parent)}
     if (gone := [p for p in paths if p not in roots]) and not leaving: raise _was_overwritten(was, gone)
-    lost = gone if scheduled else gone + [p for p, root in roots.items() if of(was, p) and _overwritten(root, of(was, p))]
+    lost = gone if scheduled else gone + [p for p, root in roots.items() if of(was, p) and _overwritten(root, of(was, p), p in theirs)]
     if lost and not leaving: raise _was_overwritten(was, lost)
     undo.append(lambda: setattr(worn, "merged", was))
     for path, root in roots.items():
@@ -554,6 +558,15 @@ def remerge(
     worn.merged = merged
     if lost: warnings.warn(str(_was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
                             stacklevel=4)
+
+def _check_fused(
+    parents: dict[str, nn.Module],  # path -> the module around a layer
+    merged: Iterable[str],          # names of the LoRAs in the weights
+) -> None:
+    "Raise if diffusers has fused an adapter of its own into the same weights"
+    fused = {str(n): p for p, m in parents.items() if _is_foreign(m) for n in getattr(m, "merged_adapters", ())}
+    if fused: raise LoraError(f"diffusers has fused {' and '.join(fused)} into weights ({some([*fused.values()], 2)}) that {' and '.join(merged) or 'a LoRA'} "
+                              "is merged into. Nothing was changed: call pipe.unfuse_lora() first")
 
 def _was_overwritten(merged, lost, advice="remove_lora forgets what was merged; then put LoRAs on again"):
     "The error for weights that are not what we merged"

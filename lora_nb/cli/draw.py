@@ -6,10 +6,11 @@ Docs: https://lora-nb.github.io/lora_nb/cli_draw.html.md"""
 
 # %% auto #0
 __all__ = ['OVERWRITE_RUN', 'GENERATE', 'EVALUATE', 'picture_size', 'check_new', 'together', 'drawing', 'worn_as',
-           'write_pictures', 'replayed', 'drawn_now', 'lora_generate', 'evaluation_lines', 'lora_evaluate']
+           'write_pictures', 'read_prompts', 'marked', 'warn_of_cuts', 'noted', 'replayed', 'drawn_now',
+           'lora_generate', 'evaluation_lines', 'lora_evaluate']
 
 # %% ../../nbs/84_cli_draw.ipynb #38d4b401
-import argparse, contextlib, re, sys
+import argparse, contextlib, re, sys, warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lora_nb.bases import Base
     from lora_nb.lora import Lora
     from PIL import Image
+    from lora_nb.prompts import Prompt
     from lora_nb.schedule import LoraSchedule
     from lora_nb.studio.settings import Settings, Wear
 
@@ -47,7 +49,7 @@ def check_new(
 
 GENERATE = {
     "picture": [
-        Flag("prompt", str, None, "what to draw"),
+        Flag("prompt", str, None, "what to draw; (word:1.4) weighs words, <lora:NAME:0.8> wears a LoRA"),
         Flag("negative_prompt", str, None, "what not to draw"),
         Flag("from_png", str, None, "repeat a picture that this command or the studio wrote; other flags replace its settings",
              check=check_exists),
@@ -128,7 +130,41 @@ def write_pictures(
         paths.append(path)
     return paths
 
+# %% ../../nbs/84_cli_draw.ipynb #a8400002
+def read_prompts(
+    a: argparse.Namespace,  # flags of `lora_generate`
+) -> "tuple[Prompt, Prompt, list[str]]":  # (the prompt, the negative one, the LoRAs they name as `--lora` takes them)
+    "What the flags want drawn, with the weights of words."
+    from lora_nb.prompts import Prompt, parse_prompt
+    text, negative = parse_prompt(a.prompt or ""), parse_prompt(a.negative_prompt or "")
+    if negative.loras: raise UsageError(f"--negative_prompt names {negative.loras[0].name}: expected LoRAs in --prompt, or after --lora.")
+    for x in text.loras: check_lora(x.name)
+    return Prompt(text.pieces), negative, [f"{x.name}:{x.schedule}" for x in text.loras]
+
+def marked(text: str, read: "Prompt") -> bool:
+    "Whether a prompt uses the notation: then its file says so."
+    return read.weighted or read.text != text
+
+def warn_of_cuts(base: "Base", text: "Prompt"):
+    "Name the words that the text encoders do not read."
+    from lora_nb.prompts import cut_off
+    lost: dict[str, list[str]] = {}
+    for part, words in cut_off(base, text).items(): lost.setdefault(words, []).append(part)
+    for words, parts in lost.items(): warnings.warn(f"the prompt is too long: {', '.join(parts)} does not read {words!r}.", stacklevel=2)
+
 # %% ../../nbs/84_cli_draw.ipynb #8f450b36
+def noted(
+    s: "Settings",
+    a: argparse.Namespace,  # flags of `lora_generate`
+) -> "Settings":
+    "The settings with the prompts of the flags, in the notation if one of them needs it."
+    from lora_nb.prompts import Prompt
+    given = {k: v for k, v in dict(prompt=a.prompt, negative_prompt=a.negative_prompt).items() if v is not None}
+    if not s.notation and any(marked(v, p) for v, p in zip((a.prompt, a.negative_prompt), read_prompts(a)) if v):
+        plain = lambda text: str(Prompt(((text, 1.),))) if text else ""
+        s = replace(s, notation=True, prompt=plain(s.prompt), negative_prompt=plain(s.negative_prompt))
+    return replace(s, **given)
+
 def replayed(
     a: argparse.Namespace,  # flags of `lora_generate`, with `from_png`
     out: Path,
@@ -139,11 +175,11 @@ def replayed(
     from lora_nb.studio.easel import Easel, find_lora
     if a.lora or a.together or a.skip_layers: raise UsageError("--from_png brings its own LoRAs: leave out --lora, --together, --skip_layers.")
     s = read_settings(a.from_png)
-    own = dict(prompt=a.prompt, negative_prompt=a.negative_prompt, seed=a.seed, steps=a.num_inference_steps, size=a.size,
-               guidance_scale=a.guidance_scale, base=a.pretrained_model_name_or_path, t5=a.t5)
-    s = replace(s, **{k: v for k, v in own.items() if v is not None})
-    say(f"Base {s.base}, LoRAs {', '.join(x.source or x.name for x in s.loras if x.on) or 'none'}.", to=sys.stderr)
-    a.pretrained_model_name_or_path, a.t5 = s.base, s.t5
+    own = dict(seed=a.seed, steps=a.num_inference_steps, size=a.size, guidance_scale=a.guidance_scale,
+               base=a.pretrained_model_name_or_path, t5=a.t5, quantize=a.quantize)
+    s = replace(noted(s, a), **{k: v for k, v in own.items() if v is not None})
+    say(f"Base {s.base}, LoRAs {', '.join(x.source or x.name for x in s.wears()) or 'none'}.", to=sys.stderr)
+    a.pretrained_model_name_or_path, a.t5, a.quantize = s.base, s.t5, s.quantize or None
     easel = Easel(base_of(a))
     for x in s.loras: easel.loras[x.name] = find_lora(x.source or x.name, easel.base)[0]
     many = [replace(s, seed=s.seed + i) for i in range(a.num_images or 1)]
@@ -157,21 +193,27 @@ def drawn_now(
 ) -> "list[tuple[Image.Image, Settings]]":
     "Draw what the flags say, many pictures at once."
     from lora_nb.drawing import drawing_bar
+    from lora_nb.prompts import weighing
     from lora_nb.schedule import parse_schedule
     from lora_nb.scheduling import scheduled
     from lora_nb.studio.settings import Settings
-    a.pretrained_model_name_or_path, a.t5 = a.pretrained_model_name_or_path or "tiny-sd", a.t5 or "keep"
-    worn, mode, first = worn_as(a.lora, a.pretrained_model_name_or_path), a.together or "sum", a.seed or 0
+    a.pretrained_model_name_or_path, a.t5, negative = a.pretrained_model_name_or_path or "tiny-sd", a.t5 or "keep", a.negative_prompt or ""
+    text, no, tags = read_prompts(a)
+    worn, mode, first = worn_as(a.lora + tags, a.pretrained_model_name_or_path), a.together or "sum", a.seed or 0
     plan = together({f: parse_schedule(x.schedule) for f, x in worn.items()}, mode)
     base = base_of(writable(out) and a)
     how, seeds = drawing(a, base, plan), [first + i for i in range(a.num_images or 4)]
     full = {**base.sampling, "size": (base.resolution,) * 2, **{k: v for k, v in how.items() if v is not None}}
-    with drawing_bar(base, [len(seeds)], full["steps"]) as bar, scheduled(base, plan) if plan else contextlib.nullcontext():
-        images = base.generate(a.prompt, a.negative_prompt or "", seeds, **how, **bar)
-    s = Settings(a.prompt, a.negative_prompt or "", 0, full["steps"], float(full["guidance_scale"]), tuple(full["size"]),
-                 tuple(worn.values()), mode, base=a.pretrained_model_name_or_path, t5=a.t5, skip_layers=bool(a.skip_layers))
+    with scheduled(base, plan) if plan else contextlib.nullcontext(), weighing(base, [text, no]) as (words, less):
+        warn_of_cuts(base, text)
+        with drawing_bar(base, [len(seeds)], full["steps"]) as bar: images = base.generate(words, less, seeds, **how, **bar)
+    said = dict(prompt=a.prompt, negative_prompt=negative)
+    if marked(a.prompt, text) or marked(negative, no): said = dict(prompt=str(text), negative_prompt=str(no), notation=True)
+    s = Settings(**said, steps=full["steps"], guidance_scale=float(full["guidance_scale"]), size=tuple(full["size"]), loras=tuple(worn.values()),
+                 method=mode, base=a.pretrained_model_name_or_path, t5=a.t5, skip_layers=bool(a.skip_layers), quantize=a.quantize or "")
     return [(im, replace(s, seed=seed)) for seed, im in zip(seeds, images)]
 
+# %% ../../nbs/84_cli_draw.ipynb #a8400004
 @command(GENERATE, first="prompt negative_prompt num_images seed size output_dir lora from_png num_inference_steps guidance_scale "
          "pretrained_model_name_or_path", examples=[
     'lora_generate --prompt "a sks face on a blue background" --lora jack-o-lantern',

@@ -8,7 +8,8 @@ Docs: https://lora-nb.github.io/lora_nb/cli_files.html.md"""
 __all__ = ['PPIM_FLAGS', 'CAPTION_FLAGS', 'PICTURE_FLAGS', 'CHECK_FLAGS', 'PPIM', 'PPIM_USUAL', 'OVERWRITE', 'LORA_FORMATS',
            'CONVERT', 'ADD', 'WEIGHT', 'SIZE_FLAGS', 'RESIZE', 'DISTILL', 'MEMORY', 'ppim_settings', 'lora_ppim',
            'lora_info', 'pipe_of', 'as_flags', 'flag_words', 'check_lora_output', 'lora_convert', 'weighted',
-           'mix_files', 'check_sum', 'add_command', 'size_of', 'lora_resize', 'lora_distill', 'lora_memory']
+           'mix_files', 'check_sum', 'add_command', 'size_of', 'lora_resize', 'lora_distill', 'card_plans',
+           'plan_flags', 'lora_memory']
 
 # %% ../../nbs/85_cli_files.ipynb #7c1415dd
 import argparse, contextlib, re
@@ -130,6 +131,7 @@ CONVERT = {"conversion": [
          check=check_base),
     Flag("dialect", ("diffusers", "sgm"), None, "whose layer names a kohya file for SDXL should have"),
     Flag("bundle", None, False, "put learned words into the kohya file, as A1111 reads them"),
+    Flag("own_alphas", None, False, "keep each layer's alpha in the kohya file; diffusers misreads such files"),
     Flag("drop", None, False, "leave out what the format has no place for, instead of an error"),
     OVERWRITE, JSON]}
 
@@ -139,7 +141,8 @@ def pipe_of(source: str | None) -> Any:  # of `--base`
 
 def as_flags(text: str) -> str:
     "What the Python functions advise, in the words of a command line."
-    text = re.sub(r"pass (\w+)=True", r"pass --\1", text)
+    text = re.sub(r"pass (\w+)=True", r"pass --\1", text).replace("one_alpha=False", "--own_alphas")
+    text = text.replace("read it with left_out=[]", "convert it with lora_convert --drop").replace("left_out=[]", "lora_convert --drop")
     return re.sub(r"\b(format|base)=('[^']*')?", lambda m: f"--{m[1]}" + (f" {m[2][1:-1]}" if m[2] else ""), text)
 
 @contextlib.contextmanager
@@ -170,8 +173,9 @@ def check_lora_output(
                             "lora_convert civitai.safetensors dog-diffusers.safetensors --format peft"])
 def lora_convert(a):
     "Write a LoRA file in another format, and report what it cannot hold."
-    options = {k: v for k, v in dict(dialect=a.dialect, bundle=a.bundle).items() if v}
-    if options and a.format != "kohya": raise UsageError(f"--{next(iter(options))} is for --format kohya.")
+    asked = {k: v for k, v in dict(dialect=a.dialect, bundle=a.bundle, own_alphas=a.own_alphas).items() if v}
+    if asked and a.format != "kohya": raise UsageError(f"--{next(iter(asked))} is for --format kohya.")
+    options = {k: v for k, v in asked.items() if k != "own_alphas"} | ({"one_alpha": False} if a.own_alphas else {})
     check_lora_output(a.target, a.format, a.overwrite, [a.source])
     from lora_nb.conversion import convert_lora
     from lora_nb.core import human
@@ -336,7 +340,7 @@ def lora_distill(a):
 
 # %% ../../nbs/85_cli_files.ipynb #8ae4fc94
 MEMORY = {"task": [
-    Flag("base", default=REQUIRED, help="sd1.5, sdxl, sd3.5-medium, sd3.5-large, an embedded base, or a folder", place="BASE",
+    Flag("base", default=REQUIRED, help="sd1.5, sdxl, sd3.5-medium, flux.1-dev, z-image ..., an embedded base, or a folder", place="BASE",
          check=check_base),
     Flag("task", ("train", "generate"), "train", "what is to be done"),
     Flag("rank", int, None, "rank of the LoRA", least=1, most=16384, usual=16),
@@ -344,9 +348,38 @@ MEMORY = {"task": [
     Flag("batch_size", int, 1, "pictures at once", least=1, most=4096),
     Flag("resolution", int, None, "pixels; without it, the base's", least=8, most=16384),
     Flag("gradient_checkpointing", None, False, "recompute activations instead of keeping them"),
-    *(f for f in BASE_FLAGS if f.name in ("t5", "offload")), JSON]}
+    Flag("fit", float, None, "sizes of cards in GiB: the settings with which a training fits each of them", many="list", least=1, most=4096),
+    *(f for f in BASE_FLAGS if f.name in ("t5", "quantize", "offload")), JSON]}
 
-@command(MEMORY, examples=["lora_memory sdxl --gradient_checkpointing", "lora_memory sd3.5-medium --task generate"])
+# %% ../../nbs/85_cli_files.ipynb #a8500003
+def card_plans(
+    a: argparse.Namespace,  # flags of `lora_memory`, with `fit`
+):
+    "Print the settings that fit each card, as flags of a training."
+    from lora_nb.core import LoraError
+    from lora_nb.plan import plan_that_fits
+    odd = [n for n in ("gradient_checkpointing", "quantize", "offload") if getattr(a, n)]
+    if a.task == "generate" or odd: raise UsageError(f"--fit chooses the settings of a training: leave out --{(odd or ['task'])[0]}.")
+    plans: dict[float, Any] = {}
+    for card in a.fit:
+        try: plans[card] = plan_that_fits(a.base, card, a.batch_size, rank=a.rank or 16, targets=a.targets or "attention",
+                                          resolution=a.resolution, t5=dict(keep=True, drop=False).get(a.t5, "8bit"))
+        except LoraError as e: plans[card] = str(e)
+    fits = lambda p: not isinstance(p, str)
+    rows = [[f"{c:g} GiB", f"{p.memory.total / 2**30:.1f}" if fits(p) else "", " ".join(plan_flags(p)) if fits(p) else p] for c, p in plans.items()]
+    report(a, "\n".join([text_table(["card", "GiB", "flags of a training"], rows), "", "Computed from shapes, not measured on a card."]),
+           base=a.base, cards=[dict(card=c, **(dict(settings=p.settings, bytes=p.memory.total, flags=plan_flags(p)) if fits(p) else dict(error=p)))
+                               for c, p in plans.items()])
+
+def plan_flags(plan: Any) -> list[str]:
+    "The settings of a plan as flags of a training."
+    names = dict(batch_size="train_batch_size", accumulate="gradient_accumulation_steps")
+    said = {k: v for k, v in plan.settings.items() if v and k != "prior_batch" and (k, v) != ("accumulate", 1)}
+    return [f"--{names.get(k, k)}" + ("" if v is True else f" {v}") for k, v in said.items()]
+
+# %% ../../nbs/85_cli_files.ipynb #a8500004
+@command(MEMORY, examples=["lora_memory sdxl --gradient_checkpointing", "lora_memory sd3.5-medium --task generate",
+                           "lora_memory flux.1-dev --fit 12 24"])
 def lora_memory(a):
     "Say what a training or a drawing will need of a card's memory, before anything is downloaded."
     if a.task == "generate":
@@ -354,9 +387,11 @@ def lora_memory(a):
         if odd: raise UsageError(f"--{odd[0]} has no effect on --task generate: leave it out.")
     from lora_nb.memory import estimate_memory
     quiet_libraries()
+    if a.fit: return card_plans(a)
     t5: Any = dict(keep=True, drop=False).get(a.t5, "8bit")
     need = estimate_memory(a.base, a.task, a.rank or 16, a.targets or "attention", a.batch_size, a.resolution,
-                           gradient_checkpointing=a.gradient_checkpointing, t5=t5, offload=a.offload or False)
+                           gradient_checkpointing=a.gradient_checkpointing, t5=t5, offload=a.offload or False,
+                           quantize=a.quantize)
     parts = list(dict.fromkeys(n for rows in need.phases.values() for n in rows))
     gib = lambda x: f"{x / 2**30:.2f}" if x else ""
     rows = [[n, *(gib(r.get(n)) for r in need.phases.values())] for n in parts] + [["sum", *map(gib, need.sums.values())]]

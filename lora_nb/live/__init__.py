@@ -9,8 +9,7 @@ __all__ = ['WEIGHTS', 'STEP_INPUTS', 'MOST_STEPS', 'PAGE', 'RUNTIME', 'PROCESSOR
            'pack_weights', 'learning_offset', 'squeeze', 'unsqueeze', 'Branched', 'factor_shapes', 'factors_for',
            'to_onnx', 'share_weights', 'denoiser_graph', 'text_graph', 'Autoencoder', 'decoder_graph', 'encoder_graph',
            'Describes', 'describer_graph', 'run_graph', 'factor_layout', 'training_step', 'traceable', 'training_graph',
-           'Written', 'example_step', 'manifest', 'fetch_runtime', 'export_live', 'serve_live', 'show_live',
-           'live_parser', 'lora_live']
+           'Written', 'example_step', 'manifest', 'fetch_runtime', 'export_live', 'serve_live', 'show_live']
 
 # %% ../../nbs/81_live.ipynb #81401aa1
 import contextlib, functools, gzip, hashlib, http.server, json, logging, re, shutil, subprocess, sys, tarfile, tempfile, threading, types
@@ -22,7 +21,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 
 # %% ../../nbs/81_live.ipynb #5348afe1
-from ..core import LoraError, atomic_path, check_number, data_path, human, progress, some
+from ..core import LoraError, atomic_path, check_number, progress, some
 from ..bases import Base
 from ..loading import load_base
 from ..pictures import find_pictures
@@ -552,41 +551,3 @@ def show_live(
         return output.serve_kernel_port_as_iframe(port, height=str(height))
     from IPython.display import IFrame
     return IFrame(f"http://127.0.0.1:{port}/index.html", "100%", height)
-
-# %% ../../nbs/81_live.ipynb #0deb3c02
-def live_parser():
-    "The arguments of `lora_live`."
-    import argparse
-    p = argparse.ArgumentParser("lora_live", description="The page that draws in a browser.")
-    sub = p.add_subparsers(dest="command", required=True, metavar="export|serve")
-    e = sub.add_parser("export", help="write the page's files", description="Write the page's files.")
-    e.add_argument("--pretrained_model_name_or_path", default="tiny-sd", metavar="BASE", help="a base of Stable Diffusion 1.x's family")
-    e.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA in PEFT's names; default: the bundled ones")
-    e.add_argument("--no_training", action="store_true", help="leave out the graphs that learn")
-    e.add_argument("--output_dir", default="out/live", help="folder (default: %(default)s)")
-    s = sub.add_parser("serve", help="serve it on this machine", description="Serve the page on this machine.")
-    s.add_argument("--folder", default="out/live", help="default: %(default)s"); s.add_argument("--port", type=int, default=8000)
-    return p
-
-# %% ../../nbs/81_live.ipynb #1e221ca0
-def lora_live(argv=None):
-    "Export or serve the page that draws in a browser."
-    a = live_parser().parse_args(argv)
-    try:
-        if a.command == "serve": return _serve_forever(a.folder, a.port)
-        base = load_base(a.pretrained_model_name_or_path, device="cpu", dtype=torch.float32)
-        own = {p.stem: p for p in map(Path, a.lora)}
-        if not own: own = {p.stem: p for p in sorted(data_path("loras").glob("*.safetensors")) if Lora.load(p).metadata.get("base") == base.name}
-        from lora_nb.zoo.world import find_material, material
-        subjects = {n: (p, find_material(n)[2]) for n, p in material("subjects").items()}
-        out = export_live(base, a.output_dir, own, subjects, training=() if a.no_training else (4, 6))
-    except LoraError as e: raise SystemExit(f"lora_live: {e}") from None
-    total = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    print(f"{out}: {human(total)}. Look at it: lora_live serve --folder {out}")
-
-def _serve_forever(folder, port):
-    "Serve until Ctrl-C."
-    server = serve_live(folder, port)
-    print(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt): threading.Event().wait()
-    server.shutdown()

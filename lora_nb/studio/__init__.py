@@ -40,7 +40,7 @@ from .samplers import ENLARGE, FLOW_SAMPLERS, SAMPLERS, enlarged, sampler, sampl
 from .bridge import Bridge, canvas_html, drop_html, page_script, painted, received
 from .history import History, days_of, keep_picture, picture_button, pictures_on
 from .ways import Redraw, Ways, input_file
-from .page import IDLE, check_base, lora_studio, page_server, port_number, studio_notebook, studio_parser
+from .page import IDLE, check_source, page_server, serve_studio, studio_notebook
 from .training import find_concept, Lesson, card_html, pictures_html, Training
 
 # %% ../../nbs/79_studio.ipynb #8aadde09
@@ -243,8 +243,8 @@ def show(self,
     fields = zip((self.seed, self.steps, self.guidance, self.width, self.height), (s.seed, s.steps, s.guidance_scale, *s.size))
     if odd := [f"{v} (here {w.min} to {w.max})" for w, v in fields if not w.min <= v <= w.max]:
         raise DataError(f"the panel cannot show {', '.join(odd)}: these settings draw their picture in Python, or on another base.")
-    if s.skip_layers or s.t5 != "keep":
-        raise DataError("the panel has neither skip-layer guidance nor another T5: lora_generate --from_png draws this picture again.")
+    if s.skip_layers or s.t5 != "keep" or s.quantize:
+        raise DataError("the panel has neither skip-layer guidance nor another T5, and packs no base: lora_generate --from_png draws this picture again.")
     if s.method not in MIXES.values(): raise DataError(f"no way {s.method!r} to combine LoRAs.{closest(s.method, MIXES.values())}")
     if s.image or s.mask: self.redraw.check(s)
     for x in s.loras:
@@ -606,7 +606,7 @@ def _named(self):
 def use(self,
         base: str | Path):  # whatever `load_base` takes
     "Draw with another base from now on."
-    check_base(base)
+    check_source(base)
     self.say(f"Loading {base} ...")
     new, old = load_base(base), [(n, x.source or x.lora, x.wear) for n, x in self.strips.items()]
     self.base, self.source, self.easel, lost = new, str(base), Easel(new), []

@@ -23,7 +23,7 @@ from .samplers import ENLARGE, FLOW_SAMPLERS, SAMPLERS, enlarged, sampler, sampl
 from .bridge import Bridge, canvas_html, drop_html, page_script, painted, received
 from .history import History, days_of, keep_picture, picture_button, pictures_on
 from .ways import Redraw, Ways, input_file
-from .page import IDLE, check_base, lora_studio, page_server, port_number, studio_notebook, studio_parser
+from .page import IDLE, check_source, page_server, serve_studio, studio_notebook
 from .training import find_concept, Lesson, card_html, pictures_html, Training
 
 __all__ = ['COMPARISONS', 'Entry', 'page_png', 'picture_html', 'data_link', 'StudioWidgets', 'Studio', 'setting_fields', 'draw_page', 'studio_panel', 'large', 'opening']

@@ -32,7 +32,7 @@ def _load_code(x, base):
 def _base_code(s):
     "The line that loads the base."
     t5 = "" if s.t5 == "keep" else ", t5=" + ("'8bit'" if s.t5 == "8bit" else "False")
-    return f"base = load_base({s.base!r}{t5})"
+    return f"base = load_base({s.base!r}{t5}{f', quantize={s.quantize!r}' if s.quantize else ''})"
 
 def _worn(s, vary=""):
     "What is worn, and the LoRA that a grid over scale varies."

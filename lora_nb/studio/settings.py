@@ -18,7 +18,7 @@ from ..core import DataError, LoraError, patch_to
 from ..prompts import parse_prompt
 from ..schedule import LoraSchedule, parse_schedule
 from ..show import PALETTE
-from .grid import AXES, MOST, Axis
+from .grid import AXES, MOST_VALUES, Axis
 
 # %% ../../nbs/68_studio_settings.ipynb #941598ed
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Settings:
     strength: float = .6               # how far from that picture: near 0 keeps it, 1 forgets it
     enlarge: Literal["", "lanczos", "latent"] = ""   # to twice the size: the pixels, or the latents, which are drawn over
     axes: tuple[Axis, ...] = ()        # of a grid: from left to right, and from top to bottom
+    quantize: str = ""                 # how `lora_generate` packed the base: a key of `PACKINGS`; the studio packs nothing
 
 # %% ../../nbs/68_studio_settings.ipynb #2e702926
 @patch_to(Settings)
@@ -77,7 +78,7 @@ def _axis_from(what, values, of=""):
     "An axis of JSON, checked."
     kinds = dict(strength=float, guidance=float, steps=int, seed=int)
     values = tuple(float(v) if kinds.get(what) is float and type(v) is int else v for v in values)
-    if len(values) > MOST or not values or what not in AXES: raise ValueError(f"an axis of {what!r} with {len(values)} values")
+    if len(values) > MOST_VALUES or not values or what not in AXES: raise ValueError(f"an axis of {what!r} with {len(values)} values")
     if odd := [v for v in values if type(v) is not kinds.get(what, str) or v != v or v in (math.inf, -math.inf)]:
         raise ValueError(f"{what} is {odd[0]!r}")
     if what == "steps" and min(values) < 1: raise ValueError(f"{min(values)} steps")
