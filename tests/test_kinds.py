@@ -8,6 +8,8 @@ import torch
 from helpers_ground import fingerprint
 from safetensors.torch import load_file, save_file
 
+from lora_nb import mixing  # noqa: F401 - enters its methods
+from lora_nb.composition import compose
 from lora_nb.conversion import convert_lora, lora_file_info
 from lora_nb.core import FormatError, LoraError, ShapeError
 from lora_nb.extraction import resize
@@ -147,6 +149,41 @@ def test_two_changes_of_one_norm_add_up(sd, written):
     remove_lora(sd)
     assert fingerprint(sd.unet) == whole
     close((lora + lora.scaled(.5)).layers["unet.conv_norm_out"].delta(), 1.5 * d)
+
+
+def test_norms_and_biases_where_they_cannot_be(sd, written, tmp_path):
+    "Methods that compose matrices, schedules and ComfyUI's names refuse them by name; nothing is changed"
+    lora, whole = written(kohya_files(sd.unet)["whole difference"][0]), fingerprint(sd.unet)
+    pair = Lora({f"unet.{Q}": Factors(rand(16, 2), rand(2, 16))})
+    for method in ("svd", "ties", "dare"): refused("norms and biases are no matrices", compose, [lora, pair], [1, 1], method)
+    close(compose([lora, pair], [2, 1]).layers[f"unet.{NORM}"].delta(), 2 * lora.layers[f"unet.{NORM}"].delta())
+    refused("norms and biases are not scheduled", scheduled(sd, {lora: 1.}).__enter__)
+    assert fingerprint(sd.unet) == whole
+    for kind in ("whole difference", "IA3"):
+        refused("norms and IA3", save_lora, written(kohya_files(sd.unet)[kind][0]), tmp_path/"c.safetensors", "comfy")
+        assert not (tmp_path/"c.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", [Q, CONV, "down_blocks.0.resnets.0.conv1", NORM])
+def test_against_lycoris_itself(path, sd, written):
+    "Its own modules, filled with random numbers: the file that they make changes the weight as they do"
+    pytest.importorskip("lycoris")
+    from lycoris.modules.diag_oft import DiagOFTModule
+    from lycoris.modules.glora import GLoRAModule
+    from lycoris.modules.ia3 import IA3Module
+    from lycoris.modules.norms import NormModule
+    layer = sd.unet.get_submodule(path)
+    ways = [(NormModule, {})] if path == NORM else [
+        (GLoRAModule, dict(lora_dim=2, alpha=3.)), (IA3Module, dict(train_on_input=True)), (IA3Module, dict(train_on_input=False)),
+        (DiagOFTModule, dict(lora_dim=4, constraint=.01, rescaled=True))]
+    for make, how in ways:
+        theirs = make("x", layer, **how)
+        for p in theirs.parameters(): p.data = p.data + .3 * torch.randn_like(p)
+        weight, bias = theirs.get_merged_weight(shape=tuple(layer.weight.shape))
+        name = apply_lora(sd, written({f"lora_unet_{path.replace('.', '_')}.{k}": t.detach() for k, t in theirs.state_dict().items()}))
+        close(layer.weight, weight.view_as(layer.weight), 2e-5)
+        if bias is not None: close(layer.bias, bias)
+        remove_lora(sd, name)
 
 
 # ---- the size of a LoKr
