@@ -620,7 +620,7 @@ def test_dataset_files_are_for_dreambooth(no_base, tmp_path):
 
 def test_what_was_learned_outlives_a_full_disk(tmp_path, monkeypatch):
     import tempfile
-    from lora_nb.cli.train import kept
+    from lora_nb.run import kept
     from lora_nb.core import LoraError
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     lora = Lora.load(NEON)
