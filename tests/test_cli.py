@@ -668,7 +668,7 @@ def test_dataset_files_are_for_dreambooth(no_base, tmp_path):
 
 def test_what_was_learned_outlives_a_full_disk(tmp_path, monkeypatch):
     import tempfile
-    from lora_nb.cli.train import kept
+    from lora_nb.run import kept
     from lora_nb.core import LoraError
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     lora = Lora.load(NEON)
@@ -679,3 +679,19 @@ def test_what_was_learned_outlives_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(Lora, "save", lambda *a, **kw: full())
     with pytest.raises(LoraError, match="left on device.$"): kept(full, lora)
     assert kept(lambda: [path], lora) == [path]
+
+
+def test_a_preview_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    "A full disk in the middle of a run"
+    import tempfile
+    import lora_nb.training
+    from lora_nb.core import LoraError
+    rest, write = tmp_path / "elsewhere", lora_nb.training.write_previews
+    rest.mkdir(); monkeypatch.setattr(tempfile, "tempdir", str(rest))
+    def full(folder, step, images):
+        if step: raise LoraError("cannot write a preview: No space left on device.")
+        return write(folder, step, images)
+    monkeypatch.setattr(lora_nb.training, "write_previews", full)
+    said = refused(lora_dreambooth, *SUBJECT, "--output_dir", tmp_path / "out", "--preview_prompt", "a toy", "--lora_rank", 2)
+    (path,) = rest.glob("*/lora.safetensors")
+    assert "No space left" in said and str(path) in said and any(f.up.any() for f in Lora.load(path).layers.values())

@@ -181,7 +181,8 @@ def test_a_text_encoder_that_is_nowhere(single, tmp_path):
     fails("text encoders", file, config=str(tmp_path/"folder"))
 
 
-@pytest.mark.parametrize("name, said", [("cuda:99", "this machine has cpu"), ("gpu", "expected a name such as cpu"), ("", "expected a name"), (3.5, "expected a name")])
+@pytest.mark.parametrize("name, said", [
+    ("cuda:99", "this machine has cpu"), ("gpu", "expected a name such as cpu"), ("", "expected a name"), (3.5, "expected a name")])
 def test_a_device_that_is_not_there(name, said, tmp_path):
     "Said before anything is loaded"
     with pytest.raises(LoraError, match=said): load_base(tmp_path / "nothing", device=name)

@@ -6,14 +6,15 @@ import torch
 from PIL import Image
 
 from lora_nb.core import TrainingError
-from lora_nb.dataset import ConceptDataset, encode
+from lora_nb.dataset import ConceptDataset, TagWording, encode
 from lora_nb.dreambooth import DreamBooth, train_dreambooth
 from lora_nb.families import as_base
 from lora_nb.injection import apply_lora, inject_lora, remove_lora
 from lora_nb.lora import Lora
 from lora_nb.pti import train_pti
 from lora_nb.random_pipes import random_pipe
-from lora_nb.states import base_identity, digest, newest_state, read_previews, read_state, write_state
+from lora_nb.dataset_config import Rule, Said
+from lora_nb.states import base_identity, digest, examples_identity, newest_state, read_previews, read_state, write_state
 from lora_nb.textual_inversion import train_textual_inversion
 
 RED, BLUE = ([Image.new("RGB", (64, 64), c)] for c in ("red", "blue"))
@@ -73,6 +74,7 @@ def test_nothing_to_resume_is_said(base, tmp_path):
     (dict(instance_data=BLUE), "pictures of the subject"), (dict(instance_prompt="a zwx wall"), "captions of the subject"),
     (dict(instance_prompt="a zwx wall"), "trigger: sks wall there, zwx wall here"),
     (dict(class_prompt="a wall", prior="prediction"), "prior: None"),
+    (dict(tags=TagWording(dropout=.1)), "wording of the subject: as they are there, TagWording"),
     (dict(instance_data=RED * 2), "pictures of the subject"), (dict(learning_rate=1e-4), "learning_rate: 0.001 there")))
 def test_another_run_is_not_resumed(base, change, named, tmp_path):
     made = dict(instance_data=RED, instance_prompt="a sks wall", prior=None, output_dir=tmp_path, **QUICK)
@@ -180,3 +182,17 @@ def test_warnings_spell_out_control_characters(state, base, tmp_path):
         train_dreambooth(base, RED, "a sks wall", output_dir=folder / "run", resume=True, **QUICK)
     said = [str(w.message) for ws in (told, more, last, none) for w in ws if "red" in str(w.message)]
     assert len(said) >= 4 and not [s for s in said if "\x1b" in s] and all("\\x1b[31mred" in s for s in said)
+
+
+def test_wordings_tell_runs_apart(base):
+    "One rule for all captions, a function, or rules of their own from a dataset file"
+    def examples(captions, tags=None):
+        data = ConceptDataset(RED, "a toy", tags=tags); data.captions = captions
+        return examples_identity(encode(base, data))["wording"]
+    said = lambda p: [Said("a toy, red", Rule(TagWording(), p))]
+    found = [examples(["a toy"]), examples(["a toy"], TagWording()), examples(["a toy"], TagWording(keep=2)), examples(["a toy"], drop),
+             examples(said(0.)), examples(said(.5))]
+    assert len(set(found)) == len(found) and examples(said(.5)) == found[-1] and examples(["a toy"], TagWording()) == found[1]
+
+
+def drop(caption, rng): return ""
