@@ -178,6 +178,18 @@ def test_gradients_beside_fp8_cast_layer_by_layer():
     assert base.denoiser.get_submodule(NAME).root.weight.dtype == torch.float8_e4m3fn
 
 
+def test_a_unet_in_fp8_learns():
+    "Its convolutions stay as they are: gradients flow back through all of it, to the first branch."
+    base = as_base(random_pipe("sd"))
+    quantize_network(base.denoiser, "fp8", torch.float32)
+    worn = inject_lora(base.pipe, "extended", rank=2)
+    for p in worn.params(): p.data.normal_(std=.1)
+    z, t = torch.randn(1, base.pipe.unet.config.in_channels, 8, 8), torch.tensor([500])
+    base.predict(z, t, base.encode_prompts(["a"])).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in worn.params())
+    assert any(m.weight.dtype == torch.float8_e4m3fn for m in base.denoiser.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_what_cannot_be(folder):
     cpu = torch.device("cpu")
     with pytest.raises(LoraError, match="Did you mean 'nf4'"): load_base(folder, device="cpu", quantize="nf44")

@@ -37,9 +37,10 @@ html_theme = "furo"
 html_title = html_short_title = project
 html_baseurl = SITE["site-url"] + "/"
 html_favicon = str(NBS / SITE["favicon"])
-html_static_path = ["style.css", "figures.js", str(NBS / SITE["image"])]
+html_static_path = ["style.css", "figures.js", "copy.js", str(NBS / SITE["image"])]
 html_css_files = ["style.css"]
-html_js_files = [("figures.js", {"type": "module"})]
+html_js_files = [("figures.js", {"type": "module"}), ("copy.js", {"type": "module"})]
+html_search_scorer = str(ROOT / "tools/site/scorer.js")
 html_extra_path = [str(p) for p in [NBS / "llms.txt"] if p.exists()]
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 pygments_style, pygments_dark_style = "default", "github-dark"
