@@ -1,9 +1,8 @@
 "The programs for large machines, on tiny pipelines"
-import importlib.util, sys
+import importlib.util, json, sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lora_nb.families import as_base
 from lora_nb.injection import extract_lora, inject_lora
@@ -41,3 +40,14 @@ def test_a_layer_that_diffusers_does_not_place_is_noticed(tmp_path):
     few.save(tmp_path / "few.safetensors")
     assert t.worn_by_diffusers(base.pipe, tmp_path / "few.safetensors", few) == len(few.layers)
     with pytest.raises(AssertionError, match="placed"): t.worn_by_diffusers(base.pipe, tmp_path / "few.safetensors", lora)
+
+
+def test_the_benchmark_of_whole_pipelines_runs_on_tiny_ones(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    assert tool("bench_gpu").main(["--tiny", "--models", "medium", "--batches", "1", "--rounds", "1", "--pipelines", "sd1.5",
+                                   "--output", str(tmp_path)]) == 0
+    rows = [r for r in json.loads((tmp_path / "03_gpu.json").read_text())["rows"] if "pipeline" in r]
+    assert not [r for r in rows if "error" in r], rows
+    done = {r["work"] for r in rows}
+    assert {"encode a picture", "encode a caption", "draw, 20 steps", "step", "step, compiled", "step, checkpointing"} <= done
+    assert any("fp8" in w for w in done) and "| sd1.5 | step, compiled |" in (tmp_path / "03_gpu.md").read_text()

@@ -8,6 +8,7 @@ Weights are random, so a picture means nothing; shapes, names, memory and files 
 tiny ones of `random_pipe`: their ids lie inside the real vocabularies, which are not part of this project.
 """
 import argparse, gc, os, resource, sys, tempfile, time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("LORA_NB_QUIET", "1")
@@ -60,7 +61,7 @@ def check(name, args):
         return found
     with tempfile.TemporaryDirectory(dir=args.scratch) as d:
         pipe = timed("make", lambda: pipeline(name, dtype, args.tiny))
-        with quiet(): timed("save", lambda: pipe.save_pretrained(f"{d}/base"))
+        with quiet(): timed("save", partial(pipe.save_pretrained, f"{d}/base"))
         del pipe; gc.collect()
         base = timed("load", lambda: load_base(f"{d}/base", dtype=dtype))
         size = args.resolution or base.resolution
