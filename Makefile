@@ -9,6 +9,7 @@
 # make results                  the runs behind nbs/results.ipynb: every method, every concept, three seeds (hours; resumes)
 # make bench / bench-gpu        the measured comparisons / the same for transformers of SD3.5's shapes, where there is a GPU
 # make gpu-check                a training step of SD3.5's shapes on this machine's GPU beside diffusers + peft, memory beside its estimate (10 minutes)
+# make true-size                every base at its true size with random weights: train, save, plain diffusers reads it; and the simulated steps (hours)
 # make turbo                    distil the few-step LoRAs again and measure them (half an hour)
 # make test-versions            the core with other versions, e.g. VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt (CONSTRAINTS= : newest)
 # make release-check            whether this tree can be released: version, changelog, tag, wheel, badges, lessons (TAG=v0.2.0)
@@ -26,7 +27,7 @@ COLAB ?= $(CURDIR)/.venv-colab
 # what depends on the versions of torch, diffusers, transformers and peft: layers, files, families, one training of each kind
 CORE := nbs/0 nbs/1 nbs/2 nbs/3 62_dreambooth 63_textual_inversion 64_pti 65_sd3 50_scheduling tests/test_ editable
 
-.PHONY: demo test test-versions test-browser test-colab release-check bench bench-gpu gpu-check results turbo quality base base3 live docs readme picture export clean
+.PHONY: demo test test-versions test-browser test-colab release-check bench bench-gpu gpu-check true-size results turbo quality base base3 live docs readme picture export clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m lora_nb.cli demo $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(BASE),--pretrained_model_name_or_path "$(BASE)")
@@ -55,6 +56,10 @@ bench-gpu: $(VENV)/.dev
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python tools/bench_gpu.py --check
+
+true-size: $(VENV)/.dev
+	$(BIN)/python tools/true_size.py $(if $(BASES),--bases $(BASES))
+	LORA_NB_TRUE_SIZE=1 $(QUIET) $(BIN)/python -m pytest -q tests/test_memory.py
 
 results: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py

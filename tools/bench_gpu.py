@@ -1,4 +1,4 @@
-"""A LoRA training step of SD3.5 Large and Medium on this machine's GPU, beside diffusers + peft (`make bench-gpu`).
+"""A LoRA training step of SD3.5 Large and Medium on this machine's GPU, beside diffusers + peft, and whole pipelines (`make bench-gpu`).
 
     python tools/bench_gpu.py            the true shapes, random weights in bf16; writes nbs/benchmarks/03_gpu.json, .md
     python tools/bench_gpu.py --tiny     the same program on small shapes, on any device: its test
@@ -29,6 +29,7 @@ TINY = dict(num_layers=3, num_attention_heads=2, attention_head_dim=16, caption_
             joint_attention_dim=64, pooled_projection_dim=64, pos_embed_max_size=24)
 TEXT = 77 + 256                                                   # tokens of the CLIPs and of T5
 RANK = 16
+PIPELINES = ("sd1.5", "sdxl", "sd3.5-medium", "sd3.5-large", "flux.1-dev", "z-image")    # those of true_size.py
 
 
 def shape_of(name, tiny):
@@ -204,9 +205,93 @@ def numbers(runs, batch, tokens, work, rate):
                 tokens_per_second=batch * tokens / seconds, tflops=done / 1e12, share_of_matmul=done / rate)
 
 
+# ------------------------------------------------------------------------------------------ a whole pipeline
+def whole(name, tiny):
+    "The denoiser and all around it, at a base's true size, random weights"
+    from true_size import pipeline                                # beside this file
+    from lora_nb.families import as_base
+    return as_base(pipeline(name, torch.float32 if tiny else torch.bfloat16, tiny), name)
+
+
+def trainer_step(base, checkpointing):
+    "(one step of `Trainer` on one picture's latents, how to undo it)"
+    from lora_nb.dataset import ConceptDataset, encode
+    from lora_nb.injection import inject_lora
+    from lora_nb.recipe import Recipe
+    from lora_nb.training import Stream, Trainer
+    from PIL import Image
+    size = base.resolution
+    examples = encode(base, ConceptDataset([Image.new("RGB", (size, size), "red")], "a sks toy", size=size), 1)
+    worn = inject_lora(base.denoiser, "attention", rank=RANK)
+    recipe = Recipe(steps=1000, rank=RANK, guard=False, gradient_checkpointing=checkpointing)
+    session = (trainer := Trainer(base, worn, [Stream("subject", examples, 1)], recipe)).session(); session.__enter__()
+    return trainer.step, lambda: (session.__exit__(None, None, None), worn.remove())
+
+
+def steps_of(base, checkpointing):
+    "A piece of work: training steps, set up when it is first called"
+    kept = []
+    def work():
+        if not kept: kept.extend(trainer_step(base, checkpointing))
+        return kept[0]()
+    return work, lambda: kept and kept[1]()
+
+
+def works(name, args, device):
+    "(what, work, how to undo it): each kind of work of one pipeline, one after the other"
+    from lora_nb.loading import compile_denoiser
+    from lora_nb.quantize import quantize_parts
+    base = whole(name, args.tiny); base.pipe.to(device)
+    size, nothing = base.resolution, lambda: None
+    pixels = torch.zeros(1, 3, size, size, device=device)
+    draw = lambda: base.generate("a sks toy", seeds=[0], size=size, steps=2 if args.tiny else 20)
+    yield "encode a picture", lambda: base.encode_images(pixels), nothing
+    yield "encode a caption", lambda: base.encode_prompts(["a sks toy"]), nothing
+    yield "draw, 20 steps", draw, nothing
+    yield "step, checkpointing", *steps_of(base, True)
+    yield "step", *steps_of(base, False)
+    compile_denoiser(base, **(dict(backend="eager") if args.tiny else {}))
+    yield "step, compiled", *steps_of(base, False)
+    if device.type == "cuda":
+        base = None; base = whole(name, args.tiny); base.pipe.enable_model_cpu_offload(device=device)
+        yield "draw, 20 steps, offload", lambda: base.generate("a sks toy", seeds=[0], size=size, steps=20), nothing
+    base = None; base = whole(name, args.tiny)
+    quantize_parts(base.pipe, {base.denoiser_name: (kind := "fp8" if args.tiny else "nf4")}, base.dtype, {})
+    base.pipe.to(device)
+    yield f"step, {kind}, checkpointing", *steps_of(base, True)
+
+
+def pipeline_rows(name, args, device):
+    "Seconds and peak of each kind of work; a kind that fails says so and the others go on"
+    for what, work, undo in works(name, args, device):
+        row = dict(pipeline=name, work=what)
+        if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+        try:
+            work()                                                # warms up; compiles
+            times = []
+            for _ in range(args.steps): start = now(device); work(); times.append(now(device) - start)
+            row |= dict(seconds=median(times), peak_gb=torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None)
+        except torch.OutOfMemoryError: row |= dict(error="out of memory")
+        except Exception as e: row |= dict(error=f"{type(e).__name__}: {str(e)[:120]}")
+        finally: undo()
+        work = undo = None; gc.collect()                          # the next kind may load the pipeline again
+        if device.type == "cuda": torch.cuda.empty_cache()
+        yield row
+
+
+def pipeline_report(rows):
+    "The table of whole pipelines in markdown"
+    lines = ["| pipeline | work | s | peak, GB |", "|---|---|---|---|"]
+    for r in rows:
+        peak = "" if r.get("peak_gb") is None else f"{r['peak_gb']:.1f}"
+        lines.append(f"| {r['pipeline']} | {r['work']} | {r.get('error') or format(r['seconds'], '.3f')} | {peak} |")
+    return "Whole pipelines, one picture at the base's own size, lora_nb only.\n\n" + "\n".join(lines) + "\n"
+
+
 # ------------------------------------------------------------------------------------------ the report
 def report(rows, about):
-    "The table in markdown, with the device's name"
+    "The tables in markdown, with the device's name"
+    rows, around = [r for r in rows if "model" in r], [r for r in rows if "pipeline" in r]
     head = (f"LoRA training step, rank {RANK} on all attention projections, {about['picture']}, {about['dtype']}, "
             f"random weights. **{about['device']}**, matrix product {about['matmul_tflops']:.1f} TFLOP/s (measured). "
             f"torch {about['torch']}, diffusers {about['diffusers']}, peft {about['peft']}. Operations are those of a "
@@ -220,7 +305,7 @@ def report(rows, about):
         guess = f"{r['estimate_gb']:.1f}" if "estimate_gb" in r else ""
         lines.append(f"{told} {r['seconds']:.3f} | {r['batch'] / r['seconds']:.2f} | {peak} | {guess} | {r['tokens_per_second']:,.0f} | "
                      f"{r['share_of_matmul']:.0%} |")
-    return "\n".join([head, "", *lines]) + "\n"
+    return "\n".join([head, "", *lines]) + "\n" + ("\n" + pipeline_report(around) if around else "")
 
 
 def parser():
@@ -229,6 +314,8 @@ def parser():
     p.add_argument("--check", action="store_true", help="a short run for any GPU: one picture, one round")
     p.add_argument("--models", nargs="+", choices=list(SHAPES), default=["medium", "large"])
     p.add_argument("--batches", nargs="+", type=int, default=None, help="pictures in a step; default 1 2 4 (tiny: 1 2)")
+    p.add_argument("--pipelines", nargs="*", choices=list(PIPELINES), default=None,
+                   help="whole pipelines: encoding, drawing, nf4, compiled, offload; default sdxl (tiny: none)")
     p.add_argument("--steps", type=int, default=None, help="measured steps in a round, after two others; default 6")
     p.add_argument("--rounds", type=int, default=2, help="turns of each side")
     p.add_argument("--output", default=None, help="folder of 03_gpu.json and .md; default nbs/benchmarks (tiny: none)")
@@ -253,8 +340,9 @@ def main(argv=None):
                  picture="128 px, small shapes" if args.tiny else "1024 px (4096 picture tokens, 333 text tokens)",
                  parameters={n: c[0] for n, c in counted.items()}, lora={n: c[1] for n, c in counted.items()})
     rows, out = [], args.output or (None if args.tiny else KEPT)
-    for model in args.models:
-        for row in rows_of(model, args, device, dtype, rate):
+    pipelines = ([] if args.tiny else ["sdxl"]) if args.pipelines is None else args.pipelines
+    for found in (*(rows_of(m, args, device, dtype, rate) for m in args.models), *(pipeline_rows(p, args, device) for p in pipelines)):
+        for row in found:
             rows.append(row); print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if out: save(out, rows, about)                         # what is measured stays, whatever comes next
     print("\n" + report(rows, about))
