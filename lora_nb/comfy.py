@@ -132,7 +132,9 @@ def comfy_faults(
 ) -> dict[str, list[str]]:  # description -> names of layers
     "What a ComfyUI file cannot hold"
     fused = [n for n, f in lora.layers.items() if n.startswith("transformer.") and not isinstance(f, Factors)]
+    bare = [n for n, f in lora.layers.items() if not isinstance(f, Factors) and (f.name == "IA3" or re.search(r"norm\w*(\.bias)?$", n))]
     return {"LoHa, LoKr and other kinds in a transformer, whose matrices are fused there": fused,
+            "norms and IA3, which have no dotted names": bare,
             **{what.replace("kohya's", "Stability's"): names for what, names in kohya_faults(lora, base, "sgm").items()}}
 
 def write_comfy(

@@ -120,6 +120,8 @@ def compose(
     _check_settings(method, make, kw)
     layers, weights = gather(loras), as_weights(weights, len(loras))
     for lora, w in zip(loras, weights): check_paths(lora, w)
+    thin = [n for n, fs in layers.items() if method not in ("cat", "lerp") and any(f and len(f.shape) < 2 for f in fs)]
+    if thin: raise LoraError(f"{some(thin, 2)}: norms and biases are no matrices, which {method!r} composes. Use method='cat', or leave them out")
     blend = None
     if method == "lerp": weights, kw = _shares(weights, **kw), {}; blend = weights
     scaled = {n: [f and f.scaled(weight_of(w, n)) for f, w in zip(fs, weights)] for n, fs in layers.items()}

@@ -285,6 +285,14 @@ def owns_file(cls, keys: set[str]) -> bool:
     "Whether these names are a single file with two text encoders."
     return any(k.startswith("conditioner.embedders.1.") for k in keys)
 
+# %% ../nbs/19_families.ipynb #c0a7b1e2
+def _unwrap(pipe):
+    "Exchange networks that `torch.compile` has wrapped for the networks themselves, compiled in place"
+    for name, net in getattr(pipe, "components", {}).items():
+        if (own := getattr(net, "_orig_mod", None)) is None: continue
+        own._compiled_call_impl = net.dynamo_ctx(own._call_impl)      # what `Module.compile` sets
+        setattr(pipe, name, own)
+
 # %% ../nbs/19_families.ipynb #24901575
 FAMILIES: list[type[Base]] = [SD3Base, Flux2Base, FluxBase, ZImageBase, SDXLBase, SDBase]   # the first that owns a pipeline or a file takes it
 
@@ -294,6 +302,7 @@ def as_base(
 ) -> Base:
     "Wrap a pipeline in the `Base` of its family."
     if isinstance(pipe, Base): return pipe
+    _unwrap(pipe)
     parts = getattr(pipe, "components", {})
     for family in FAMILIES:
         if family.owns(parts): return family(pipe, name)

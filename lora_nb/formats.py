@@ -287,7 +287,7 @@ def what_is_in(
         tensors, metadata = _outline(path)
         kind = format_of(tensors, metadata)
         if FORMATS[kind].read is None: return ""
-        return "layers" if tensors and kind not in ("textual_inversion", "a1111") else "words"
+        return "layers" if (tensors or kind == "pt") and kind not in ("textual_inversion", "a1111") else "words"
     except Exception: return ""                     # whatever cannot be read is not ours to replace
 
 def is_lora_file(
@@ -319,6 +319,11 @@ def _sealed(tensors, metadata, read, base):
     return seal(tensors, {**metadata, NOTE: own})
 
 # %% ../nbs/33_formats.ipynb #c7ce7232
+def _targets(lora, path, format):
+    "The files that will be written; one of an earlier LoRA beside them is the writer's own error"
+    if format != "pt": return [path]
+    return [p for part, p in pt_paths(path).items() if part != "tokens" or lora.embeddings]
+
 def save_lora(
     lora: Lora,             # what to write
     path: str | Path,       # where to
@@ -335,7 +340,7 @@ def save_lora(
     how = FORMATS[format]
     if Path(path).suffix not in how.ends:
         raise FormatError(f"{path}: {format!r} files end in {how.ends[0]}. Change the name, or choose another format.")
-    for p in pt_paths(path).values() if format == "pt" else [path]: check_free(p, overwrite, _may_replace(lora), _like(lora))
+    for p in _targets(lora, path, format): check_free(p, overwrite, _may_replace(lora), _like(lora))
     lora = with_true_sizes(lora if dtype is None else lora.to(dtype=dtype))
     tensors, metadata = how.write(lora, base, **options)
     check_tensors(tensors)

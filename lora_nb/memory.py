@@ -413,11 +413,6 @@ def drawing(self:_Run, asked, batch):
             "decode": {**self.weights("vae"), "activations": shown}}
 
 # %% ../nbs/23_memory.ipynb #125ee6e6
-def _check_question(task, optimizer):
-    "Raise if `estimate_memory` cannot answer"
-    if task not in ("train", "generate"): raise LoraError(f"task={task!r}: expected 'train' or 'generate'.")
-    if optimizer not in OPTIMIZERS: raise LoraError(f"optimizer={optimizer!r}: expected {', '.join(OPTIMIZERS)}.")
-
 def _allow(rows):
     "Rows with what a GPU adds."
     return {**rows, "allowance (a guess)": CONTEXT + SPLIT * rows.get("activations", 0)}

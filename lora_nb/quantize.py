@@ -112,7 +112,8 @@ def quantize_network(
 ) -> None:
     "Pack the linear layers of a network in place."
     package = PACKINGS[kind].package
-    if not package: net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    convs = nn.Conv1d, nn.Conv2d, nn.Conv3d             # autograd keeps their weights themselves, and would meet them in fp8
+    if not package: net.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_classes=convs)
     elif package == "bitsandbytes": _into_bitsandbytes(net, kind, dtype)
     elif package == "torchao":
         from torchao.quantization import quantize_

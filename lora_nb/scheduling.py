@@ -287,10 +287,9 @@ def _merge_sites(self, layers):
         own = self._worn_layers(l.name) if l.lora is None else {p: (f, 1.) for p, f in placed.items()}
         _check_mask([f for f, _ in own.values()], l.schedule)
         for path, wear in own.items(): wears.setdefault(path, {})[k] = wear
+    if odd := [p for p in wears if p not in where]: raise LoraError(f"{some(odd, 2)}: norms and biases are not scheduled: use apply_lora")
     sites = {path: Site(path, where[path], ws) for path, ws in wears.items()}
-    for site in sites.values():
-        self.undo.append(lambda site=site: site.put_back(self.model) or self.left.append(site.path))
-        site.hold(self.model, self.names)
+    for s in sites.values(): self.undo.append(lambda s=s: s.put_back(self.model) or self.left.append(s.path)); s.hold(self.model, self.names)
     return sites
 
 @patch_to(Scheduled)

@@ -10,6 +10,7 @@ __all__ = ['OLD_STATE', 'TABLES', 'SCHEDULE', 'digest', 'write_state', 'read_sta
 
 # %% ../nbs/53_states.ipynb #1d43b76d
 import hashlib, json, os, warnings
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 import torch
@@ -112,10 +113,17 @@ def _numbers(t):
 # %% ../nbs/53_states.ipynb #85deae78
 def examples_identity(
     examples: Examples,
-) -> dict[str, str]:  # "pictures" and "captions"
+) -> dict[str, str]:  # "pictures", "captions" and "wording"
     "What tells these examples from others"
     prints = getattr(examples, "prints", None) or [digest(z) for z in examples.latents]
-    return dict(pictures=f"{len(examples)}, {digest(prints)[:12]}", captions=digest(list(examples.captions))[:12])
+    return dict(pictures=f"{len(examples)}, {digest(prints)[:12]}", captions=digest(list(examples.captions))[:12], wording=_wording(examples))
+
+def _wording(examples):
+    "How captions are reworded at each draw: by one rule for all, or by rules of their own"
+    rules = [repr(r) for c in examples.captions if (r := getattr(c, "rule", None)) is not None]
+    if rules: return digest(rules)[:12]
+    if (w := examples.wording) is None: return "as they are"
+    return repr(w) if is_dataclass(w) else getattr(w, "__qualname__", type(w).__name__)
 
 def differences(
     there: dict[str, Any],  # the identity in a checkpoint

@@ -501,7 +501,7 @@ def _repack(path, root, after, undo):
     own["_packed_weight"] = original
     swap_weight(root, new)
 
-# %% ../nbs/08_worn.ipynb #090a19ac
+# %% ../nbs/08_worn.ipynb #2b70b1f1
 def _reweigh(path, root, before, after, tied, hold, undo):
     "Exchange one merged weight, from the LoRAs `before` to those `after`"
     if packing(root): return _repack(path, root, after, undo)
@@ -559,14 +559,15 @@ def remerge(
     if lost: warnings.warn(str(_was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
                             stacklevel=4)
 
+# %% ../nbs/08_worn.ipynb #c993afdb
 def _check_fused(
     parents: dict[str, nn.Module],  # path -> the module around a layer
     merged: Iterable[str],          # names of the LoRAs in the weights
 ) -> None:
     "Raise if diffusers has fused an adapter of its own into the same weights"
     fused = {str(n): p for p, m in parents.items() if _is_foreign(m) for n in getattr(m, "merged_adapters", ())}
-    if fused: raise LoraError(f"diffusers has fused {' and '.join(fused)} into weights ({some([*fused.values()], 2)}) that {' and '.join(merged) or 'a LoRA'} "
-                              "is merged into. Nothing was changed: call pipe.unfuse_lora() first")
+    if fused: raise LoraError(f"diffusers has fused {' and '.join(fused)} into weights ({some([*fused.values()], 2)}) that "
+                              f"{' and '.join(merged) or 'a LoRA'} is merged into. Nothing was changed: call pipe.unfuse_lora() first")
 
 def _was_overwritten(merged, lost, advice="remove_lora forgets what was merged; then put LoRAs on again"):
     "The error for weights that are not what we merged"

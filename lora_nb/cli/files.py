@@ -56,7 +56,7 @@ CAPTION_FLAGS = [
 PICTURE_FLAGS = [
     Flag("buckets", bool, None, "keep shapes: the nearest of a few sizes in place of a square", "buckets", usual=False),
     Flag("bucket_step", int, None, "sides of buckets are multiples of this", "bucket_step", 1, usual=64, most=4096),
-    Flag("max_area", int, None, "most pixels of a bucket; without it, size * size", "max_area", 1, most=10**9),
+    Flag("max_area", int, None, "most pixels of a bucket; without it, size * size", "max_area", 64, most=2**28),
     Flag("crop", ("center", "random", "salience", "pad"), None, "where the window goes; pad keeps all", "crop", usual="salience"),
     Flag("zoom", float, None, "with salience: crop to the subject and this margin, .2 for a fifth", "zoom", 0, most=100),
     Flag("fill", str, None, "what padding shows: edge (the border's colours), or a colour", "fill", usual="edge"),
@@ -72,7 +72,7 @@ PICTURE_FLAGS = [
 CHECK_FLAGS = [
     Flag("copies", int, None, "variations made of each picture; flip, jitter and rotate say which", "copies", 0, usual=0, most=1000),
     Flag("flip", bool, None, "mirror half of the variations", "flip", usual=False),
-    Flag("jitter", float, None, "spread of their brightness, contrast and colour: .1 is 10 %", "jitter", 0, usual=0., most=1, open="most"),
+    Flag("jitter", float, None, "spread of their brightness, contrast and colour: .1 is 10 %", "jitter", 0, usual=0., most=.99),
     Flag("rotate", float, None, "largest tilt of the variations in degrees", "rotate", 0, usual=0., most=180),
     Flag("min_side", int, None, "shortest side an original may have; without it, half of the size", "min_side", 0, most=10**5),
     Flag("min_sharpness", float, None, "least variance of the Laplacian; 0 takes everything", "min_sharpness", 0, usual=30., most=10**6),
@@ -135,6 +135,7 @@ CONVERT = {"conversion": [
     Flag("drop", None, False, "leave out what the format has no place for, instead of an error"),
     OVERWRITE, JSON]}
 
+# %% ../../nbs/85_cli_files.ipynb #052b7400
 def pipe_of(source: str | None) -> Any:  # of `--base`
     "The pipeline that names the layers of files without names, or None."
     return None if source is None else open_base(source).pipe

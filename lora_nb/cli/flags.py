@@ -11,7 +11,8 @@ __all__ = ['REQUIRED', 'JSON', 'CONFIG', 'COMMANDS', 'BASE_NAMES', 'QUANTIZE_NAM
            'asks_for_the_same', 'values_of', 'range_of', 'help_line', 'entry', 'text_table', 'folded', 'help_text',
            'Shown', 'config_words', 'config_path', 'words_of', 'Command', 'complete', 'plain_errors', 'plain_warnings',
            'stop_if_ours', 'command', 'flag_table', 'check_base', 'check_lora', 'check_exists', 'bundled',
-           'quiet_libraries', 'available_device', 'open_base', 'base_of', 'writable', 'folder_of', 'check_file']
+           'quiet_libraries', 'available_device', 'open_base', 'base_of', 'writable', 'folder_of', 'check_file',
+           'layer_rates', 'check_targets', 'check_name', 'check_encoders']
 
 # %% ../../nbs/82_cli_flags.ipynb #dc8c994d
 import argparse, contextlib, difflib, importlib.util, io, json, math, os, re, shutil, sys, textwrap
@@ -578,3 +579,29 @@ def check_file(
     if path.is_dir(): raise UsageError(f"{path} is a folder: expected the name of a file.")
     if endings and path.suffix not in endings:
         raise UsageError(f"{path}: expected a name that ends in {' or '.join(endings)}.")
+
+# %% ../../nbs/82_cli_flags.ipynb #ef48e191
+def layer_rates(text: str) -> dict[str, float]:
+    "Factors of learning rates from 'down_blocks=0.5,mid_block=0'."
+    try:
+        found = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+        if any(not 0 <= v <= 1000 for v in found.values()): raise ValueError
+        return found
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected parts of names with factors from 0 to 1000, such as down_blocks=0.5, "
+                                         f"found {text!r}") from None
+
+def check_targets(text: str):
+    "Refuse what is neither a preset nor a regular expression."
+    try: re.compile(text)
+    except re.error as e: raise UsageError(f"--targets {text}: expected attention, extended, all-linear, or a regular expression ({e}).") from e
+
+def check_name(text: str):
+    "Refuse what no file in the output folder can be called."
+    if text.strip() in ("", ".", "..") or re.search(r"[/\\\0]", text) or len(text.encode()) > 200:
+        raise UsageError(f"--out_name {text[:40]!r}: expected the name of a file in output_dir, at most 200 bytes long.")
+
+def check_encoders(text: str):
+    "Refuse names that no text encoder has."
+    if text not in ("clips", "all") and not all(re.fullmatch(r"text_encoder(_[23])?", n.strip()) for n in text.split(",")):
+        raise UsageError(f"--encoders {text}: expected clips, all, or names with commas, such as text_encoder,text_encoder_2.")

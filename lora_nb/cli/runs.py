@@ -6,18 +6,17 @@ Docs: https://lora-nb.github.io/lora_nb/cli_runs.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIMIZER_CHOICES', 'SCHEDULES', 'ENCODERS', 'DATA_FLAGS', 'RUN_FLAGS', 'LORA_FLAGS', 'FORMAT', 'PRIOR_FLAGS',
-           'SCALED_RATES', 'OUTPUT_FORMATS', 'SETTLED', 'layer_rates', 'check_targets', 'check_name', 'check_encoders',
-           'settings_of', 'flag_settings', 'finished', 'check_data', 'check_hub', 'check_needs', 'check_flag_settings',
-           'picture_options', 'check_masks', 'previews_of', 'base_with_vae', 'save_formats', 'dtype_of', 'try_formats',
-           'publish', 'repo_of', 'recipe_toml', 'kept', 'conclude']
+           'SCALED_RATES', 'OUTPUT_FORMATS', 'SETTLED', 'settings_of', 'flag_settings', 'finished', 'check_data',
+           'check_hub', 'check_needs', 'check_flag_settings', 'picture_options', 'check_masks', 'previews_of',
+           'base_with_vae', 'save_formats', 'dtype_of', 'try_formats', 'publish', 'repo_of', 'recipe_toml', 'conclude']
 
-# %% ../../nbs/82b_cli_runs.ipynb #a82b0005
-import argparse, json, re
+# %% ../../nbs/82b_cli_runs.ipynb #b5d96132
+import argparse, json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from .flags import (BASE_FLAGS, CONFIG, JSON, REQUIRED, Flag, UsageError, available_device, base_of, check_exists, folder_of,
-                               given, report)
+from .flags import (BASE_FLAGS, CONFIG, JSON, REQUIRED, Flag, UsageError, available_device, base_of, check_encoders, check_exists, check_targets,
+                               folder_of, given, layer_rates, report)
 from ..recipe_file import recipe_text
 
 # %% ../../nbs/82b_cli_runs.ipynb #a82b0007
@@ -30,31 +29,6 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/82b_cli_runs.ipynb #c75955e3
 OPTIMIZER_CHOICES = ("adamw", "adamw8bit", "prodigy", "adafactor")
-
-def layer_rates(text: str) -> dict[str, float]:
-    "Factors of learning rates from 'down_blocks=0.5,mid_block=0'."
-    try:
-        found = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
-        if any(not 0 <= v <= 1000 for v in found.values()): raise ValueError
-        return found
-    except ValueError:
-        raise argparse.ArgumentTypeError("expected parts of names with factors from 0 to 1000, such as down_blocks=0.5, "
-                                         f"found {text!r}") from None
-
-def check_targets(text: str):
-    "Refuse what is neither a preset nor a regular expression."
-    try: re.compile(text)
-    except re.error as e: raise UsageError(f"--targets {text}: expected attention, extended, all-linear, or a regular expression ({e}).") from e
-
-def check_name(text: str):
-    "Refuse what no file in the output folder can be called."
-    if text.strip() in ("", ".", "..") or re.search(r"[/\\\0]", text) or len(text.encode()) > 200:
-        raise UsageError(f"--out_name {text[:40]!r}: expected the name of a file in output_dir, without folders and of at most 200 bytes.")
-
-def check_encoders(text: str):
-    "Refuse names that no text encoder has."
-    if text not in ("clips", "all") and not all(re.fullmatch(r"text_encoder(_[23])?", n.strip()) for n in text.split(",")):
-        raise UsageError(f"--encoders {text}: expected clips, all, or names with commas, such as text_encoder,text_encoder_2.")
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 ENCODERS = Flag("encoders", str, None, "text encoders that may learn, LoRA or words: clips, all (with T5), or names with commas", "encoders",
@@ -88,7 +62,8 @@ RUN_FLAGS = [
     Flag("lr_warmup_steps", int, None, "steps over which the learning rate rises", "warmup", 0, most=10**7),
     Flag("optimizer", OPTIMIZER_CHOICES, None, "AdamW, or another from its own package", "optimizer", also="optimizer_type"),
     Flag("use_8bit_adam", bool, False, "the same as --optimizer adamw8bit"),
-    Flag("ema", float, None, "decay of a moving average of what learns, which becomes the result; 0.99 for short runs", "ema", 0, most=1),
+    Flag("ema", float, None, "decay of a moving average of what learns, which becomes the result; 0.99 for short runs", "ema", 0, most=1,
+         open="most"),
     Flag("snr_gamma", float, None, "Min-SNR weighting of timesteps; 5 is usual", "snr_gamma", 0, "min_snr_gamma", most=1000, open="least"),
     Flag("offset_noise", float, None, "strength of noise that is constant over a channel", "offset_noise", 0, "noise_offset", most=1),
     Flag("device_noise", bool, None, "draw noise on the GPU", "device_noise"),
@@ -126,7 +101,7 @@ PRIOR_FLAGS = [
     Flag("class_prompt", str, None, "the prompt without the new word: 'a toy'"),
     Flag("class_data_dir", str, None, "folder with pictures of the class; the base draws what is missing there"),
     Flag("prior", ("images", "prediction"), None, "protect the class with pictures, or with the base's own predictions", usual="images"),
-    Flag("prior_loss_weight", float, None, "weight of the prior's half of the loss", "prior_weight", 0, most=1000),
+    Flag("prior_loss_weight", float, None, "weight of the prior's half of the loss", "prior_weight", 0, most=100),
     Flag("num_class_images", int, None, "how many class pictures to have", least=1, most=10**5, usual=24),
     Flag("sample_batch_size", int, None, "class pictures drawn together; without it, as many as fit, up to 24", least=1, most=4096),
 ]
@@ -309,21 +284,6 @@ def recipe_toml(
     return recipe_text(c.name, {**kept, **here}, recipe.to_dict())
 
 # %% ../../nbs/82b_cli_runs.ipynb #29b4c90f
-def kept(
-    save: Callable[[], list[Path]],  # writes the files of a training
-    lora: "Lora",                    # what it made
-) -> list[Path]:
-    "The files; where they cannot be written, an error that says where the LoRA was put instead."
-    from lora_nb.core import LoraError
-    try: return save()
-    except (LoraError, OSError) as e:
-        import tempfile
-        path = Path(tempfile.mkdtemp(prefix="lora_nb-"), "lora.safetensors")
-        try: lora.save(path)
-        except (LoraError, OSError): raise e from None
-        raise LoraError(f"{e} What was learned is in {path}.") from e
-
-# %% ../../nbs/82b_cli_runs.ipynb #f75a93ad
 def conclude(
     run: Any,                          # a finished training
     lora: "Lora",                      # what it made
@@ -336,6 +296,7 @@ def conclude(
     from lora_nb.core import atomic_path, human
     from lora_nb.processes import is_main_process
     from lora_nb.show import save_jpeg
+    from lora_nb.run import kept
     if not is_main_process(): return
     made, settings = kept(save, lora), out / "recipe.toml"
     run.log.curve(out / "loss.svg")

@@ -10,13 +10,13 @@ __all__ = ['DREAMBOOTH_FLAGS', 'OLD_TRAINING', 'OLD_DREAMBOOTH', 'CONFIGURED', '
            'check_dreambooth', 'lora_dreambooth', 'check_words', 'check_inversion', 'masked', 'check_tuning',
            'words_recipe', 'intent_of', 'pti_recipe', 'prepare', 'save_words', 'lora_ti', 'lora_pti']
 
-# %% ../../nbs/83_cli_train.ipynb #46ccbf14
+# %% ../../nbs/83_cli_train.ipynb #583e1b92
 import argparse, math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from .flags import Flag, Old, REQUIRED, UsageError, check_exists, command, sets_instead, writable
-from .runs import (DATA_FLAGS, ENCODERS, FORMAT, LORA_FLAGS, PRIOR_FLAGS, RUN_FLAGS, SCHEDULES, base_with_vae, check_data, check_name,
+from .flags import Flag, Old, REQUIRED, UsageError, check_exists, check_name, command, sets_instead, writable
+from .runs import (DATA_FLAGS, ENCODERS, FORMAT, LORA_FLAGS, PRIOR_FLAGS, RUN_FLAGS, SCHEDULES, base_with_vae, check_data,
                               check_flag_settings, check_masks, check_needs, conclude, dtype_of, finished, flag_settings, picture_options,
                               previews_of, save_formats, settings_of, try_formats)
 
@@ -47,7 +47,7 @@ DREAMBOOTH_FLAGS = {
         *RUN_FLAGS, *LORA_FLAGS, ENCODERS,
         Flag("learning_rate", float, None, "learning rate of the denoiser's LoRA", "learning_rate", 0, "unet_lr", most=10),
         Flag("mask_floor", float, None, "weigh the loss by the pictures' masks, with this outside of them", "mask_floor", 0, most=1),
-        Flag("adam_weight_decay", float, None, "decay of the factors", "weight_decay", 0, most=10)],
+        Flag("adam_weight_decay", float, None, "decay of the factors", "weight_decay", 0, most=1)],
 }
 
 # %% ../../nbs/83_cli_train.ipynb #9e76d43e
@@ -144,6 +144,7 @@ def lora_dreambooth(a):
     from lora_nb.dreambooth import DreamBooth
     from lora_nb.pictures import find_pictures
     from lora_nb.processes import number_of_processes
+    from lora_nb.run import learned
     start, config = start_from(a.resume_unet, a.resume_text_encoder), a.dataset_config and load_dataset_config(a.dataset_config)
     pictures = listed_pictures(config) if config else find_pictures(a.instance_data_dir, a.recursive)
     if a.mask_floor is not None: check_masks("mask_floor", pictures)
@@ -155,7 +156,7 @@ def lora_dreambooth(a):
                      dataset_config=config, num_class_images=a.num_class_images or 24, previews=previews_of(a), sampling=sampling, start=start,
                      report_to=a.report_to, **picture_options(a))
     try_formats(run, a.output_format, run.worn.remove)
-    lora = run.fit(a.resume)
+    lora = learned(run, a.resume)
     conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, precision=a.save_precision), out, a, lora_dreambooth)
 
 # %% ../../nbs/83_cli_train.ipynb #d0839924
@@ -194,7 +195,7 @@ TUNING_FLAGS = [
     Flag("learning_rate_unet", float, None, "learning rate of the denoiser's LoRA", "learning_rate", 0, "learning_rate unet_lr", most=10),
     Flag("lr_scheduler_lora", SCHEDULES, None, "course of the LoRA's learning rate; without it, lr_scheduler", "lr_schedule"),
     Flag("lr_warmup_steps_lora", int, None, "its warmup; without it, lr_warmup_steps", "warmup", 0, most=10**7),
-    Flag("weight_decay_lora", float, None, "decay of the factors", "weight_decay", 0, most=10),
+    Flag("weight_decay_lora", float, None, "decay of the factors", "weight_decay", 0, most=1),
     Flag("words_turn", int, None, "joint mode: one turn in so many is the words'", "words_turn", 2, most=1000),
 ]
 PTI_FLAGS = {"base and pictures": DATA_FLAGS, "words": sets_instead(WORD_FLAGS, max_train_steps_ti="ti_steps"), "class": PRIOR_FLAGS,
@@ -324,10 +325,11 @@ def lora_ti(a):
     "Find the word for a subject or style (textual inversion)."
     check_inversion(a)
     from lora_nb.textual_inversion import TextualInversion, inversion_recipe_for
+    from lora_nb.run import learned
     out, pictures, base, kw = prepare(a)
     recipe = words_recipe(a, settings_of(a, lora_ti), inversion_recipe_for(base, intent_of(a)))
     run = TextualInversion(base, pictures, a.placeholder_tokens, a.initializer_tokens, recipe, **kw)
-    lora = run.fit(a.resume)
+    lora = learned(run, a.resume)
     conclude(run, lora, lambda: save_words(lora, out, a.out_name or "learned_embeds", dtype_of(a.save_precision, base, lora)), out, a,
              lora_ti)
 
@@ -340,6 +342,7 @@ def lora_pti(a):
     check_tuning(a)
     from lora_nb.lora import Lora
     from lora_nb.pti import PivotalTuning
+    from lora_nb.run import learned
     start = a.load_pretrained_inversion_embeddings_path and Lora.load(a.load_pretrained_inversion_embeddings_path)
     out, pictures, base, kw = prepare(a)
     prior = dict(class_prompt=a.class_prompt, class_data=a.class_data_dir, prior=(a.prior or "images") if a.class_prompt else None,
@@ -347,5 +350,5 @@ def lora_pti(a):
     run = PivotalTuning(base, pictures, a.placeholder_tokens, a.initializer_tokens, recipe=pti_recipe(a, base),
                         class_noun=a.class_noun, start=start, **prior, **kw)
     try_formats(run, a.output_format, run.remove)
-    lora = run.fit(a.resume)
+    lora = learned(run, a.resume)
     conclude(run, lora, lambda: save_formats(lora, out, a.output_format, base, a.out_name or "lora", a.save_precision), out, a, lora_pti)

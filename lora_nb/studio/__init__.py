@@ -104,7 +104,7 @@ class StudioWidgets:
         self.live = widgets.Checkbox(True, description="draw as I move", indent=False)
         self.file = widgets.Combobox(options=bundled_loras(base.name), continuous_update=False,
                                      placeholder="a bundled LoRA, or the path of a file")
-        self.other = widgets.Combobox(options=[*embedded_bases(), *HUB], placeholder="a name, a folder, a file, a hub id",
+        self.other = widgets.Combobox(options=[*embedded_bases(), *HUB], placeholder="name, folder, file or hub id",
                                       continuous_update=False)
         self.rack, self.thumbs = boxed([]), boxed([], "ls-thumbs", row=True)   # of strips; of the gallery
         self.tabs, self.bar, self.words = widgets.Tab(), widgets.IntProgress(0, min=0, max=1), widgets.HTML()
