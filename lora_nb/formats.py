@@ -287,7 +287,8 @@ def what_is_in(
         tensors, metadata = _outline(path)
         kind = format_of(tensors, metadata)
         if FORMATS[kind].read is None: return ""
-        return "layers" if (tensors or kind == "pt") and kind not in ("textual_inversion", "a1111") else "words"
+        if path.suffix == ".pt" and what_is_in(path.with_suffix(".json")) == "note": return "layers"    # its own list may be empty
+        return "layers" if tensors and kind not in ("textual_inversion", "a1111") else "words"
     except Exception: return ""                     # whatever cannot be read is not ours to replace
 
 def is_lora_file(
