@@ -405,12 +405,15 @@ def test_the_page_is_for_this_machine_and_those_who_have_its_address(tmp_path):
     cell = dict(cell_type="code", id="a", metadata={}, execution_count=None, outputs=[], source="print('made')")
     spec = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     (tmp_path / "n.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=spec, nbformat=4, nbformat_minor=5)))
-    code = f"from lora_nb.studio import page_server; page_server({str(tmp_path / 'n.ipynb')!r}, {port}, 'open-sesame', 2).start()"
+    code = f"from lora_nb.studio import page_server; page_server({str(tmp_path / 'n.ipynb')!r}, {port}, 'open-sesame', 4).start()"
     log = open(tmp_path / "log", "w")
     server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
-    def ask(path, host="127.0.0.1"):
-        door = http.client.HTTPConnection("127.0.0.1", port, timeout=60); door.request("GET", path, headers={"Host": f"{host}:{port}"})
-        answer = door.getresponse(); return answer.status, answer.read().decode()
+    def ask(path, host="127.0.0.1", whole=False, cookies="", body=None):
+        door = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        heads = {"Host": f"{host}:{port}", "Content-Type": "application/x-www-form-urlencoded", "Cookie": cookies}
+        door.request("POST" if body else "GET", path, body, headers=heads)
+        answer = door.getresponse(); text = answer.read().decode()
+        return (answer.status, answer.headers.get_all("Set-Cookie"), text) if whole else (answer.status, text)
     def kernels(): return [c for c in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
     def wait(until):
         for _ in range(600):
@@ -424,6 +427,10 @@ def test_the_page_is_for_this_machine_and_those_who_have_its_address(tmp_path):
         for host in ("127.0.0.1", "localhost"):
             status, page = ask("/?token=open-sesame", host); assert status == 200 and "made" in page
         assert kernels() and wait(lambda: not kernels())
+        status, cookies, page = ask("/?token=open-sesame", whole=True)                     # a page that says that it was closed
+        jar = "; ".join(c.split(";")[0] for c in cookies); seal = re.search("_xsrf=([^;]*)", jar)[1]
+        kernel = re.search(r'"kernelId": "([^"]+)"', page)[1]
+        assert len(kernels()) == 1 and ask(f"/voila/api/shutdown/{kernel}", cookies=jar, body=f"_xsrf={seal}")[0] == 204 and not kernels()
     finally: server.kill(); server.wait(); log.close()
 
 
