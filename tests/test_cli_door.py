@@ -201,7 +201,8 @@ def test_python_leaves_the_same_file(tmp_path):
     picture = Image.open(BEAR / "0.jpg")
     train_pti(base, [picture], "<bear>", "toy", steps=1, ti_steps=0, class_noun="toy", output_dir=tmp_path / "pti")
     text = (tmp_path / "pti" / "recipe.toml").read_text()
-    assert "not in this file: instance_data_dir" in text and "instance_data_dir" in refused(lora_pti, "--config", tmp_path / "pti" / "recipe.toml")
+    assert "not in this file: instance_data_dir" in text
+    assert "instance_data_dir" in refused(lora_pti, "--config", tmp_path / "pti" / "recipe.toml")
     a = lora_pti.parse(["--config", str(tmp_path / "pti" / "recipe.toml"), "--instance_data_dir", str(BEAR)])
     assert (a.class_noun, a.recipe["ti_steps"]) == ("toy", 0)
 
