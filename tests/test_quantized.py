@@ -265,3 +265,13 @@ def test_a_folder_that_was_saved_packed(kind, folder, tmp_path):
     assert packing(again.denoiser.get_submodule(NAME))
     assert dense_weight(again.denoiser.get_submodule(NAME)).equal(dense_weight(base.denoiser.get_submodule(NAME)))
     apply_lora(again.pipe, lora_for(again), mode="inject")
+
+
+def test_a_unet_cast_to_fp8_can_be_trained_beside():
+    "A convolution's backward pass reads its weight, which must not be fp8 by then"
+    base = as_base(random_pipe("sd")); quantize_network(base.denoiser, "fp8", torch.float32)
+    worn = inject_lora(base.pipe, "attention", rank=2)
+    for p in worn.params(): p.data.normal_(std=.1)
+    z, t = torch.randn(1, 4, 8, 8), torch.tensor([500.])
+    base.predict(z, t, base.encode_prompts(["a"])).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in worn.params())
