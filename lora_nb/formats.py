@@ -287,7 +287,7 @@ def what_is_in(
         tensors, metadata = _outline(path)
         kind = format_of(tensors, metadata)
         if FORMATS[kind].read is None: return ""
-        if path.suffix == ".pt" and what_is_in(path.with_suffix(".json")) == "note": return "layers"    # its own list may be empty
+        if path.suffix == ".pt" and what_is_in(path.with_suffix(".text_encoder.pt")) == "layers": return "layers"   # its own list may be empty
         return "layers" if tensors and kind not in ("textual_inversion", "a1111") else "words"
     except Exception: return ""                     # whatever cannot be read is not ours to replace
 

@@ -302,7 +302,7 @@ def _quicker(base, compile, attention_backend):
     if attention_backend is not None: set_attention(base, attention_backend)
     return compile_denoiser(base, **_options(compile)) if compile is not False else base
 
-# %% ../nbs/22_loading.ipynb #bfa2c81b
+# %% ../nbs/22_loading.ipynb #a9ca254d
 def load_base(
     source: "str | Path | DiffusionPipeline | Base" = "tiny-sd",  # embedded or short name, folder, single file, hub id
     device: str | torch.device | None = None,  # None: the best there is
@@ -332,6 +332,7 @@ def load_base(
     else: pipe = pipe.to(device)
     return _quicker(as_base(pipe, name), compile, attention_backend)
 
+# %% ../nbs/22_loading.ipynb #f05afce8
 def _find_pipe(source, path, dtype, config, t5, variant=None, revision=None, packed=None, straight_to=None):
     "The pipeline that a name means, on the CPU or straight on the device, and what to call it."
     hub = HUB.get(source, source)

@@ -1,13 +1,13 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import inspect, os, re, sys, warnings
+import inspect, os, re, sys, tempfile, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
-from .core import LoraError, ShapeError, closest, patch_to, printable
+from .core import LoraError, ShapeError, TrainingError, closest, patch_to, printable
 from .bases import Base
 from .loading import embedded_bases
 from .injection import Injected, disabled, inject_lora
@@ -25,7 +25,7 @@ from .tracking import newest_row, open_trackers, tracker_names
 from .processes import is_main_process, join_processes, launched, number_of_processes
 from .training import Stream, Trainer
 
-__all__ = ['RunOptions', 'PriorOptions', 'delegates', 'taken', 'TrainingRun', 'of_ranks', 'file_dtype']
+__all__ = ['RunOptions', 'PriorOptions', 'delegates', 'taken', 'TrainingRun', 'of_ranks', 'file_dtype', 'rescued', 'kept', 'learned']
 @dataclass
 class RunOptions:
     previews: dict[str, Any] | None = ...
@@ -86,3 +86,6 @@ class TrainingRun:
 
 def of_ranks(start: Lora, worn: Injected) -> Lora: ...
 def file_dtype(base: Base, lora: Lora) -> torch.dtype | None: ...
+def rescued(error: Exception, lora: Lora) -> Exception: ...
+def kept(save: Callable[[], list[Path]], lora: Lora) -> list[Path]: ...
+def learned(run: TrainingRun, resume: bool=False) -> Lora: ...

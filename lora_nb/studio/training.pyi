@@ -23,7 +23,7 @@ from lora_nb.log import TrainingLog
 from lora_nb.studio import Studio
 from lora_nb.studio.panel import Strip
 
-__all__ = ['find_concept', 'Lesson', 'card_html', 'pictures_html', 'Training']
+__all__ = ['NOTHING_LEARNED', 'find_concept', 'Lesson', 'card_html', 'pictures_html', 'Training']
 def find_concept(text: str) -> tuple[Path, Literal['subject', 'style'] | None, str]: ...
 @dataclass(frozen=True)
 class Lesson:
@@ -45,6 +45,7 @@ class Lesson:
 
 def card_html(base: 'Base', intent: Literal['subject', 'style', 'face']) -> str: ...
 def pictures_html(folder: Path, most: int=8) -> str: ...
+NOTHING_LEARNED: str
 class Training:
     studio: 'Studio'
     run: DreamBooth | PivotalTuning | None
