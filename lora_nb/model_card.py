@@ -37,6 +37,7 @@ def model_card(
     parts = [f"{k}:\n\n{shown(v)}" for k, v in facts.items() if v]
     return f"---\n{head.strip()}\n---\n{MARK}\n\n# {' and '.join(what) or 'LoRA'}\n\n" + "\n\n".join(parts) + "\n"
 
+# %% ../nbs/62_model_card.ipynb #d7994b2d
 def write_card(
     lora: Lora,
     folder: str | Path,

@@ -32,6 +32,7 @@ def tracker_names(
             raise TrainingError(f"report_to = {n!r} needs the package {TRACKERS[n]}: pip install {TRACKERS[n]}.")
     return names
 
+# %% ../nbs/58_tracking.ipynb #f5df8ad8
 def open_trackers(
     names: str | Iterable[str],   # as `tracker_names` takes them
     folder: str | Path,           # of the logs
@@ -51,6 +52,7 @@ def open_trackers(
         t.store_init_configuration(plain)
     return opened
 
+# %% ../nbs/58_tracking.ipynb #44cce177
 def newest_row(
     log: TrainingLog,
 ) -> dict[str, float]:
