@@ -11,7 +11,7 @@ __all__ = ['STUDIO_FLAGS', 'LIVE_FLAGS', 'check_port', 'check_plain_lora', 'lora
 # %% ../../nbs/89_cli_pages.ipynb #5271a80a
 import contextlib, socket, threading
 from pathlib import Path
-from .flags import REQUIRED, Flag, UsageError, bundled, check_base, check_exists, command, meant, quiet_libraries, say
+from .flags import REQUIRED, Flag, UsageError, bundled, check_base_name, check_exists, command, meant, quiet_libraries, say
 
 # %% ../../nbs/89_cli_pages.ipynb #0bf03343
 def check_port(port: int):
@@ -31,7 +31,7 @@ def check_plain_lora(text: str):
 STUDIO_FLAGS = {
     "what to draw with": [
         Flag("pretrained_model_name_or_path", str, "tiny-sd", "the base: an embedded one, a folder, a single file, or a hub id",
-             check=check_base),
+             check=check_base_name),
         Flag("lora", str, None, "a LoRA to load: a bundled name or a file; can be repeated", many="again", check=check_plain_lora),
         Flag("folder", str, "pictures", "where pictures and trained LoRAs are saved")],
     "the page": [
@@ -51,7 +51,7 @@ def lora_studio(a):
 LIVE_FLAGS = {
     "": [Flag("task", ("export", "serve"), REQUIRED, "write the page's files, or serve them on this machine", place="export|serve")],
     "export": [
-        Flag("pretrained_model_name_or_path", str, None, "a base of Stable Diffusion 1.x's family", usual="tiny-sd", check=check_base),
+        Flag("pretrained_model_name_or_path", str, None, "a base of Stable Diffusion 1.x's family", usual="tiny-sd", check=check_base_name),
         Flag("lora", str, None, "a LoRA in PEFT's names; can be repeated; without it, the bundled ones", many="again", check=check_exists),
         Flag("no_training", None, False, "leave out the graphs that learn"),
         Flag("output_dir", str, None, "folder of the page", usual="out/live")],
