@@ -67,6 +67,11 @@ class Clock:
 # %% ../nbs/50_scheduling.ipynb #54e4f83d
 Vector = tuple[tuple[int, float, int | None], ...]   # ((LoRA's number, strength, how many ranks; None: all), ...)
 
+def _writes(root):
+    "Which parameter a module has, and how often it was written into"
+    p = root._parameters["weight"]
+    return id(p), None if p.is_inference() else p._version
+
 class Site:
     "One weight of the model, and the factors of every scheduled LoRA that touches it"
     __slots__ = ("path", "root", "base", "restore", "kept", "up", "down", "spans", "others", "now", "vector", "who", "seen")
@@ -247,11 +252,6 @@ def untouched(self) -> bool:
     w, ours = stored_weight(self.root), self.now
     if is_offloaded(self.root) or (w.device, w.dtype) != (ours.device, ours.dtype): return True
     return w.data_ptr() == ours.data_ptr() and _writes(self.root) == self.seen
-
-def _writes(root):
-    "Which parameter a module has, and how often it was written into"
-    p = root._parameters["weight"]
-    return id(p), None if p.is_inference() else p._version
 
 # %% ../nbs/50_scheduling.ipynb #8f544f65
 @patch_to(Scheduled)

@@ -415,7 +415,8 @@ def _check_export(base, loras, examples, training, rank, runtime):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not str(pair[1]).strip():
             raise LoraError(f"The example {n!r} is {pair!r:.80}: expected (folder of pictures, class noun).")
         find_pictures(pair[0])
-    if runtime is not None and (gone := [f for f in PROCESSOR_FILES if not Path(runtime, _shipped(f)).is_file()]):
+    gone = [] if runtime is None else [f for f in PROCESSOR_FILES if not Path(runtime, _shipped(f)).is_file()]
+    if gone and not (Path(runtime).is_dir() and not any(Path(runtime).iterdir())):      # an empty folder leaves it out
         raise LoraError(f"runtime = {runtime} has no {', '.join(gone)}: expected a folder with onnxruntime-web.")
 
 def _check_wearable(base, name, path):
@@ -437,7 +438,7 @@ def export_live(
     examples: dict[str, tuple[str | Path, str]] | None = None,   # name -> folder of pictures to learn from, class noun
     training: tuple[int, ...] = (4, 6),  # batch sizes of training graphs; () for a page that only draws
     rank: int = 8,                       # of a LoRA that the page trains
-    runtime: str | Path | None = None,   # folder with onnxruntime-web; None: fetched by npm
+    runtime: str | Path | None = None,   # folder with onnxruntime-web, or an empty one to leave it out; None: fetched by npm
 ) -> Path:
     "Write the page and its files; nothing is left half-written."
     base = load_base(base)                       # a pipeline or a name will do
