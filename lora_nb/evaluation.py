@@ -13,7 +13,7 @@ __all__ = ['GROUPS', 'PROMPTS', 'METRICS', 'Question', 'pick_groups', 'prompt_ex
            'evaluate']
 
 # %% ../nbs/42_evaluation.ipynb #5c93b215
-import contextlib, json, re
+import contextlib, json, os, re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -304,7 +304,7 @@ class Evaluation(dict):
                     prompts={g: [[q.prompt, q.seed] for q in qs] for g, qs in self.exam.items()})
     def save(self, path: str | Path) -> None:
         "Write `to_dict` as JSON, whole or not at all; it may replace an evaluation, nothing else."
-        old = Path(path).read_bytes() if Path(path).is_file() else b""
+        old = Path(path).read_bytes() if os.path.isfile(path) else b""
         if old and b'"metrics": {' not in old: raise DataError(f"{path} exists and is no evaluation: nothing was written. Choose another name.")
         with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
     def grid(self, group: str = "subject", n: int = 4, **kw) -> Image.Image:

@@ -341,7 +341,6 @@ def _source(base):
 def note_recipe(self) -> None:
     "Write `recipe.toml` into the output folder, in the main process"
     if self.dir is None or not self.command or not is_main_process(): return
-    self.dir.mkdir(parents=True, exist_ok=True)
     write_recipe(self.dir/"recipe.toml", self.command, self.flags(), self.recipe.to_dict())
 
 # %% ../nbs/61_run.ipynb #52684b23

@@ -8,7 +8,8 @@ from PIL import Image
 from lora_nb.core import LoraError, quiet
 from lora_nb.dreambooth import train_dreambooth
 from lora_nb.families import as_base
-from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, tune_lora_scale
+from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora
+from lora_nb.lora_diffusion import tune_lora_scale
 from lora_nb.loading import attention_backends, check_compiler, compile_denoiser, load_base, repeated_blocks, set_attention
 from lora_nb.lora import Lora
 from lora_nb.random_pipes import random_pipe
