@@ -23,7 +23,7 @@ NEON, PUMPKIN = (data_path("loras", f"{n}.safetensors") for n in ("neon", "jack-
 SUBJECT = ("--instance_data_dir", BEAR, "--instance_prompt", "a sks toy", "--device", "cpu", "--train_batch_size", 1, "--max_train_steps", 1)
 WORDS = ("--instance_data_dir", BEAR, "--device", "cpu", "--train_batch_size", 1, "--max_train_steps_ti", 1, "--initializer_tokens", "toy")
 NAMES = ("lora_dreambooth", "lora_ti", "lora_pti", "lora_generate", "lora_evaluate", "lora_ppim", "lora_info", "lora_convert", "lora_add",
-         "lora_resize", "lora_distill", "lora_memory", "demo")
+         "lora_resize", "lora_distill", "lora_memory", "lora_studio", "lora_live", "demo")
 
 
 def works(command, *argv):

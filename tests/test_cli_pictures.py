@@ -68,7 +68,7 @@ def test_the_prediction_prior_sees_the_same_pictures(made, kohya, tmp_path):
 
 
 @pytest.mark.parametrize("command, words, said", [
-    (lora_dreambooth, ("--keep_tokens", 1), "--shuffle_tags"), (lora_ti, ("--tag_dropout", 1.5), "0 to 1"),
+    (lora_dreambooth, ("--keep_tokens", 1), "--shuffle_tags"), (lora_ti, ("--tag_dropout", 1.5), "at most 1"),
     (lora_ti, ("--use_mask_captioned_data",), "none of the 1 pictures has a mask"),
     (lora_pti, ("--use_face_segmentation_condition",), "none of the 1 pictures has a mask"),
     (lora_dreambooth, ("--mask_floor", .1), "none of the 1 pictures has a mask")])
