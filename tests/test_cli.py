@@ -55,7 +55,7 @@ def uses(node):
 
 
 def functions():
-    trees = [ast.parse((ROOT / "lora_nb/cli" / f"{m}.py").read_text()) for m in ("flags", "runs", "train", "draw", "files", "demo")]
+    trees = [ast.parse((ROOT / "lora_nb/cli" / f"{m}.py").read_text()) for m in ("flags", "runs", "train", "draw", "files", "demo", "pages")]
     return {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef)}
 
 
