@@ -155,7 +155,7 @@ def condition(self, captions: list[str]) -> Cond:
     "Cond of the captions: cached where the text encoders are frozen"
     if not any(n.startswith("text") for n in self.groups): return self.frozen_text(captions)
     unique = list(dict.fromkeys(captions))
-    with quiet(self.done > 0):                    # that a caption is too long is said once, not at every step
+    with quiet():                                 # that a caption is too long is said by the start report, not at every step
         return self.base.encode_prompts(unique)[[unique.index(c) for c in captions]]
 
 @patch_to(Trainer)
