@@ -55,11 +55,12 @@ export class Engine {
 
   /** @param {string} graph of the manifest @param {string} [provider] @returns {Promise<any>} an InferenceSession, made when first asked for */
   async session(graph, provider = this.providers[graph] ?? 'wasm') {
-    return this.sessions[`${graph} ${provider}`] ??= (async () => {
+    const key = `${graph} ${provider}`
+    return this.sessions[key] ??= (async () => {
       if (!this.models[graph]) await this.learn()
       return this.ort.InferenceSession.create(this.models[graph], {executionProviders: [provider], graphOptimizationLevel: 'all', logSeverityLevel: 3,
         externalData: [{path: WEIGHTS, data: new Uint8Array(this.weights.buffer)}]})
-    })()
+    })().catch(e => { delete this.sessions[key]; throw e })
   }
 
   /** Run a graph; one run at a time, whoever asks. If the graphics card is lost, the processor goes on. @param {string} graph

@@ -5,7 +5,10 @@ import {Trainer} from './trainer.js'
 /** @typedef {{pictures: Float32Array[], captions: string[], classPrompt: string|null, trigger: string, noun: string, steps: number, lr: number,
  * seed: number, every: number, preview: {prompt: string, seed: number, steps: number, guidance: number}|null}} Plan `classPrompt`: null to learn without prior preservation; `every`: steps between previews */
 
-const CLASS_PICTURES = 8, CLASS_STEPS = 12, OWN = 4                       // samples of the subject in a step; the rest of the batch is of the class
+const CLASS_PICTURES = 8, CLASS_STEPS = 8, OWN = 4                       // samples of the subject in a step; the rest of the batch is of the class
+
+/** Samples in a step. @param {boolean} prior */
+const batchOf = (engine, prior) => engine.manifest.training.batches.find(b => prior ? b > OWN : b === OWN) ?? engine.manifest.training.batches[0]
 
 export class Lesson {
   /** @param {import('./engine.js').Engine} engine @param {Plan} plan
@@ -14,13 +17,20 @@ export class Lesson {
     const l = new Lesson()
     l.engine = engine; l.plan = plan; l.losses = []
     if (plan.pictures.length < 1) throw new Error('There is no picture to learn from: give one to eight.')
-    const batch = engine.manifest.training.batches.find(b => plan.classPrompt ? b > OWN : b === OWN) ?? engine.manifest.training.batches[0]
+    const batch = batchOf(engine, !!plan.classPrompt)
+    await Lesson.warm(engine, !!plan.classPrompt)
     l.own = plan.classPrompt ? Math.min(OWN, batch - 1) : batch
     l.subject = await l.examples(plan.pictures, plan.captions)
     l.prior = plan.classPrompt ? await l.classPictures(seen) : []
     if (l.prior) l.trainer = await Trainer.open(engine, {batch, seed: plan.seed})
-    l.graph = `train${batch}`
     return l
+  }
+
+  /** Make the session of a training step, which takes seconds; one such session is kept at a time. @param {boolean} prior with class pictures */
+  static async warm(engine, prior) {
+    const batch = batchOf(engine, prior)
+    for (const other of engine.manifest.training.batches) if (other !== batch) await engine.release(`train${other}`)
+    await engine.session(`train${batch}`)
   }
 
   async examples(pictures, captions) {
@@ -72,7 +82,4 @@ export class Lesson {
     const {trigger, noun, captions, steps, lr, seed} = this.plan
     return this.trainer.lora(name, {trigger, kind: noun, caption: captions[0], steps: this.trainer.k, planned_steps: steps, learning_rate: lr, seed, made_by: 'the page of lora_nb'})
   }
-
-  /** Give the training graph's memory back. */
-  async close() { await this.engine.release(this.graph) }
 }

@@ -34,11 +34,14 @@ export async function load() {
   loaded = false; $('fetching').hidden = false; say()
   const tell = (got, all) => { $('more').value = got / all; $('much').textContent = `Fetching what learns: ${megabytes(got)} of ${megabytes(all)}. You can choose pictures meanwhile.` }
   tell(0, model.bytes.learn)
-  try { await model.client.ask('learn', {}, ({got, all}) => tell(got, all)); loaded = true }
+  try { await model.client.ask('learn', {}, ({got, all}) => tell(got, all)); loaded = true; warm() }
   catch (e) { loaded = null; fail(e) }
   $('fetching').hidden = true
   refresh()
 }
+
+/** What trains is made ready while the reader chooses pictures; what goes wrong with it is said when it is needed. */
+function warm() { if (loaded && !model.busy) model.client.ask('warm', {prior: $('prior').checked}).catch(() => {}) }
 
 function refresh() {
   const said = `${words().trigger} ${words().noun}`
@@ -89,7 +92,7 @@ const newPlan = () => {
   const {trigger, noun} = words(), steps = Math.min(400, Math.max(20, Math.floor(+$('many').value || 100))), {sampling} = model.manifest
   return {pictures: tiles.map(t => numbers(t.canvas)), captions: tiles.map(t => t.input.value.trim().replace(/\s+/g, ' ') || `a ${trigger} ${noun}`),
     classPrompt: $('prior').checked ? a(noun) : null, trigger, noun, steps, lr: RATE, seed: 0, every: Math.ceil(steps / PREVIEWS),
-    preview: {prompt: `a ${trigger} ${noun} on ${GROUNDS[0]}`, seed: 1, steps: 10, guidance: sampling.guidance_scale}}
+    preview: {prompt: `a ${trigger} ${noun} on ${GROUNDS[0]}`, seed: 1, steps: 5, guidance: sampling.guidance_scale}}
 }
 
 /** What must not change between stopping and going on. */
@@ -185,7 +188,8 @@ $('halt').onclick = () => model.client.ask('stop', {what: 'train'})
 $('pick').onclick = () => $('files').click()
 $('files').onchange = () => { give([...$('files').files]); $('files').value = '' }
 $('example').onchange = () => { if ($('example').value) example($('example').value) }
-$('trigger').oninput = $('noun').oninput = $('many').oninput = $('prior').onchange = refresh
+$('trigger').oninput = $('noun').oninput = $('many').oninput = refresh
+$('prior').onchange = () => { refresh(); warm() }
 $('snap').onclick = () => shoot(true)
 $('away').onclick = () => shoot(false)
 $('take').onclick = () => taken($('video'), $('video').videoWidth, $('video').videoHeight, `photo ${tiles.length + 1}`)

@@ -22,6 +22,8 @@ const calls = {
   },
   /** What learning needs, which drawing does not. */
   async learn(args, report) { await engine.learn((got, all) => report({got, all})) },
+  /** Make the training's session before somebody waits for it. */
+  async warm({prior}) { await Lesson.warm(engine, prior) },
   /** Whether a graphics card draws the same, and faster. */
   async race(wish) { return engine.race({worn: [], ...wish}) },
   async lora({name, url, buffer}, report) {
@@ -49,7 +51,7 @@ const calls = {
   },
   /** Prepare a lesson: pictures as latents, captions as states, class pictures. */
   async prepare(wish, report) {
-    halt.train = false; await lesson?.close()
+    halt.train = false; lesson = null
     lesson = await Lesson.open(engine, wish, p => { report(p); return halt.train })
     return {stopped: halt.train}
   },
