@@ -531,9 +531,13 @@ def _hang_all(model, layers, scale, name, undo):
 
 # %% ../nbs/10_injection.ipynb #a448f8eb
 def _check_packed(placed, requantize):
-    "Raise before anything is changed if a merge would need quantised weights to be packed again, and nobody asked for that"
+    "Raise before anything is changed if a merge would need quantised weights to be packed again, and nobody asked for that; warn of float8"
     roots = {f"{c}.{n}": root_module(p.module) for c, layers in placed.items() for n, (p, _) in layers.items()}
     packed = {n: kind for n, root in roots.items() if (kind := packing(root))}
+    fp8 = [n for n, root in roots.items() if root.weight.is_floating_point() and root.weight.dtype.itemsize == 1]
+    if fp8 and not requantize:
+        warnings.warn(f"{len(fp8)} weights ({some(fp8, 2)}) are stored in float8: a merge is rounded to it, and what is below some 5 % of a "
+                      "weight is mostly lost. mode='inject' loses nothing; requantize=True says that this is meant", stacklevel=3)
     if packed and not requantize:
         raise LoraError(f"{len(packed)} weights are packed by {' and '.join(sorted({*packed.values()}))} ({some(packed, 2)}), and a merge "
                         "would round most of the LoRA away: wear it with mode='inject', which loses nothing; or pass requantize=True to "

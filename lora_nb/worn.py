@@ -8,8 +8,9 @@ Docs: https://lora-nb.github.io/lora_nb/worn.html.md"""
 __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Places', 'places', 'root_module', 'stack_of',
            'plain_modules', 'adapted_class', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn', 'worn_state',
            'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded',
-           'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores', 'layer_factors',
-           'original_weight', 'summed_weight', 'note_weight', 'weight_state', 'remerge', 'detach_branches', 'unhang']
+           'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores', 'check_here',
+           'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'weight_state', 'remerge',
+           'detach_branches', 'unhang']
 
 # %% ../nbs/08_worn.ipynb #9e58f7ab
 import threading, warnings, weakref
@@ -397,6 +398,17 @@ def check_stores(
     if any((h := _offload(m)) and h.place_submodules for m in plain_modules(model)):
         raise LoraError(f"{type(model).__name__} is offloaded in blocks of modules, so {what} is impossible: its layers have no store of "
                         "their own. Use enable_model_cpu_offload or enable_sequential_cpu_offload, or put the LoRA on first")
+
+# %% ../nbs/08_worn.ipynb #9f194c75
+def check_here(
+    parts: dict[str, nn.Module],  # component -> model
+    what: str,                    # what cannot be done, for the error
+) -> None:
+    "Raise unless the models hold their weights themselves: an offloaded one has empty tensors between calls"
+    for c, model in parts.items():
+        check_groups(model, what)
+        if any(p.is_meta for p in model.parameters()):
+            raise LoraError(f"{c} is offloaded layer by layer, so {what} is impossible: load it without offload='sequential'")
 
 # %% ../nbs/08_worn.ipynb #16bdefd2
 def layer_factors(

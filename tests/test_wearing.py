@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_nb.checkpoints import borrowed, merge_checkpoint, save_checkpoint
 from lora_nb.core import LoraError, atomic_path
+from lora_nb.extraction import distill
 from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, set_scale
 from lora_nb.layers import LoraLayer
 from lora_nb.lora import Factors, Lora
@@ -104,6 +105,19 @@ def test_what_an_offloaded_model_cannot_do_is_refused(lora):
         with pytest.raises(LoraError, match="in blocks of modules"):
             apply_lora({"unet": blocks}, Lora({"unet.0.0": Factors(torch.ones(6, 1), torch.ones(1, 6))}), mode=mode)
     assert not adapters(pipe) and not adapters(blocks)
+
+
+def test_what_reads_weights_does_not_read_empty_ones(tmp_path):
+    pipe, other = random_pipe("sd"), random_pipe("sd"); lora = random_lora(pipe.unet); apply_lora(other, lora); told = repr(lora.report(pipe))
+    for p in (pipe, other): cpu_offload(p.unet, "cpu")
+    assert repr(lora.report(pipe)) == told
+    with pytest.raises(LoraError, match="unet is offloaded layer by layer, so comparing it is impossible"): distill(pipe, other, rank=2)
+    for format in ("folder", "single_file"):
+        for write in (lambda p: save_checkpoint(pipe, p, format), lambda p: merge_checkpoint(pipe, lora, p, format)):
+            with pytest.raises(LoraError, match="so writing it into a file is impossible"): write(tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir()) and not adapters(pipe)
+    third = random_pipe("sd"); in_groups(third.vae, offload_to_disk_path=str(tmp_path / "vae"))
+    with pytest.raises(LoraError, match="AutoencoderKL is offloaded in groups, and files"): save_checkpoint(third, tmp_path / "y")
 
 
 # Group offloading of diffusers
