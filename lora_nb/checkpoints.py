@@ -25,7 +25,7 @@ from .lora import Lora
 from .injection import apply_lora, remove_lora
 from .kohya import CLIPS
 from .formats import is_lora_file
-from .worn import adapters, foreign_adapters
+from .worn import adapters, check_here, foreign_adapters
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from lora_nb.bases import Base
@@ -274,6 +274,7 @@ def _check_worn(pipe):
     "Raise if it wears LoRAs as branches: these weights would get names that no other program knows"
     models = {c: m for c, m in getattr(pipe, "components", {}).items() if isinstance(m, torch.nn.Module)}
     if theirs := foreign_adapters(models): raise LoraError(theirs)
+    check_here(models, "writing it into a file")
     for c, m in models.items():
         if any(isinstance(x, LoraLayer) for x in m.modules()):
             raise LoraError(f"{c} wears a LoRA as branches: use merge_checkpoint, or apply_lora(..., mode='merge'), or "

@@ -26,7 +26,7 @@ from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
 from .lora import Factors, Lora, as_lora
-from .worn import Wearer, foreign_adapters, places, resolve_components
+from .worn import Wearer, check_here, foreign_adapters, places, resolve_components
 from .injection import find_targets
 
 # %% ../nbs/36_extraction.ipynb #476648c7
@@ -443,8 +443,8 @@ def _networks(source):
     if isinstance(vae, torch.nn.Module) and not isinstance(source, torch.nn.Module): parts["vae"] = vae
     for c, model in parts.items():
         if any(isinstance(m, LoraLayer) for m in model.modules()):
-            raise LoraError(f"{c} wears a LoRA as branches: merge it (apply_lora(..., mode='merge') or collapse_lora), "
-                            "or take it off")
+            raise LoraError(f"{c} wears a LoRA as branches: merge it (apply_lora(..., mode='merge') or collapse_lora), or take it off")
+    check_here(parts, "comparing it")
     if worn := foreign_adapters(parts): raise TargetError(worn)
     return parts
 

@@ -30,7 +30,7 @@ from .layers import LoraLayer, branch_dtype, check_rank, set_scales
 from .lora import Factors, Lora, add_factors, as_lora, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
 from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_stores,
-                          component_of, device_of, foreign_adapters, is_offloaded, layer_factors, places, remerge, resolve_components,
+                          component_of, device_of, foreign_adapters, group_of, is_offloaded, layer_factors, places, plain_modules, remerge, resolve_components,
                           root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
 from .quantized import outline, packing
 from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
@@ -206,7 +206,9 @@ def inject_lora(
             wanted, r = (x[c] if isinstance(x, dict) else x for x in (targets, rank))
             layers |= {f"{c}.{n}": (m, r) for n, m in find_targets(model, wanted, c).items()}
         _check_layers(layers, init)
-        for model in parts.values():
+        for c, model in parts.items():
+            if any(map(group_of, plain_modules(model))):
+                raise LoraError(f"{c} is offloaded in groups, so nothing can be trained beside it: load the base without enable_group_offload")
             undo.append(_learning_state(model))
             freeze_base(model)
         _build(handle, layers, undo, alpha, dropout, init, dora, rslora, dtype)
@@ -508,14 +510,15 @@ def _hang_all(model, layers, scale, name, undo):
     "Put a branch around each layer"
     check_stores(model, "wearing a LoRA")
     limit_pairs({p: f for p, (_, f) in layers.items()})
+    there = next((g.onload_device for m in plain_modules(model) if (g := group_of(m))), None)      # a leaf's group is its own module
     with quick():
         for path, (place, f) in layers.items():
             if isinstance(place.module, Slot): adapted_class(place.module)          # raises: it has no branch
             root, f = root_module(place.module), f.plain()
-            if f.magnitude is not None and is_offloaded(root):
+            if f.magnitude is not None and (is_offloaded(root) or group_of(root)):
                 raise LoraError(f"{path} is offloaded, and a DoRA's branch needs its weight at each call: wear it with mode='merge'")
             kind = branch_dtype(outline(root).dtype, f.dtype)
-            own = dict(device=device_of(root), dtype=kind)
+            own = dict(device=there or device_of(root), dtype=kind)
             up, down = (t.detach().to(**own) for t in (f.up, f.down))
             _check_gain(scale * f.scaling, kind, path)
             if kind == torch.float16 and not (finite(up) and finite(down)):
@@ -528,9 +531,13 @@ def _hang_all(model, layers, scale, name, undo):
 
 # %% ../nbs/10_injection.ipynb #a448f8eb
 def _check_packed(placed, requantize):
-    "Raise before anything is changed if a merge would need quantised weights to be packed again, and nobody asked for that"
+    "Raise before anything is changed if a merge would need quantised weights to be packed again, and nobody asked for that; warn of float8"
     roots = {f"{c}.{n}": root_module(p.module) for c, layers in placed.items() for n, (p, _) in layers.items()}
     packed = {n: kind for n, root in roots.items() if (kind := packing(root))}
+    fp8 = [n for n, root in roots.items() if root.weight.is_floating_point() and root.weight.dtype.itemsize == 1]
+    if fp8 and not requantize:
+        warnings.warn(f"{len(fp8)} weights ({some(fp8, 2)}) are stored in float8: a merge is rounded to it, and what is below some 5 % of a "
+                      "weight is mostly lost. mode='inject' loses nothing; requantize=True says that this is meant", stacklevel=3)
     if packed and not requantize:
         raise LoraError(f"{len(packed)} weights are packed by {' and '.join(sorted({*packed.values()}))} ({some(packed, 2)}), and a merge "
                         "would round most of the LoRA away: wear it with mode='inject', which loses nothing; or pass requantize=True to "

@@ -253,6 +253,10 @@ def _may_overwrite(self, base, y):
     return type(base) in _PLAIN and not (torch.is_grad_enabled() or base._forward_hooks or _global_forward_hooks
                                          or "forward" in base.__dict__) and y.is_contiguous()
 
+def _is_here(factor):
+    "Can a factor's numbers be read past its own call? Not if an offload hook brings them only for that call"
+    return "forward" not in factor.__dict__ and not factor._parameters["weight"].is_meta
+
 _PLAIN = nn.Linear, nn.Conv2d
 _SMALL = 8192        # numbers: below it the calls themselves cost more than passes over memory (measured on a CPU)
 
@@ -279,7 +283,7 @@ class LoraInjectedLinear(LoraLayer):
         if not self.enabled: return self._base_output(x, y)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
-        if self._simple and x.dtype == y.dtype == a.dtype and not a.is_meta and not torch.compiler.is_compiling():
+        if self._simple and x.dtype == y.dtype == a.dtype and _is_here(parts["lora_down"]) and not torch.compiler.is_compiling():
             if y.numel() < _SMALL: return torch.add(y, F.linear(F.linear(x, a), b), alpha=self._gain)
             return _add_branch(y, x, a, b, self._gain, self._may_overwrite(base, y))
         return self._general(x, y)
@@ -435,7 +439,7 @@ class LoraInjectedConv2d(LoraLayer):
         if not self.enabled: return self._base_output(x, y)
         if self.training and parts["dropout"].p: x = parts["dropout"](x)
         a, b = parts["lora_down"]._parameters["weight"], parts["lora_up"]._parameters["weight"]
-        if self._simple and x.dtype == y.dtype == a.dtype and not a.is_meta and not torch.compiler.is_compiling():
+        if self._simple and x.dtype == y.dtype == a.dtype and _is_here(parts["lora_down"]) and not torch.compiler.is_compiling():
             h = parts["lora_down"].forward(x)
             if self._may_overwrite(base, y) and y.ndim == 4 and base.groups == 1:
                 return _add_conv_branch(y, h, b, self._gain)
@@ -594,7 +598,8 @@ def _forward_joined(self, x):
     if not on: return y
     weights = lambda key: [own["_modules"][key]._parameters["weight"] for own in on]
     downs, dtype, gains = weights("lora_down"), x.dtype, [own["_gain"] for own in on]
-    if y.dtype != dtype or any(t.dtype != dtype or t.is_meta for t in downs):    # autocast, or factors of another precision
+    here = all(_is_here(own["_modules"]["lora_down"]) for own in on)
+    if not here or y.dtype != dtype or any(t.dtype != dtype for t in downs):     # autocast, or factors of another precision
         for m in reversed(run): y, base = m._on_top(x, y, base), m
         return y
     top = max(gains, key=abs) or 1.                                  # no share is above 1, for half precision's sake

@@ -17,7 +17,7 @@ from .core import DataError, Markup, code, escaped, patch_to, printable, table
 from .lora import Factors, Lora
 from .names import block_of, canonical_name, kind_of
 from .products import Change
-from .worn import Wearer, foreign_adapters, places, resolve_components, root_module, stack_of, worn_state
+from .worn import Wearer, foreign_adapters, places, resolve_components, root_module, stack_of, stored_weight, worn_state
 
 # %% ../nbs/11_report.ipynb #585059c0
 @dataclass
@@ -77,9 +77,9 @@ def _block_norms(lora, matched):
     squares, layers = {}, {canonical_name(n): f for n, f in lora.layers.items()}
     for n, module in matched.items():
         d, w = squares.get(block_of(n), (0., 0.))
-        weight = root_module(module).weight.detach().float()
+        weight = stored_weight(root_module(module)).float()
         f = layers[n]
-        size = f.norm() if f.norm_known else f.delta(root_module(module).weight).norm().item()
+        size = f.norm() if f.norm_known else f.delta(stored_weight(root_module(module))).norm().item()
         squares[block_of(n)] = d + size**2, w + weight.norm().item()**2
     return {b: (d**.5, w**.5) for b, (d, w) in squares.items()}
 

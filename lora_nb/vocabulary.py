@@ -18,7 +18,7 @@ from torch import nn
 
 from .core import DataError, ShapeError, TargetError
 from .lora import Lora
-from .worn import changing, wears
+from .worn import changing, check_groups, wears
 
 if TYPE_CHECKING:
     from lora_nb.worn import Wearer
@@ -133,6 +133,7 @@ def take_words(
     old, kept = worn.tokens, worn.kept
     left = {n: words for n, words in old.items() if name not in (None, n)}
     if len(left) == len(old): return
+    check_groups(model, "taking a word away")
     kept, changed = _adopted(model, kept, old)
     def back():
         worn.tokens, worn.kept = old, kept
@@ -196,6 +197,7 @@ def check_new_words(
     if words and table.is_meta and getattr(model.get_input_embeddings(), "_hf_hook", None) is not None:
         raise TargetError(f"{component} is offloaded layer by layer, so no word can be added to it: load the base without "
                           "offload='sequential', or put the LoRA on before it is offloaded")
+    if words: check_groups(model, "adding a word")
     width, vocabulary = table.shape[1], tokenizer.get_vocab()
     for token, e in words.items():
         if e.shape[1] != width:

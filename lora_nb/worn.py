@@ -8,15 +8,16 @@ Docs: https://lora-nb.github.io/lora_nb/worn.html.md"""
 __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Places', 'places', 'root_module', 'stack_of',
            'plain_modules', 'adapted_class', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn', 'worn_state',
            'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded',
-           'stored_weight', 'store_weight', 'device_of', 'check_stores', 'layer_factors', 'original_weight',
-           'summed_weight', 'note_weight', 'weight_state', 'remerge', 'detach_branches', 'unhang']
+           'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores', 'check_here',
+           'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'weight_state', 'remerge',
+           'detach_branches', 'unhang']
 
 # %% ../nbs/08_worn.ipynb #9e58f7ab
 import threading, warnings, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 from torch import nn
@@ -366,15 +367,48 @@ def device_of(
     "Where a module computes"
     return torch.device(_offload(root).execution_device) if is_offloaded(root) else root._parameters["weight"].device
 
+# %% ../nbs/08_worn.ipynb #eca02ce1
+def group_of(
+    module: nn.Module,
+) -> Any:                # diffusers' `ModuleGroup`; None: none
+    "The group with which diffusers' group offloading moves a module's own weights"
+    registry = module.__dict__.get("_diffusers_hook")
+    hook = registry and registry.get_hook("group_offloading")
+    return hook.group if hook else None
+
+def check_groups(
+    model: nn.Module,
+    what: str,  # what cannot be done, for the error
+) -> None:
+    "Raise if group offloading brings weights from a store of its own at each call: what is written into a module would be lost"
+    groups = [g for m in plain_modules(model) if (g := group_of(m))]
+    disk = any(g.offload_to_disk_path for g in groups)
+    if disk or any(g.stream is not None for g in groups):
+        raise LoraError(f"{type(model).__name__} is offloaded in groups, and {'files' if disk else 'a stream'} of diffusers bring its own weights "
+                        f"back at each call, so {what} is impossible. Put the LoRA on before enable_group_offload, or leave out "
+                        f"{'offload_to_disk_path' if disk else 'use_stream'}; to take one off, load the base again")
+
 # %% ../nbs/08_worn.ipynb #e5db8b9f
 def check_stores(
     model: nn.Module,
     what: str,  # what cannot be done, for the error
 ) -> None:
     "Raise if layers of a model cannot be reached because a hook of a module around them holds their weights"
+    check_groups(model, what)
     if any((h := _offload(m)) and h.place_submodules for m in plain_modules(model)):
         raise LoraError(f"{type(model).__name__} is offloaded in blocks of modules, so {what} is impossible: its layers have no store of "
                         "their own. Use enable_model_cpu_offload or enable_sequential_cpu_offload, or put the LoRA on first")
+
+# %% ../nbs/08_worn.ipynb #9f194c75
+def check_here(
+    parts: dict[str, nn.Module],  # component -> model
+    what: str,                    # what cannot be done, for the error
+) -> None:
+    "Raise unless the models hold their weights themselves: an offloaded one has empty tensors between calls"
+    for c, model in parts.items():
+        check_groups(model, what)
+        if any(p.is_meta for p in model.parameters()):
+            raise LoraError(f"{c} is offloaded layer by layer, so {what} is impossible: load it without offload='sequential'")
 
 # %% ../nbs/08_worn.ipynb #16bdefd2
 def layer_factors(

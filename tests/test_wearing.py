@@ -5,19 +5,22 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
+from diffusers.hooks import apply_group_offloading
 from helpers_faults import injections
 from helpers_ground import close, fingerprint, random_lora, tiny_pipe, tiny_unet
 from torch import nn
 
 from lora_nb.checkpoints import borrowed, merge_checkpoint, save_checkpoint
 from lora_nb.core import LoraError, atomic_path
+from lora_nb.extraction import distill
 from lora_nb.injection import apply_lora, extract_lora, inject_lora, remove_lora, set_scale
+from lora_nb.layers import LoraLayer
 from lora_nb.lora import Factors, Lora
 from lora_nb.mixing import Mixture
 from lora_nb.random_pipes import random_pipe
 from lora_nb.schedule import LoraSchedule
 from lora_nb.scheduling import scheduled
-from lora_nb.worn import adapters, places
+from lora_nb.worn import adapters, group_of, places, plain_modules
 
 
 def answer(unet):
@@ -102,6 +105,72 @@ def test_what_an_offloaded_model_cannot_do_is_refused(lora):
         with pytest.raises(LoraError, match="in blocks of modules"):
             apply_lora({"unet": blocks}, Lora({"unet.0.0": Factors(torch.ones(6, 1), torch.ones(1, 6))}), mode=mode)
     assert not adapters(pipe) and not adapters(blocks)
+
+
+def test_what_reads_weights_does_not_read_empty_ones(tmp_path):
+    pipe, other = random_pipe("sd"), random_pipe("sd"); lora = random_lora(pipe.unet); apply_lora(other, lora); told = repr(lora.report(pipe))
+    for p in (pipe, other): cpu_offload(p.unet, "cpu")
+    assert repr(lora.report(pipe)) == told
+    with pytest.raises(LoraError, match="unet is offloaded layer by layer, so comparing it is impossible"): distill(pipe, other, rank=2)
+    for format in ("folder", "single_file"):
+        for write in (lambda p: save_checkpoint(pipe, p, format), lambda p: merge_checkpoint(pipe, lora, p, format)):
+            with pytest.raises(LoraError, match="so writing it into a file is impossible"): write(tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir()) and not adapters(pipe)
+    third = random_pipe("sd"); in_groups(third.vae, offload_to_disk_path=str(tmp_path / "vae"))
+    with pytest.raises(LoraError, match="AutoencoderKL is offloaded in groups, and files"): save_checkpoint(third, tmp_path / "y")
+
+
+# Group offloading of diffusers
+
+def in_groups(model, kind="leaf_level", **kw):
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, **{**dict(onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1), **kw})
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_groups_in_memory_wear_it(lora, want, mode, kind):
+    unet = tiny_unet(); fresh, bits = answer(unet), fingerprint(unet)
+    in_groups(unet, kind)
+    apply_lora(unet, lora, mode=mode); assert close(answer(unet), want) and close(answer(unet), want)
+    remove_lora(unet); assert torch.equal(answer(unet), fresh)
+    with scheduled(unet, lora, mode=mode): assert close(answer(unet), want)
+    assert torch.equal(answer(unet), fresh) and fingerprint(unet) == bits
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_groups_on_disk_are_refused(lora, want, kind, tmp_path):
+    "diffusers reads its own files at each call: what was merged had no effect, without a word"
+    pipe = tiny_pipe(); unet, text = pipe.unet, pipe.text_encoder; fresh = answer(unet)
+    for i, m in enumerate((unet, text)): in_groups(m, kind, offload_to_disk_path=str(tmp_path / str(i)))
+    for mode in ("merge", "inject"):
+        with pytest.raises(LoraError, match="UNet2DConditionModel is offloaded in groups, and files of diffusers"): apply_lora(unet, lora, mode=mode)
+    with pytest.raises(LoraError, match="scheduling merged LoRAs is impossible"):
+        with scheduled(unet, lora): pass
+    with pytest.raises(LoraError, match="nothing can be trained"): inject_lora(unet)
+    with pytest.raises(LoraError, match="adding a word is impossible"):
+        apply_lora(pipe, Lora(embeddings={"<x>": {"text_encoder": torch.randn(24)}}))
+    assert not adapters(pipe) and close(answer(unet), fresh)
+    for mode in ("merge", "inject"):
+        unet = tiny_unet(); apply_lora(unet, lora, mode=mode); in_groups(unet, kind, offload_to_disk_path=str(tmp_path / mode))
+        assert close(answer(unet), want), mode                             # worn first
+        if mode == "inject": continue
+        with pytest.raises(LoraError, match="leave out offload_to_disk_path"): remove_lora(unet)
+        assert adapters(unet) and close(answer(unet), want)
+
+
+def test_groups_of_a_stream_are_refused_and_branches_go_where_groups_go(lora):
+    def groups(kind, **what):
+        unet = tiny_unet(); in_groups(unet, kind)
+        for g in filter(None, map(group_of, plain_modules(unet))): g.__dict__.update(what)
+        return unet
+    unet = groups("leaf_level", stream=object())
+    with pytest.raises(LoraError, match="leave out use_stream"): apply_lora(unet, lora)
+    for kind in ("leaf_level", "block_level"):
+        unet = groups(kind, onload_device=torch.device("meta"))            # in place of a GPU
+        with pytest.raises(LoraError, match="wear it with mode='merge'") if kind == "leaf_level" else warnings.catch_warnings():
+            apply_lora(unet, dora_of(lora, tiny_unet()), mode="inject")
+        remove_lora(unet); apply_lora(unet, lora, mode="inject")
+        assert {m.lora_up.weight.device.type for m in unet.modules() if isinstance(m, LoraLayer)} == {"meta"}
 
 
 # Strengths
