@@ -1,5 +1,5 @@
 "The commands at their edges: every flag is used or refused, wrong usage is found before a model is loaded, help needs no PyTorch."
-import ast, json, os, subprocess, sys
+import ast, json, os, shlex, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import replace
 from pathlib import Path
@@ -695,3 +695,30 @@ def test_a_preview_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     said = refused(lora_dreambooth, *SUBJECT, "--output_dir", tmp_path / "out", "--preview_prompt", "a toy", "--lora_rank", 2)
     (path,) = rest.glob("*/lora.safetensors")
     assert "No space left" in said and str(path) in said and any(f.up.any() for f in Lora.load(path).layers.values())
+
+
+def test_flags_that_fit_a_card_can_be_typed(tmp_path):
+    "What --fit prints is pasted behind a training command: it must parse there, with the T5 as it was counted."
+    for name, card in (("sdxl", 8), ("sd3.5-medium", 12), ("sd3.5-large", 12), ("flux.1-dev", 12)):
+        for plan in json.loads(works(lora_memory, name, "--fit", card, "--json"))["cards"]:
+            words = shlex.split(" ".join(plan["flags"]))
+            a = lora_dreambooth.parser().parse_args(["--instance_data_dir", str(tmp_path), "--pretrained_model_name_or_path", name, *words])
+            assert a.t5 == {True: "keep", False: "drop"}.get(plan["settings"].get("t5", True), "8bit")
+
+
+def test_bundled_loras_have_names_everywhere(tmp_path):
+    "lora_generate knows them by name, so the commands for files do; a misspelt one is said before anything is loaded."
+    assert "trigger  sks face" in works(lora_info, "jack-o-lantern")
+    works(lora_convert, "jack-o-lantern", tmp_path / "a.safetensors", "--format", "kohya")
+    works(lora_resize, "neon", tmp_path / "b.safetensors", "--rank", 2)
+    assert "one LoRA" in works(add_command, "jack-o-lantern", "neon", tmp_path / "c.safetensors", 1, .7)
+    for command in (lora_info, lora_convert, lora_resize):
+        assert "Did you mean neon?" in refused(command, "neno", *([tmp_path / "d.safetensors"] if command is not lora_info else []))
+    assert "Did you mean neon?" in refused(add_command, "neno", "neon", tmp_path / "d.safetensors")
+    assert "Did you mean neon?" in refused(lora_evaluate, "--lora", "neno", "--instance_data_dir", tmp_path)
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_the_demo_is_called_as_it_is_typed():
+    assert terminal(COMMANDS["demo"], "--help")[1].startswith("usage: lora_nb demo ")
+    assert refused(COMMANDS["demo"], "--stesp", 3).startswith("lora_nb demo: no flag --stesp. Did you mean --steps?")

@@ -44,7 +44,7 @@ DEMO = {
 }
 
 # %% ../../nbs/88_cli_demo.ipynb #f3a3646e
-@command(DEMO)
+@command(DEMO, examples=["lora_nb demo", "lora_nb demo --subject octopus", "lora_nb demo --subject photos --steps 100 --pictures 6"])
 def demo(a):
     "Teach the embedded base one subject, measure what it learned, and show it."
     folder, name, noun = find_subject(a.subject)

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from .flags import (BASE_FLAGS, JSON, REQUIRED, Flag, UsageError, base_of, check_exists, check_lora, command, folder_of, report, say,
-                               text_table, writable)
+from .flags import (BASE_FLAGS, JSON, REQUIRED, Flag, UsageError, base_of, check_exists, check_lora, check_lora_file, command,
+                               folder_of, lora_file, report, say, text_table, writable)
 
 # %% ../../nbs/86_cli_draw.ipynb #88667c82
 if TYPE_CHECKING:
@@ -225,13 +225,13 @@ def lora_generate(a):
     out = Path(a.output_dir)
     drawn = (replayed if a.from_png else drawn_now)(a, out)
     paths = write_pictures(drawn, writable(out))
-    report(a, "\n".join([*map(str, paths), f"{len(paths)} pictures in {out}."]),
+    report(a, "\n".join([*map(str, paths), f"{len(paths)} picture{'s' * (len(paths) != 1)} in {out}."]),
            files=[dict(file=p, seed=s.seed, prompt=s.prompt) for p, (_, s) in zip(paths, drawn)])
 
 # %% ../../nbs/86_cli_draw.ipynb #ade20938
 EVALUATE = {
     "LoRA": [
-        Flag("lora", str, REQUIRED, "file of the LoRA", check=check_exists),
+        Flag("lora", str, REQUIRED, "file of the LoRA, or a bundled one's name", check=check_lora_file),
         Flag("scale", float, 1., "its strength", least=-100, most=100),
         Flag("trigger", str, None, "words that call it; without it, what the file says"),
         Flag("instance_data_dir", str, REQUIRED, "folder with pictures of the subject or style"),
@@ -269,7 +269,7 @@ def lora_evaluate(a):
     folder_of(a.instance_data_dir, "pictures of the subject or style")
     own = a.pretrained_model_name_or_path in embedded_bases()
     if not own and not a.clip: raise UsageError("This base is not embedded: name a --clip (and a --dino) to mark with.")
-    lora, out = Lora.load(a.lora), writable(a.output_dir)
+    lora, out = Lora.load(lora_file(a.lora, a.pretrained_model_name_or_path)), writable(a.output_dir)
     check_new([out / "evaluation.json", out / "before_after.jpg"], a.overwrite)
     base = base_of(a)
     result = evaluate(base, lora, a.trigger, a.subject, a.instance_data_dir, a.kind, a.num_images, scale=a.scale, seed=a.seed,

@@ -16,8 +16,8 @@ import argparse, contextlib, re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from .flags import (BASE_FLAGS, JSON, REQUIRED, Flag, UsageError, available_device, check_base_name, check_exists, check_file, command,
-                               folded, given, number, open_base, quiet_libraries, report, text_table, writable)
+from .flags import (BASE_FLAGS, JSON, REQUIRED, Flag, UsageError, available_device, check_base_name, check_file, check_lora_file, command,
+                               folded, given, lora_file, number, open_base, quiet_libraries, report, text_table, writable)
 
 # %% ../../nbs/87_cli_files.ipynb #77567ff9
 if TYPE_CHECKING:
@@ -111,12 +111,12 @@ def lora_ppim(a):
            report=done.path)
 
 # %% ../../nbs/87_cli_files.ipynb #20b3f8cd
-@command({"": [Flag("file", default=REQUIRED, help="a LoRA in any format this package reads: a file or a folder", place="FILE",
-                    check=check_exists), JSON]}, examples=["lora_info dog.safetensors", "lora_info dog.safetensors --json"])
+@command({"": [Flag("file", default=REQUIRED, help="a LoRA in any format this package reads: a file, a folder, or a bundled one's name",
+                    place="FILE", check=check_lora_file), JSON]}, examples=["lora_info dog.safetensors", "lora_info dog.safetensors --json"])
 def lora_info(a):
     "Say what is in a LoRA file."
     from lora_nb.conversion import lora_file_info
-    info = lora_file_info(a.file)
+    info = lora_file_info(lora_file(a.file))
     report(a, folded(repr(info), 9), **vars(info))
 
 # %% ../../nbs/87_cli_files.ipynb #019a5530
@@ -124,7 +124,7 @@ OVERWRITE = Flag("overwrite", None, False, "replace what is at the output, whate
 LORA_FORMATS = ("kohya", "comfy", "peft", "lora_diffusion", "pt", "textual_inversion", "a1111")          # formats that can be written
 
 CONVERT = {"conversion": [
-    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads", place="IN", check=check_exists),
+    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads, or a bundled one's name", place="IN", check=check_lora_file),
     Flag("target", default=REQUIRED, help="the file to write", place="OUT"),
     Flag("format", LORA_FORMATS, "peft", "format of the file to write"),
     Flag("base", str, None, "the base it belongs to, for files that name no layers: embedded, folder, file or hub id",
@@ -177,18 +177,19 @@ def lora_convert(a):
     asked = {k: v for k, v in dict(dialect=a.dialect, bundle=a.bundle, own_alphas=a.own_alphas).items() if v}
     if asked and a.format != "kohya": raise UsageError(f"--{next(iter(asked))} is for --format kohya.")
     options = {k: v for k, v in asked.items() if k != "own_alphas"} | ({"one_alpha": False} if a.own_alphas else {})
-    check_lora_output(a.target, a.format, a.overwrite, [a.source])
+    source = lora_file(a.source)
+    check_lora_output(a.target, a.format, a.overwrite, [source])
     from lora_nb.conversion import convert_lora
     from lora_nb.core import human
-    with flag_words(): done = convert_lora(a.source, a.target, a.format, pipe_of(a.base), a.drop, overwrite=a.overwrite, **options)
+    with flag_words(): done = convert_lora(source, a.target, a.format, pipe_of(a.base), a.drop, overwrite=a.overwrite, **options)
     lost, notes, size = done.lost, [as_flags(n) for n in done.notes], Path(a.target).stat().st_size
     lines = [f"{a.target}: {len(done.lora)} layers in {a.format} form, {human(size)}.", *(f"left out: {line}" for line in lost), *notes]
     report(a, "\n".join(lines), file=a.target, format=a.format, layers=len(done.lora), bytes=size, left_out=lost, notes=notes)
 
 # %% ../../nbs/87_cli_files.ipynb #5b7848ce
 ADD = {"sum": [
-    Flag("path_1", default=REQUIRED, help="a LoRA; for the modes upl and upl-ckpt-v2 a base", place="PATH_1"),
-    Flag("path_2", default=REQUIRED, help="a LoRA", place="PATH_2", check=check_exists),
+    Flag("path_1", default=REQUIRED, help="a LoRA, or a bundled one's name; for the modes upl and upl-ckpt-v2 a base", place="PATH_1"),
+    Flag("path_2", default=REQUIRED, help="a LoRA, or a bundled one's name", place="PATH_2", check=check_lora_file),
     Flag("output_path", default=REQUIRED, help="the file or folder to write", place="OUT"),
     Flag("alpha_1", float, .5, "weight of the first LoRA; in the upl modes, of the LoRA", place="ALPHA_1", least=-100, most=100),
     Flag("alpha_2", float, .5, "weight of the second LoRA", place="ALPHA_2", least=-100, most=100),
@@ -210,7 +211,7 @@ def weighted(
     found = []
     for text in texts:
         path, _, weight = text.rpartition(":")
-        try: found.append((path, number(WEIGHT)(weight)))
+        try: found.append((lora_file(path), number(WEIGHT)(weight)))
         except argparse.ArgumentTypeError:
             raise UsageError(f"--lora {text}: expected a file and its weight from -100 to 100, such as {text}:0.5.") from None
     return found
@@ -238,6 +239,8 @@ def check_sum(a: argparse.Namespace):
     if a.mode.startswith("upl") and a.rank is not None: raise UsageError("--rank is for sums of LoRAs: leave it out.")
     if a.mode.startswith("upl") and a.lora: raise UsageError("--lora is for sums of LoRAs: merge them one after the other.")
     weighted(a.lora)
+    if not a.mode.startswith("upl"): check_lora_file(a.path_1); a.path_1 = lora_file(a.path_1)
+    a.path_2 = lora_file(a.path_2)
     if a.mode != "upl": check_file(a.output_path, (".ckpt", ".safetensors") if a.mode == "upl-ckpt-v2" else ())
 
 @command(ADD, name="lora_add", examples=["lora_add dog.safetensors ink.safetensors both.safetensors 1 0.6",
@@ -252,7 +255,8 @@ def add_command(a):
         if a.method != "cat": mix_files(a, base)
         else: add_files(a.path_1, a.path_2, a.output_path, a.alpha_1, a.alpha_2, a.mode, a.with_text_lora, rank=a.rank, base=base,
                         more=weighted(a.lora), overwrite=a.overwrite)
-    report(a, f"{a.output_path} is written.", file=a.output_path, mode=a.mode, method=a.method)
+    said = "the base, with the LoRA in its weights" if a.mode.startswith("upl") else "one LoRA"
+    report(a, f"{a.output_path}: {said}.", file=a.output_path, mode=a.mode, method=a.method)
 
 # %% ../../nbs/87_cli_files.ipynb #f2195857
 SIZE_FLAGS = [
@@ -261,7 +265,7 @@ SIZE_FLAGS = [
     Flag("megabytes", float, None, "or the size of the file; ranks go where they count most", least=0, most=10**6, open="least")]
 
 RESIZE = {"resizing": [
-    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads", place="IN", check=check_exists),
+    Flag("source", default=REQUIRED, help="a LoRA in any format this package reads, or a bundled one's name", place="IN", check=check_lora_file),
     Flag("target", default=REQUIRED, help="the file to write", place="OUT"),
     *SIZE_FLAGS,
     Flag("format", LORA_FORMATS, None, "format of the file to write; without it, that of IN if it can be written, else peft"),
@@ -284,7 +288,7 @@ def size_of(
 @command(RESIZE, examples=["lora_resize dog.safetensors small.safetensors --rank 16"])
 def lora_resize(a):
     "Make a LoRA smaller: by rank, by energy or by the size of the file."
-    sizes = size_of(a)
+    sizes, source = size_of(a), lora_file(a.source)
     import torch
     from lora_nb.core import human
     from lora_nb.extraction import resize, spectra
@@ -293,10 +297,10 @@ def lora_resize(a):
     quiet_libraries()
     with flag_words():
         base = pipe_of(a.base)
-        lora = Lora.load(a.source, base=base)
-        kind = a.format or format_of(*read_file(a.source))
+        lora = Lora.load(source, base=base)
+        kind = a.format or format_of(*read_file(source))
         kind = kind if FORMATS[kind].write and Path(a.target).suffix in FORMATS[kind].ends else "peft"
-        check_lora_output(a.target, kind, a.overwrite, [a.source])
+        check_lora_output(a.target, kind, a.overwrite, [source])
         small = resize(lora, **sizes, dtype=a.dtype and getattr(torch, a.dtype))
         small.save(a.target, kind, base=base, overwrite=a.overwrite, **({"pad": False} if kind == "peft" else {}))
     plain = {n: f for n, f in lora.layers.items() if f.magnitude is None}
@@ -375,8 +379,9 @@ def card_plans(
 def plan_flags(plan: Any) -> list[str]:
     "The settings of a plan as flags of a training."
     names = dict(batch_size="train_batch_size", accumulate="gradient_accumulation_steps")
-    said = {k: v for k, v in plan.settings.items() if v and k != "prior_batch" and (k, v) != ("accumulate", 1)}
-    return [f"--{names.get(k, k)}" + ("" if v is True else f" {v}") for k, v in said.items()]
+    t5 = {True: [], False: ["--t5 drop"]}.get(kept := plan.settings.get("t5", True), [f"--t5 {kept}"])
+    said = {k: v for k, v in plan.settings.items() if v and k not in ("prior_batch", "t5") and (k, v) != ("accumulate", 1)}
+    return [f"--{names.get(k, k)}" + ("" if v is True else f" {v}") for k, v in said.items()] + t5
 
 # %% ../../nbs/87_cli_files.ipynb #a8500004
 @command(MEMORY, examples=["lora_memory sdxl --gradient_checkpointing", "lora_memory sd3.5-medium --task generate",

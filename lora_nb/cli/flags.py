@@ -11,8 +11,8 @@ __all__ = ['REQUIRED', 'JSON', 'CONFIG', 'COMMANDS', 'BASE_NAMES', 'QUANTIZE_NAM
            'asks_for_the_same', 'values_of', 'range_of', 'help_line', 'entry', 'text_table', 'folded', 'help_text',
            'Shown', 'config_words', 'config_path', 'words_of', 'Command', 'complete', 'plain_errors', 'plain_warnings',
            'stop_if_ours', 'command', 'flag_table', 'check_base_name', 'check_lora', 'check_exists', 'bundled',
-           'quiet_libraries', 'available_device', 'open_base', 'base_of', 'writable', 'folder_of', 'check_file',
-           'layer_rates', 'check_targets', 'check_name', 'check_encoders']
+           'check_lora_file', 'lora_file', 'quiet_libraries', 'available_device', 'open_base', 'base_of', 'writable',
+           'folder_of', 'check_file', 'layer_rates', 'check_targets', 'check_name', 'check_encoders']
 
 # %% ../../nbs/83_cli_flags.ipynb #dc8c994d
 import argparse, contextlib, difflib, importlib.util, io, json, math, os, re, shutil, sys, textwrap
@@ -308,7 +308,7 @@ def help_text(
     width = width or max(60, min(100, shutil.get_terminal_size((80, 24)).columns))
     rows = [f for flags in c.groups.values() for f in flags]
     need = [f.place or f"--{f.name} {values_of(f)}" for f in rows if f.default is REQUIRED]
-    usage = textwrap.fill(f"usage: {' '.join([c.name, *need])} [flags]", width, subsequent_indent=" " * 8, break_on_hyphens=False)
+    usage = textwrap.fill(f"usage: {' '.join([c.called, *need])} [flags]", width, subsequent_indent=" " * 8, break_on_hyphens=False)
     parts = [usage, textwrap.fill(" ".join((c.__doc__ or "").split()), width)]
     for title, flags in c.groups.items():
         shown = [f for f in flags if whole or not c.first or f.name in c.first or f.default is REQUIRED]
@@ -317,7 +317,7 @@ def help_text(
         lines = [entry(f"  --{n}", old_help(o), width) for n, o in c.old.items()]
         parts.append("\n".join(["flags of the reference without a counterpart:", *lines]))
     if c.examples: parts.append("\n".join(["examples:", *(f"  {e}" for e in c.examples)]))
-    more = "" if whole or not (c.first or c.old) else f"{c.name} --help-all shows all {len(rows)} flags. "
+    more = "" if whole or not (c.first or c.old) else f"{c.called} --help-all shows all {len(rows)} flags. "
     return "\n\n".join([*parts, textwrap.fill(f"{more}--version shows the version.", width)])
 
 class Shown(argparse.Action):
@@ -381,9 +381,13 @@ class Command:
     first: Sequence[str] = ()                                        # flags that --help shows; (): all
     examples: Sequence[str] = ()                                     # command lines
     def __post_init__(self): self.__name__, self.__doc__ = self.name, self.work.__doc__
+    @property
+    def called(self) -> str:
+        "What a person types: the name of a script, or `lora_nb` and a name."
+        return self.name if self.name.startswith("lora_") else f"lora_nb {self.name}"
     def parser(self) -> Parser:
         "The parser that the tables describe"
-        p = Parser(self.name, " ".join((self.work.__doc__ or "").split()), add_help=False)
+        p = Parser(self.called, " ".join((self.work.__doc__ or "").split()), add_help=False)
         for title, flags in self.groups.items():
             group = p.add_argument_group(title)
             for f in flags: add_flag(group, f)
@@ -503,6 +507,22 @@ def bundled(what: str) -> list[str]:  # "loras", "subjects", "styles"
     here = Path(importlib.util.find_spec("lora_nb").origin).resolve().parent
     found = [p for root in (here / "data", here.parent / "data") for p in [*root.glob(f"{what}/*"), *root.glob(f"{what}/*/*.safetensors")]]
     return sorted({p.stem for p in found if p.suffix == ".safetensors" or what != "loras" and p.is_dir()})
+
+# %% ../../nbs/83_cli_flags.ipynb #c5a17d02
+def check_lora_file(text: str):
+    "Refuse a LoRA that is neither a file, nor a folder, nor a bundled one's name."
+    if Path(text).expanduser().exists() or text.replace(" ", "_") in (known := bundled("loras")): return
+    beside = [str(p) for p in Path(text).parent.iterdir()] if Path(text).parent.is_dir() else []
+    raise UsageError(f"{text}: there is no such file, and no bundled LoRA of that name. Check the path.{meant(text, [*beside, *known])}")
+
+def lora_file(
+    text: str,               # a file, or a bundled LoRA's name
+    base: str = "tiny-sd",   # where two bundled LoRAs have one name, the one made on this base
+) -> str:
+    "The file that a command line names; what is in the working folder comes first."
+    from lora_nb.studio.easel import bundled_files
+    path = Path(text).expanduser()
+    return str(path if path.exists() else bundled_files(base).get(text.replace(" ", "_"), path))
 
 # %% ../../nbs/83_cli_flags.ipynb #88979e23
 BASE_FLAGS = [
