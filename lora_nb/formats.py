@@ -13,7 +13,7 @@ __all__ = ['Tensors', 'FORMATS', 'lora_files', 'unwrapped', 'read_file', 'Format
            'is_lora_file', 'save_lora']
 
 # %% ../nbs/33_formats.ipynb #261cc292
-import json, re
+import json, math, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +204,41 @@ FORMATS |= {
     "textual_inversion": Format(is_embedding, read_embedding, write_embedding, word_faults),
     "a1111": Format(_never, read_embedding, write_a1111, a1111_faults, store=store_a1111, ends=(".pt", ".bin", ".ckpt"))}
 
+# %% ../nbs/33_formats.ipynb #6fd4cec4
+def _trained_with(metadata):
+    "What kohya's header says of a training with LyCORIS: (rank, rank of convolutions, rsLoRA?); None where it does not say"
+    try: args = json.loads(metadata.get("ss_network_args") or "null")
+    except ValueError: args = None
+    args = args if isinstance(args, dict) else None
+    number = lambda x: float(x) if re.fullmatch(r"\d+(\.\d*)?", str(x).strip()) and float(x) > 0 else None
+    rank = number(metadata.get("ss_network_dim"))
+    rs = None if args is None else str(args.get("rs_lora", "")).strip().lower() in ("true", "1", "yes")
+    return rank, number((args or {}).get("conv_dim", rank)), rs
+
+def _whole_strength(alpha, rank, rs):
+    "Strength of a LoKr whose sides are whole, from its `alpha` and what the header says; None: unknown"
+    near = lambda a, b: math.isclose(a, b, rel_tol=.01)
+    if rank and (rs or near(alpha, rank**1.5)): return math.sqrt(rank)
+    if rs: return None
+    return 1. if rs is False or rank and near(alpha, rank) else None
+
+def _with_strengths(tensors, metadata):
+    "`tensors` with the strengths of LoKr modules that do not show their rank"
+    stems = [k.removesuffix(".lokr_w1") for k in tensors if k.endswith(".lokr_w1")]
+    whole = [s for s in stems if f"{s}.lokr_w2" in tensors and f"{s}.alpha" in tensors and tensors[f"{s}.alpha"].numel() == 1]
+    if not whole or NOTE in metadata or "adapter_config" in metadata: return tensors
+    (rank, conv, rs), found = _trained_with(metadata), {}
+    for s in whole:
+        alpha, kernel = float(tensors[f"{s}.alpha"]), math.prod(tensors[f"{s}.lokr_w2"].shape[2:])
+        found[s] = _whole_strength(alpha, conv if kernel > 1 else rank, rs)
+    if odd := [s for s, strength in found.items() if strength is None]:
+        alpha = float(tensors[f"{odd[0]}.alpha"])
+        warnings.warn(f"{len(odd)} LoKr modules ({some(odd, 2)}) have two whole sides and an alpha ({alpha:g}), and the file does not say their "
+                      "rank. They are read at strength 1, as LyCORIS, ComfyUI and A1111 do. If they were trained with "
+                      "rsLoRA, the strength in training was the root of the rank: use it as the LoRA's scale", stacklevel=4)
+    own = {f"{s}.lokr_strength": torch.tensor(x, dtype=torch.float64) for s, x in found.items() if x not in (None, 1.)}
+    return {**tensors, **own}
+
 # %% ../nbs/33_formats.ipynb #bda11290
 def _read_known(read, tensors, metadata, base, left_out):
     "Read what has a place; keys without one go to `left_out`, or raise"
@@ -255,7 +290,8 @@ def load_lora(
             if (read := FORMATS[kind].read) is None:
                 raise FormatError(f"a {kind} file, which is not read. {FORMATS[kind].advice}")
             before = len(left_out or ())
-            lora = _without_written(with_note(_read_known(read, tensors, metadata, base, left_out), metadata), metadata)
+            full = _with_strengths(tensors, metadata)
+            lora = _without_written(with_note(_read_known(read, full, metadata, base, left_out), metadata), metadata)
             if base is None and NOTE not in metadata: lora = _without_strange(lora, tensors, left_out)     # ours may be for any model
             return _saying_so(lora if base is None else fit_base(lora, base), (left_out or [])[before:])
     except StrayKeys as e: raise StrayKeys(f"{path}: {e}", e.keys) from e

@@ -219,7 +219,7 @@ def vera_factors(
 
 # %% ../nbs/07_kinds.ipynb #82f89db7
 KIND_PARTS = (*(f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
-              *(f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+              *(f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "strength")),
               "oft_blocks", "rescale", *(f"{x}.weight" for x in ("a1", "a2", "b1", "b2", "bm")), "on_input", "weight",
               "diff", "w_norm", "diff_b", "b_norm", "ia3_l", "oft_R", "boft_R", "boft_s")   # parts of other kinds than LoRA
 
@@ -243,7 +243,7 @@ def _loha(name, p, kernel, config):
 
 def _lokr(name, p, kernel, config):
     "A LoKr from its parts"
-    parts = {k: t for k, t in p.items() if k.startswith("lokr_")}
+    parts = {k: t for k, t in p.items() if k.startswith("lokr_") and k != "lokr_strength"}
     side = lambda i: p[f"lokr_w{i}"].shape if f"lokr_w{i}" in p else (len(p[f"lokr_w{i}_a"]), *p[f"lokr_w{i}_b"].shape[1:])
     (a, b), (c, d, *inner) = side(1), side(2)
     if "lokr_t2" in p: c, d, inner = p["lokr_w2_a"].shape[1], p["lokr_w2_b"].shape[1], p["lokr_t2"].shape[2:]
@@ -334,6 +334,7 @@ def read_change(
         if isinstance(e, (FormatError, ShapeError)): raise
         shapes = ", ".join(f"{k} {tuple(t.shape)}" for k, t in p.items())
         raise ShapeError(f"{name}: its parts do not fit together ({shapes}). Get the complete file.") from e
+    if "lokr_strength" in p: strength = float(p["lokr_strength"])          # of `whole_lokr`
     if change and "alpha" in p and change.divisor: strength = float(p["alpha"].reshape(())) / change.divisor
     if change and strength is not None and change.divisor is not None or strength is not None and isinstance(change, LoKr):
         change = replace(change, strength=strength)

@@ -11,7 +11,7 @@ __all__ = ['split_key', 'StrayKeys', 'label', 'group_parts', 'to_factors', 'fold
            'fit_base']
 
 # %% ../nbs/27_peft_files.ipynb #e666faa3
-import json, math, re
+import json, math, re, warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -402,6 +402,21 @@ def _vera(name, parts, shared, shape):
     if shape is None: raise FormatError(f"{name} is VeRA, whose file does not tell the size of its layers. Pass base=, what it was made for.")
     return vera_factors(parts["vera_lambda_b"], parts["vera_lambda_d"], shared["A"], shared["B"], shape[1])
 
+# %% ../nbs/27_peft_files.ipynb #673e2f4b
+def _warn_of_alpha(metadata, configs, layers):
+    "Warn of an alpha in the header that is not applied, where it would change the strength"
+    if any("lora_alpha" in c for c in configs.values()): return
+    ranks = {f.rank for f in layers.values() if isinstance(f, Factors)}
+    alphas = {k: str(metadata[k]).strip() for k in ("ss_network_alpha", *(f"{c}.alpha" for c in COMPONENTS), "alpha") if k in metadata}
+    odd = {k: a for k, a in alphas.items() if re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", a) and any(float(a) != r for r in ranks)}
+    for k, a in list(odd.items())[:1]:
+        r = str(metadata.get("ss_network_dim", "")) if k == "ss_network_alpha" else ""
+        r = float(r) if re.fullmatch(r"\d+(\.\d*)?", r) and float(r) else max(ranks)
+        if float(a) == r: continue
+        what = "converters multiply it into the factors" if k == "ss_network_alpha" else "it does not say of which rank"
+        warnings.warn(f"the header says {k} = {a}, and no factor has an alpha of its own: {what}, so it is not applied. If pictures come out too "
+                      f"{'strong' if float(a) < r else 'weak'}, put the LoRA on with scale={float(a) / r:g}", stacklevel=5)
+
 # %% ../nbs/27_peft_files.ipynb #34039290
 def _config_of(config, path, rank):
     "`config`, or an error if it is for another rank"
@@ -423,6 +438,7 @@ def _refuse_config(config):
     if odd := [what for field, what in _OTHER_SUMS.items() if config.get(field)]:
         raise FormatError(f"its configuration says that it is {odd[0]}: not read. Merge it into its base with peft, and distil the result.")
 
+# %% ../nbs/27_peft_files.ipynb #fac24432
 def read_peft(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str],
@@ -445,6 +461,7 @@ def read_peft(
             found[""] = _for_plain_base(name, found[""], config, modules)
         else: found = read_change(name, parts, kernel_of(name, "", shapes.get(name)), _change_strength(config, path), config)
         layers |= {name + end: f for end, f in found.items()}
+    if not any("alpha" in key for key in tensors) and not read_note(metadata): _warn_of_alpha(metadata, configs, layers)
     return Lora(layers, metadata=others(metadata))
 
 # %% ../nbs/27_peft_files.ipynb #b4e698c8

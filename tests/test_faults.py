@@ -3,12 +3,14 @@ import contextlib, signal, sys, time
 
 import pytest
 import torch
-from helpers_faults import FILES, Stop, injections
+from helpers_faults import FILES, Stop, _Calls, _Lines, injections
 from helpers_ground import fingerprint, random_lora, tiny_clip, tiny_pipe
 from torch import nn
 
 from lora_nb.injection import apply_lora, inject_lora, remove_lora, set_scale
 from lora_nb.lora import Factors, Lora
+from lora_nb.schedule import ramp
+from lora_nb.scheduling import scheduled
 from lora_nb.worn import adapters, branches, worn_state
 
 KINDS = ["lines", "calls", "after calls"]
@@ -169,3 +171,32 @@ def test_real_interrupts(mode):
         remove_lora(pipe)
         assert (fingerprint(pipe.unet), fingerprint(pipe.text_encoder), pipe.tokenizer.get_vocab()) == fresh, i
     assert hits > 10
+
+
+class Denoiser(Net):
+    def forward(self, x, timestep): return self.c(self.a(x))
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("worn", [False, True])
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_a_schedule_interrupted_anywhere_leaves_the_base_as_it_was(mode, worn, kind):
+    "On entering, at a step or on leaving: nothing is left, without another call, and the next schedule works"
+    torch.manual_seed(0); net, x = Denoiser(), torch.ones(1, 6)
+    a, b = (small_lora(i, words=False).only("unet") for i in (0, 1))
+    if worn: apply_lora(net, a, name="a", mode=mode)
+    own = lambda m: sorted(k for k in m.__dict__ if k != "_lora_worn")
+    look = lambda: ([(n, type(m).__name__, own(m), len(m._forward_pre_hooks)) for n, m in net.named_modules()], fingerprint(net), adapters(net),
+                    [p.data_ptr() for p in net.parameters()])
+    def act():
+        with scheduled(net, {("a" if worn else a): ramp(0, 1), b: .5}, 4096, mode), torch.no_grad():
+            return [net(x, t) for t in (900, 500, 100)]
+    before, want, k, stopped = look(), act(), 1, 0
+    while True:
+        trap = _Lines(k, (*FILES, "scheduling.py", "weight_cache.py")) if kind == "lines" else _Calls(k, kind == "after calls")
+        try:
+            with trap: act()
+        except Stop: stopped += 1
+        assert look() == before, k
+        if trap.n < k: break
+        k += 37 if kind == "lines" else 7
+    assert stopped > 15 and all(torch.equal(g, w) for g, w in zip(act(), want))

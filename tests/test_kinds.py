@@ -1,6 +1,7 @@
 "Adapters that are no pair of thin matrices: against peft and against their formulas, from files under every name, worn and taken off."
 import json
 import math
+import warnings
 
 import peft
 import pytest
@@ -419,3 +420,42 @@ def test_a_base_in_whole_numbers_is_not_rounded(sd):
     assert fingerprint(base.unet) == whole
     refused("whole numbers", inject_lora, base, {"unet": [Q]}, init="pissa", rank=2)
     assert fingerprint(base.unet) == whole
+
+
+# Strengths that a file does not show
+
+WHOLE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+def whole_lokr(path, alpha, header=None, w2=(4, 4), stem=WHOLE):
+    from safetensors.torch import save_file
+    g = torch.Generator().manual_seed(0)
+    w1, w2 = torch.randn(2, 2, generator=g), torch.randn(*w2, generator=g)
+    save_file({f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2} | ({} if alpha is None else {f"{stem}.alpha": torch.tensor(alpha)}), path, header)
+    return w1, w2
+
+@pytest.mark.parametrize("alpha, header, strength", [
+    (16., dict(ss_network_dim="16", ss_network_alpha="1"), 1.), (16., dict(ss_network_args='{"algo": "lokr"}'), 1.), (None, None, 1.),
+    (64., dict(ss_network_dim="16", ss_network_args='{"rs_lora": "True"}'), 4.),        # LyCORIS 3: alpha * r / sqrt(r)
+    (16., dict(ss_network_dim="16", ss_network_args='{"rs_lora": "True"}'), 4.),        # before: alpha
+    (64., dict(ss_network_dim="16"), 4.)])
+def test_the_strength_of_a_lokr_with_whole_sides(tmp_path, alpha, header, strength):
+    w1, w2 = whole_lokr(tmp_path / "a.safetensors", alpha, header)
+    with warnings.catch_warnings(action="error"): lora = Lora.load(tmp_path / "a.safetensors")
+    (f,) = lora.layers.values()
+    assert torch.allclose(f.delta(), strength * torch.kron(w1, w2)) and f.strength == strength
+    for kind in ("kohya", "peft"):                                   # it stays so in whatever we write
+        lora.save(tmp_path / "b.safetensors", format=kind, overwrite=True)
+        with warnings.catch_warnings(action="error"): again = Lora.load(tmp_path / "b.safetensors")
+        assert torch.allclose(next(iter(again.layers.values())).delta(), f.delta(), atol=1e-5)
+
+def test_convolutions_of_a_whole_lokr_have_a_rank_of_their_own(tmp_path):
+    header = dict(ss_network_dim="16", ss_network_args='{"rs_lora": "True", "conv_dim": "9"}')
+    w1, w2 = whole_lokr(tmp_path / "a.safetensors", 27., header, (4, 4, 3, 3), "lora_unet_mid_block_resnets_0_conv1")
+    (f,) = Lora.load(tmp_path / "a.safetensors").layers.values()
+    assert f.strength == 3
+
+@pytest.mark.parametrize("header", [None, dict(ss_network_dim="Dynamic"), dict(ss_network_args='{"rs_lora": "True"}')])
+def test_an_unknown_strength_of_a_whole_lokr_is_reported(tmp_path, header):
+    w1, w2 = whole_lokr(tmp_path / "a.safetensors", 64., header)
+    with pytest.warns(UserWarning, match=r"1 LoKr modules .*alpha \(64\).*strength 1, as LyCORIS"): lora = Lora.load(tmp_path / "a.safetensors")
+    assert torch.allclose(next(iter(lora.layers.values())).delta(), torch.kron(w1, w2))

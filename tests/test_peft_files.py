@@ -1,4 +1,4 @@
-import json, re, time
+import json, re, time, warnings
 
 import pytest
 import torch
@@ -379,3 +379,31 @@ def test_a_pipeline_that_wears_adapters_of_diffusers(tmp_path):
     remove_lora(pipe)
     wrapped = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]))
     refused("wear an adapter.*default", apply_lora, {"unet": wrapped.base_model.model}, lora, exc=TargetError)
+
+
+# An alpha in the header that is not applied
+
+@pytest.mark.parametrize("header, says", [
+    (dict(ss_network_alpha="2", ss_network_dim="8"), r"ss_network_alpha = 2, .*converters multiply it.*too strong, .*scale=0.25"),
+    (dict(ss_network_alpha="16", ss_network_dim="8"), r"too weak, .*scale=2"), (dict(alpha="2"), r"alpha = 2, .*of which rank.*scale=0.5"),
+    ({"unet.alpha": "8"}, r"unet.alpha = 8, .*scale=2"), (dict(ss_network_alpha="8", ss_network_dim="8"), None), (dict(alpha="4"), None),
+    (dict(ss_network_alpha="None"), None), (dict(alpha="2", rank="4"), None), (dict(lora_alpha="2", r="4", ss_network_alpha="1"), None)])
+def test_an_alpha_of_the_header_is_applied_or_reported(tmp_path, header, says):
+    from safetensors.torch import save_file
+    up, down = torch.randn(6, 4), torch.randn(4, 5)
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}, tmp_path / "a.safetensors", header)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always"); lora = Lora.load(tmp_path / "a.safetensors")
+    assert len(said) == (says is not None) and (not said or re.search(says, str(said[0].message)))
+    (f,) = lora.layers.values()
+    assert torch.allclose(f.delta(), up @ down * (.5 if {"rank", "r"} & header.keys() else 1), atol=1e-5)
+
+def test_alphas_beside_the_factors_count_and_the_header_does_not(tmp_path):
+    from safetensors.torch import save_file
+    up, down = torch.randn(6, 4), torch.randn(4, 5)
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down, f"{key}.alpha": torch.tensor(2.)}
+    save_file(tensors, tmp_path / "a.safetensors", dict(ss_network_alpha="1", ss_network_dim="4"))
+    with warnings.catch_warnings(action="error"): (f,) = Lora.load(tmp_path / "a.safetensors").layers.values()
+    assert torch.allclose(f.delta(), up @ down / 2, atol=1e-5)

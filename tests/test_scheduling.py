@@ -1,4 +1,4 @@
-import math
+import copy, math, warnings
 from dataclasses import replace
 
 import diffusers
@@ -391,5 +391,162 @@ def test_loading_in_the_middle_of_a_run_is_an_error():
     x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)
     with pytest.warns(UserWarning, match="written over"), torch.no_grad(), scheduled(unet, {random_lora(tiny_unet(), "extended"): ramp(0, 1)}):
         unet(x, 500, words); unet.load_state_dict(new.state_dict())
-        with pytest.raises(LoraError, match="while it is scheduled"): unet(x, 100, words)
+        with pytest.raises(LoraError, match="while they are scheduled"): unet(x, 100, words)
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), new.parameters()))
+
+
+# Written over inside, without a trace in the tensor
+
+def _data(unet, w, new): w.data.copy_(new)
+def _in_place(unet, w, new):
+    with torch.no_grad(): w.copy_(new)
+def _one(unet, w, new): w.data.view(-1)[-1] += 1e-3
+def _add(unet, w, new): w.data.add_(1e-6 * torch.randn(w.shape))
+def _shuffle(unet, w, new): w.data.copy_(w.flip(0))
+def _swap(unet, w, new): w.data = new.clone()
+def _load(unet, w, new): unet.load_state_dict({WEIGHT: new}, strict=False)
+def _assign(unet, w, new): unet.load_state_dict({WEIGHT: new.clone()}, strict=False, assign=True)
+def _step(unet, w, new):
+    w.requires_grad_().grad = new.clone()
+    torch.optim.SGD([w], lr=.1).step()
+    w.grad = None; w.requires_grad_(False)
+
+WRITES = [_data, _in_place, _one, _add, _shuffle, _swap, _load, _assign, _step]
+WEIGHT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+
+def one_written(write, plan, calls=(), dtype=None, offload=False, says="1 weights .*written over while they were scheduled", **kw):
+    "Write one weight inside `scheduled`, after calls at some timesteps; it must stay, and all others come back"
+    from helpers_ground import random_lora, tiny_unet
+    unet = tiny_unet().to(dtype); path = WEIGHT.removesuffix(".weight")
+    x = torch.randn(1, 4, 8, 8).to(unet.dtype), torch.randn(1, 7, 24).to(unet.dtype)
+    new, rest = torch.randn(16, 16).to(unet.dtype), {n: p.detach().clone() for n, p in unet.named_parameters()}
+    with pytest.warns(UserWarning, match=says), scheduled(unet, {random_lora(tiny_unet(), "extended"): plan}, **kw) as handle, torch.no_grad():
+        for t in calls: unet(x[0], t, x[1])
+        with torch.enable_grad(): write(unet, unet.get_submodule(path).weight, new)
+        written = unet.get_submodule(path).weight.detach().clone()
+        if len(handle.state.values or ()) and plan != 1:
+            with pytest.raises(LoraError, match=r"1 weights .*while they are scheduled"): unet(x[0], 100, x[1])
+            assert torch.equal(written, unet.get_submodule(path).weight)
+    now = dict(unet.named_parameters())
+    assert torch.equal(now[WEIGHT], written) and all(torch.equal(now[n], b) for n, b in rest.items() if n != WEIGHT)
+    assert not [m for m in unet.modules() if {"_kept_weight", "_lora_schedule"} & m.__dict__.keys()]
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("plan", [1, ramp(0, 1), {0: 0, .4: 0, 1: 1}], ids=["constant", "ramp", "off"])
+def test_a_weight_written_inside_stays(write, plan): one_written(write, plan, (999, 900, 700))
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_weight_written_inside_a_cached_run_stays(write):
+    "The second run takes composed weights from the cache, and one of them was written over"
+    one_written(write, ramp(0, 1), (900, 500, 900, 500), budget=1 << 30)
+    one_written(write, ramp(0, 1), (900, 500, 900, 500), budget=0)
+
+@pytest.mark.parametrize("write", [_data, _one])
+def test_a_weight_written_before_the_first_step_or_in_half_precision_stays(write):
+    one_written(write, ramp(0, 1))
+    one_written(write, ramp(0, 1), (900,), torch.bfloat16)
+
+def test_a_weight_of_the_base_written_through_an_old_view_stays():
+    from helpers_ground import random_lora, tiny_unet
+    unet = tiny_unet(); w = unet.get_parameter(WEIGHT).data
+    with pytest.warns(UserWarning, match="1 weights"), scheduled(unet, {random_lora(tiny_unet(), "extended"): 1}), torch.no_grad():
+        unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 7, 24)); w.zero_()
+    assert not unet.get_parameter(WEIGHT).any()
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_a_weight_written_in_a_store_of_offloaded_ones_stays(mode):
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+    from helpers_ground import random_lora, tiny_unet
+    unet = tiny_unet(); store = {n: p.detach().clone() for n, p in unet.state_dict().items()}
+    cpu_offload(unet, "cpu", state_dict=store)
+    x, path = (torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)), WEIGHT.removesuffix(".weight")
+    lora, new, rest = random_lora(tiny_unet(), "extended"), torch.randn(16, 16), {n: b.clone() for n, b in store.items()}
+    with warnings.catch_warnings(record=True) as said, torch.no_grad(), scheduled(unet, {lora: ramp(0, 1)}, mode=mode):
+        warnings.simplefilter("always")
+        unet(x[0], 500, x[1])
+        module = unet.get_submodule(path); module = getattr(module, "root", module)
+        module._hf_hook.weights_map["weight"].copy_(new)
+        if mode == "merge":
+            with pytest.raises(LoraError, match="1 weights"): unet(x[0], 100, x[1])
+    assert any("written over while they were scheduled" in str(w.message) for w in said) == (mode == "merge")
+    remove_hook_from_submodules(unet)
+    assert torch.equal(unet.get_parameter(WEIGHT), new)
+    assert all(torch.equal(p, rest[n]) for n, p in unet.named_parameters() if n != WEIGHT)
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_weight_written_beside_branches_stays_without_a_word(write):
+    from helpers_ground import random_lora, tiny_unet
+    unet, lora = tiny_unet(), random_lora(tiny_unet(), "extended")
+    with warnings.catch_warnings(action="error"), scheduled(unet, {lora: ramp(0, 1)}, mode="inject"), torch.no_grad():
+        unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 7, 24))
+        m = unet.get_submodule(WEIGHT.removesuffix(".weight")).root
+        with torch.enable_grad(): write(m, m.weight, torch.ones(16, 16)) if write not in (_load, _assign) else m.load_state_dict(
+            {"weight": torch.ones(16, 16)}, strict=False, assign=write is _assign)
+        written = m.weight.detach().clone()
+        unet(torch.randn(1, 4, 8, 8), 100, torch.randn(1, 7, 24))
+    assert torch.equal(unet.get_parameter(WEIGHT), written)
+
+@pytest.mark.parametrize("trip", [lambda m: m.to(memory_format=torch.channels_last), lambda m: m.half().float(), lambda m: m.double().float(),
+                                  lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()))])
+def test_a_scheduled_model_that_only_moved_comes_back(trip):
+    from helpers_ground import random_lora, tiny_unet
+    unet = tiny_unet()
+    lora = random_lora(tiny_unet(), "extended")
+    with warnings.catch_warnings(action="error"), scheduled(unet, {lora: ramp(0, 1)}), torch.no_grad():
+        unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 7, 24)); trip(unet)
+        unet(torch.randn(1, 4, 8, 8).to(unet.dtype), 100, torch.randn(1, 7, 24).to(unet.dtype))
+    want = places(tiny_unet().to(unet.dtype))
+    assert all(torch.equal(places(unet)[n[5:]].module.weight, want[n[5:]].module.weight) for n in lora.layers)
+
+def test_another_lora_on_and_off_again_between_two_steps(pipe, lora, other):
+    "The names and strengths of what is merged are as before: the weights are not"
+    with scheduled(pipe, {lora: .5}): want = draw(pipe)
+    with scheduled(pipe, {lora: .5}):
+        draw(pipe, 2); apply_lora(pipe, other, name="other"); remove_lora(pipe, "other")
+        assert torch.equal(draw(pipe), want)
+
+def test_a_weight_written_over_is_noticed_by_another_lora_inside(lora):
+    from helpers_ground import random_lora, tiny_unet
+    unet = tiny_unet(); mine, more = (random_lora(unet, "extended", seed=s) for s in (1, 2))
+    x = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)
+    with pytest.warns(UserWarning, match="1 weights"), torch.no_grad(), scheduled(unet, {mine: .5}):
+        unet(x[0], 500, x[1]); unet.get_parameter(WEIGHT).data.add_(1); written = unet.get_parameter(WEIGHT).detach().clone()
+        with pytest.raises(LoraError, match="1 weights"): apply_lora(unet, more)
+    assert torch.equal(unet.get_parameter(WEIGHT), written)
+    unet = tiny_unet(); apply_lora(unet, more, name="a"); unet.get_parameter(WEIGHT).data.add_(1)
+    written = unet.get_parameter(WEIGHT).detach().clone()
+    with warnings.catch_warnings(action="error"):
+        for plan in ({"a": 1}, {mine: 1}):
+            with pytest.raises(LoraError, match="1 weights .*remove_lora forgets"), scheduled(unet, plan): pass
+    with pytest.warns(UserWarning, match="1 weights"): remove_lora(unet)
+    assert torch.equal(unet.get_parameter(WEIGHT), written)
+
+def test_a_text_encoder_written_over_stays_and_all_else_comes_back(shared, texty):
+    pipe = shared; was = state(pipe); encoder = pipe.text_encoder
+    q = next(n for n, _ in encoder.named_parameters() if "q_proj.weight" in n)
+    bits = encoder.get_parameter(q).detach().clone()
+    for worn in (True, False):
+        if worn: apply_lora(pipe, texty, name="t")
+        with warnings.catch_warnings(record=True) as said, scheduled(pipe, {"t" if worn else texty: .25}):
+            warnings.simplefilter("always")
+            draw(pipe, 2); encoder.get_parameter(q).data.add_(1)
+            written = encoder.get_parameter(q).detach().clone()
+        assert any("written over" in str(w.message) for w in said) and "_lora_schedule" not in pipe.unet.__dict__
+        if worn:
+            with pytest.warns(UserWarning, match="They stay as they are"): remove_lora(pipe)
+        assert torch.equal(encoder.get_parameter(q), written)
+        encoder.get_parameter(q).data = bits.clone()
+    now = state(pipe)
+    assert all(torch.equal(now[k][1], was[k][1]) for k in was if isinstance(was[k][1], torch.Tensor)) and now["words"] == was["words"]
+
+def test_a_cache_that_is_lent_again_never_mixes_two_bases(lora):
+    from helpers_ground import random_lora, tiny_unet
+    unet, mine, cache = tiny_unet(), random_lora(tiny_unet(), "extended"), WeightCache(1 << 30)
+    x, found = (torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24)), []
+    for shift in (0, .5):
+        unet.get_parameter(WEIGHT).data.add_(shift)
+        with scheduled(unet, {mine: .5}) as handle, torch.no_grad():
+            handle.cache = cache; unet(x[0], 500, x[1]); handle.cache = WeightCache(0)
+            found.append(unet.get_parameter(WEIGHT).detach().clone())
+    assert near(found[1], found[0] + .5, 1e-6) and handle.stats.composed == 1
