@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 # %% ../nbs/44_captions.ipynb #c0c1d2e6
-from .core import DataError, check_number, data_path, progress
+from .core import DataError, check_number, data_path, progress, some
 from .similarity import Clip
 from .pictures import OPENAI_NORM, PICTURE_SUFFIXES, is_folder, load_pair, open_picture, pixels_for, reading
 if TYPE_CHECKING: from lora_nb.preprocessing import PreprocessSettings
@@ -80,6 +80,10 @@ def _table_rows(path, text):
     if rows and "file_name" not in rows[0]:
         raise DataError(f"{path} has the columns {', '.join(map(str, rows[0]))}: expected `file_name` and one of {', '.join(CAPTION_FIELDS)}.")
     for i, row in enumerate(rows, 2):
+        if more := row.pop("", None):
+            n = len(row)
+            raise DataError(f"{path}, row {i}: {n + len(more)} cells for {n} columns ({some([*filter(None, row.values()), *more])}). "
+                            f"Put a text with {comma!r} into double quotes.")
         for k in {"crop", "original_size", "size"} & row.keys():
             try: row[k] = json.loads(row[k]) if row[k] else None
             except ValueError as e: raise DataError(f"{path}, row {i}: {k} is {row[k]!r}. Expected a list of numbers.") from e
@@ -213,7 +217,8 @@ def _no_caption(name, rows):
 def _unread(f, stems):
     "Whether a file looks like captions, in a form that is not read"
     kind, name = f.suffix.lower(), f.name.lower()
-    sheet = kind in (".json", ".jsonl", ".csv") and name not in METADATA_FILES and re.match(r"(caption|metadata|prompt|tag|label)s?\b", name)
+    listed = re.match(r"(caption|metadata|prompt|tag|label)s?\b", name) and name not in METADATA_FILES
+    sheet = listed and kind in (".json", ".jsonl", ".csv", ".tsv")
     return not name.startswith(".") and bool(sheet or kind in (".tags", ".parquet") or kind in (".json", ".yaml", ".csv") and f.stem in stems)
 
 def _rivals(used, rows, folder, sheet):

@@ -7,10 +7,10 @@ Docs: https://lora-nb.github.io/lora_nb/dataset.html.md"""
 # %% auto #0
 __all__ = ['HOLES', 'to_pixels', 'Cuts', 'ConceptDataset', 'Sources', 'Examples', 'pick', 'encode', 'LatentCache', 'derive',
            'order', 'order_by_size', 'random_hole', 'hole_for', 'drop_caption', 'TagWording', 'tokenizers_of',
-           'cut_captions', 'says', 'StartReport', 'start_report']
+           'cut_captions', 'read_part', 'says', 'StartReport', 'start_report']
 
 # %% ../nbs/46_dataset.ipynb #fea29bdc
-import hashlib, math, random
+import bisect, hashlib, math, random
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,6 +84,12 @@ def _name(f, i):
     "What a picture is called"
     return str(getattr(f, "name", "")) or f"picture {i}"
 
+def _names(files):
+    "What pictures are called; with its folder, where two have one name"
+    names = [_name(f, i) for i, f in enumerate(files)]
+    twice = {n for n, k in Counter(names).items() if k > 1}
+    return [f"{f.parent.name}/{n}" if n in twice and isinstance(f, Path) else n for f, n in zip(files, names)]
+
 def _cut_to(f, i, mask, sizes):
     "(picture, mask, size of the original, notes): cut to the nearest of the sizes"
     image, facts = (to_rgb(f), dict(notes=[])) if isinstance(f, Image.Image) else read_picture(f)
@@ -133,7 +139,7 @@ class ConceptDataset:
         self.captions, own = _worded(files, words, prompt, trigger, captions)
         if buckets is True: buckets = bucket_sizes(size, step=64 if size >= 256 else 16)
         sizes = [tuple(b) for b in buckets or [(size, size)]]
-        self.names, mask_files = [_name(f, i) for i, f in enumerate(files)], _mask_files(masks, files, rows)
+        self.names, mask_files = _names(files), _mask_files(masks, files, rows)
         self.images, self.masks, shapes, notes = _read_all(files, mask_files, sizes, keep)
         self.shapes = [nearest_bucket(s, sizes) for s in shapes]           # (width, height) of each picture
         self.ids = [_size_ids(s, to, row) for s, to, (row, _) in zip(shapes, self.shapes, rows)]
@@ -157,6 +163,7 @@ class Sources:
     flip: bool = False
     left_out: dict[str, str] = field(default_factory=dict)  # name -> why, of files that are not trained on
     notes: list[str] = field(default_factory=list)          # what a person should know
+    worded: str = ""                # what is trained in place of the captions
 
 def _path(f): return Path(f) if isinstance(f, (str, Path)) else f
 
@@ -491,6 +498,15 @@ def cut_captions(
                 if n > most: out.setdefault(c, {})[name] = most, n
     return out
 
+def read_part(
+    base: Base,
+    caption: str,
+) -> str:
+    "The words of a caption that at least one text encoder reads whole"
+    words = caption.split()
+    fit = lambda n: len(cut_captions(base, [c := " ".join(words[:n])]).get(c, {})) < len(tokenizers_of(base))
+    return caption if fit(len(words)) else " ".join(words[:bisect.bisect_left(range(1, len(words)), True, key=lambda n: not fit(n))])
+
 def says(
     caption: str,
     trigger: str,   # one or more words
@@ -507,21 +523,22 @@ class StartReport:
         base: Base,
         streams: dict[str, Sources],            # name -> what its pictures are, from `Examples.sources`
         steps: int | None = None,               # optimiser steps
-        batches: dict[str, int] | None = None,  # name -> pictures of this stream in each optimiser step
+        batches: dict[str, float] | None = None,  # name -> pictures of this stream in each optimiser step
     ):
         self.streams, self.steps, self.batches = streams, steps, batches or {}
         self.cut = {n: {f: c[t] for f, t in zip(s.names, s.captions) if t in c}
                     for n, s in streams.items() if (c := cut_captions(base, s.captions)) or True}
+        self.read = {n: [read_part(base, c) if f in self.cut[n] else c for f, c in zip(s.names, s.captions)] for n, s in streams.items()}
         self.more: dict[str, str] = {}          # other lines: title -> text
         self.unmasked = ""                      # why masks are not used, after their number
     @property
     def warnings(self) -> list[str]:
         "What will probably go wrong"
-        return [f"{n}: {w}" for n, s in self.streams.items() for w in _doubts(s, self.cut[n])]
+        return [f"{n}: {w}" for n, s in self.streams.items() for w in _doubts(s, self.cut[n], self.read[n])]
     @property
     def lines(self) -> list[str]:
         "All of it, line by line"
-        out = [l for n, s in self.streams.items() for l in _told(n, s, self.cut[n], self.seen(n), self.unmasked)]
+        out = [l for n, s in self.streams.items() for l in _told(n, s, self.cut[n], self.read[n], self.seen(n), self.unmasked)]
         return [_printable(l) for l in [*out, *(f"{k}: {v}" for k, v in self.more.items()), *(f"warning: {w}" for w in self.warnings)]]
     def seen(self, name: str) -> tuple[float, float] | None:
         "How often the pictures of a stream are seen: (least, most)"
@@ -540,25 +557,30 @@ def _sizes(shapes):
     n = Counter(shapes)
     return ", ".join(f"{w}x{h}" + (f" ({k})" if len(n) > 1 else "") for (w, h), k in n.most_common(6)) + (" ..." if len(n) > 6 else "")
 
-def _told(name, s, cut, seen, why_unmasked=""):
+def _left(s):
+    "Files that are left out and why; masks come last, as the list is cut short"
+    return sorted(s.left_out.items(), key=lambda item: item[1].startswith("the mask of"))
+
+def _told(name, s, cut, read, seen, why_unmasked=""):
     "What a report says about one stream"
-    n, own, masked, counted = len(s.names), sum(s.own), sum(s.masked), sum(says(c, s.trigger) for c in s.captions)
+    n, own, masked, counted = len(s.names), sum(s.own), sum(s.masked), sum(says(c, s.trigger) for c in read)
     out = [f"{name}: {n} picture{'s' * (n != 1)}, cut to {_sizes(s.shapes)}" + ", mirrored too" * s.flip]
-    out.append(f"  captions: {own} of their own, {n - own} from the prompt" +
+    out.append(f"  captions: {s.worded or f'{own} of their own, {n - own} from the prompt'}" +
                (f"; {counted} of {n} say {s.trigger!r}" if s.trigger else ""))
     if masked: out.append(f"  masks: {masked} of {n}" + why_unmasked)
-    if max(s.repeats) > 1: out.append("  repeats: " + ", ".join(f"{k} pictures count {r} times" for r, k in sorted(Counter(s.repeats).items())))
+    counts = sorted(Counter(s.repeats).items())
+    if max(s.repeats) > 1: out.append("  repeats: " + ", ".join(f"{k} {'pictures count' if k > 1 else 'picture counts'} x{r}" for r, k in counts))
     if seen: out.append(f"  each picture is seen {seen[0]:.3g} times" + (f" to {seen[1]:.3g}" if seen[1] > seen[0] * 1.001 else ""))
-    out += [f"  left out: {f} ({why})" for f, why in list(s.left_out.items())[:20]]
+    out += [f"  left out: {f} ({why})" for f, why in _left(s)[:20]]
     if len(s.left_out) > 20: out.append(f"  left out: {len(s.left_out) - 20} more")
     out += [f"  caption cut: {f}: " + ", ".join(f"{t} reads {a} of {b} tokens" for t, (a, b) in c.items()) for f, c in list(cut.items())[:20]]
     if len(cut) > 20: out.append(f"  caption cut: {len(cut) - 20} more")
     return out + [f"  note: {t}" for t in s.notes]
 
-def _doubts(s, cut):
+def _doubts(s, cut, read):
     "What will probably go wrong with one stream"
     small = [f for f, (w, h), (a, b) in zip(s.names, s.originals, s.shapes) if max(a / w, b / h) > 2]
-    lost = [f for f, c in zip(s.names, s.captions) if s.trigger and not says(c, s.trigger)]
+    lost = [f for f, c in zip(s.names, read) if s.trigger and not says(c, s.trigger)]
     return [t for t in (
         f"no caption says {s.trigger!r}: the word will not be learned" if len(lost) == len(s.names) else "",
         f"{len(lost)} of {len(s.names)} captions do not say {s.trigger!r}: {_some(lost)}" if 0 < len(lost) < len(s.names) else "",
@@ -570,7 +592,7 @@ def start_report(
     base: Base,
     streams: "Mapping[str, Examples | ConceptDataset]",   # by name
     steps: int | None = None,                             # optimiser steps
-    batches: "dict[str, int] | None" = None,              # name -> pictures of this stream in each optimiser step
+    batches: "dict[str, float] | None" = None,            # name -> pictures of this stream in each optimiser step
 ) -> StartReport:
     "What a training on these pictures will see"
     return StartReport(base, {n: s.sources for n, s in streams.items() if s.sources is not None}, steps, batches)

@@ -1,6 +1,6 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import hashlib, math, random
+import bisect, hashlib, math, random
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from .families import spelled
 from .pictures import bucket_sizes, can_read, find_pictures, folder_words, is_folder, mask_owner, masks_beside, nearest_bucket, read_mask, read_picture, to_rgb
 from .captions import caption_notes, fill_prompt, own_captions, rows_of
 
-__all__ = ['HOLES', 'to_pixels', 'Cuts', 'ConceptDataset', 'Sources', 'Examples', 'pick', 'encode', 'LatentCache', 'derive', 'order', 'order_by_size', 'random_hole', 'hole_for', 'drop_caption', 'TagWording', 'tokenizers_of', 'cut_captions', 'says', 'StartReport', 'start_report']
+__all__ = ['HOLES', 'to_pixels', 'Cuts', 'ConceptDataset', 'Sources', 'Examples', 'pick', 'encode', 'LatentCache', 'derive', 'order', 'order_by_size', 'random_hole', 'hole_for', 'drop_caption', 'TagWording', 'tokenizers_of', 'cut_captions', 'read_part', 'says', 'StartReport', 'start_report']
 def to_pixels(image: Image.Image) -> torch.Tensor: ...
 class Cuts(Sequence):
     kept: list
@@ -36,7 +36,7 @@ class ConceptDataset:
     tags: Callable[[str, random.Random], str] | None
     repeats: Any
     captions: Any
-    names: list[Any]
+    names: Any
     images: Any
     masks: Any
     shapes: list[Any]
@@ -61,6 +61,7 @@ class Sources:
     flip: bool = ...
     left_out: dict[str, str] = ...
     notes: list[str] = ...
+    worded: str = ...
 
 @dataclass
 class Examples:
@@ -107,6 +108,7 @@ class TagWording:
 
 def tokenizers_of(base: Base) -> dict[str, tuple[Any, int]]: ...
 def cut_captions(base: Base, captions: Iterable[str]) -> dict[str, dict[str, tuple[int, int]]]: ...
+def read_part(base: Base, caption: str) -> str: ...
 def says(caption: str, trigger: str) -> bool: ...
 class StartReport:
     __repr__ = __str__
@@ -114,9 +116,10 @@ class StartReport:
     steps: int | None
     batches: Any
     cut: dict[Any, Any]
+    read: dict[Any, Any]
     more: dict[str, str]
     unmasked: str
-    def __init__(self, base: Base, streams: dict[str, Sources], steps: int | None=None, batches: dict[str, int] | None=None) -> None: ...
+    def __init__(self, base: Base, streams: dict[str, Sources], steps: int | None=None, batches: dict[str, float] | None=None) -> None: ...
     @property
     def warnings(self) -> list[str]: ...
     @property
@@ -124,4 +127,4 @@ class StartReport:
     def seen(self, name: str) -> tuple[float, float] | None: ...
     def __str__(self): ...
 
-def start_report(base: Base, streams: 'Mapping[str, Examples | ConceptDataset]', steps: int | None=None, batches: 'dict[str, int] | None'=None) -> StartReport: ...
+def start_report(base: Base, streams: 'Mapping[str, Examples | ConceptDataset]', steps: int | None=None, batches: 'dict[str, float] | None'=None) -> StartReport: ...

@@ -90,9 +90,9 @@ def negative_arguments(
     return dict(negative_prompt=[negative] * n)
 
 # %% ../nbs/15_drawing.ipynb #1b0dbfa6
-def _in_batches(base, pipe, prompts, negative, seeds, batch_size, each, options):
-    "Call a pipeline on a few pictures at a time; `each` holds lists with an entry for each picture."
-    takes, seeds, out = inspect.signature(pipe).parameters, _seed_list(seeds, len(prompts)), []
+def _check_call(base, pipe, prompts, negative, options):
+    "An error for texts that are none, and for arguments that the pipeline does not know."
+    takes = inspect.signature(pipe).parameters
     known = {*takes, *(("callback", "callback_steps") if "kwargs" in takes else ())}    # diffusers still reads these two
     for k in options:
         if k not in known - {"self", "kwargs"}:
@@ -100,6 +100,11 @@ def _in_batches(base, pipe, prompts, negative, seeds, batch_size, each, options)
                             f"apply_lora or scheduled.{closest(k, [*known, *_OURS.values()])}")
     if not isinstance(negative, str) or not all(isinstance(p, str) for p in prompts):
         raise LoraError("prompts and the negative prompt are texts: expected str, or a list of str for prompts.")
+
+def _in_batches(base, pipe, prompts, negative, seeds, batch_size, each, options):
+    "Call a pipeline on a few pictures at a time; `each` holds lists with an entry for each picture."
+    seeds, out = _seed_list(seeds, len(prompts)), []
+    _check_call(base, pipe, prompts, negative, options)
     texts, options = base.prompt_arguments(list(prompts), options)
     each = {**texts, **each}
     size = each["image"][0].size if "image" in each else (options.get("width", 0), options.get("height", 0))
@@ -113,6 +118,35 @@ def _in_batches(base, pipe, prompts, negative, seeds, batch_size, each, options)
     return out
 
 # %% ../nbs/15_drawing.ipynb #bcc2897d
+def _texts(prompts, seeds):
+    "A list of prompts; a single one is drawn once for each seed."
+    if isinstance(prompts, str): return [prompts] * (len(seeds) if hasattr(seeds, "__len__") else 1)
+    if isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts): return prompts
+    raise LoraError(f"prompts = {prompts!r:.60}: expected a text, or a list of texts.")
+
+@patch_to(Base)
+def check_drawing(
+    self,
+    prompts: str | Sequence[str] = "",
+    negative_prompt: str = "",
+    seeds: int | Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    size: int | tuple[int, int] | None = None,
+    batch_size: int | None = 24,           # None: to be chosen
+    skip_layers: bool | Sequence[int] = False,
+    shift: float | None = None,
+    **options,
+) -> None:
+    "Refuse what `generate` would refuse, before anything is drawn."
+    if skip_layers: self.skipping(skip_layers, guidance_scale)
+    _steps_and_guidance(self, steps, guidance_scale, options, 24 if batch_size is None else batch_size)
+    texts = _texts(prompts, seeds)
+    _seed_list(seeds, len(texts)); _size(self, size)
+    _check_call(self, self.pipe, texts, negative_prompt, options)
+    with self.shifted(shift): pass
+
+# %% ../nbs/15_drawing.ipynb #d253188b
 @patch_to(Base)
 @torch.no_grad()
 def generate(
@@ -132,10 +166,7 @@ def generate(
     if skip_layers: options = {**self.skipping(skip_layers, guidance_scale), **options}
     guidance_scale = options.pop("guidance_scale", guidance_scale)
     steps, guidance_scale = _steps_and_guidance(self, steps, guidance_scale, options, batch_size)
-    if isinstance(prompts, str): prompts = [prompts] * (len(seeds) if hasattr(seeds, "__len__") else 1)
-    if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
-        raise LoraError(f"prompts = {prompts!r:.60}: expected a text, or a list of texts.")
-    w, h = _size(self, size)
+    prompts, (w, h) = _texts(prompts, seeds), _size(self, size)
     if self.inpainting:                            # draws from nothing if all is a hole
         gray = Image.new("RGB", (w, h), (128,) * 3)
         return self.inpaint(gray, Image.new("L", (w, h), 255), prompts, negative_prompt, seeds, steps, guidance_scale,

@@ -10,18 +10,18 @@ __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'clas
            'train_dreambooth']
 
 # %% ../nbs/63_dreambooth.ipynb #d1206280
-import bisect, itertools, json, re, warnings
+import itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 # %% ../nbs/63_dreambooth.ipynb #e36370e5
 from .loading import load_base
-from .core import DataError, LoraError, atomic_path, check_number, patch_to, printable
+from .core import DataError, LoraError, atomic_path, check_number, patch_to, printable, some
 from .bases import Base
 from .drawing import drawing_bar
 from .lora import Lora
-from .dataset import ConceptDataset, cut_captions, encode, says, tokenizers_of
+from .dataset import ConceptDataset, encode, read_part, says
 from .dataset_config import DatasetConfig, config_examples, load_dataset_config
 from .pictures import find_pictures, is_folder, is_junk
 from .captions import own_captions, read_text
@@ -55,7 +55,7 @@ def class_pictures(
     check_number("n", n, 1, whole=True); check_number("batch_size", 24 if batch_size is None else batch_size, 1, whole=True)
     if not prompts or not all(p.strip() for p in prompts): raise LoraError(f"Class prompts {prompts}: expected words such as 'a toy'.")
     have = _existing(folder)
-    taken = {f.stem for f in Path(folder).iterdir() if f.suffix != ".txt"} if folder and is_folder(folder) else ()
+    taken = {f.stem for f in Path(folder).iterdir() if not _ours(f, prompts)} if folder and is_folder(folder) else ()
     free = (i for i in itertools.count() if not taken or _file(folder, i).stem not in taken)   # what was deleted is drawn again
     todo = [(i, prompts[i % len(prompts)]) for i in itertools.islice(free, max(0, n - len(have)))]
     wait_for_all()                                            # every process has looked into the folder
@@ -78,8 +78,14 @@ def _existing(folder):
     path = Path(folder)
     there = is_folder(path)
     if not there and path.exists(): raise DataError(f"{path} is a file: expected a folder for the class pictures.")
-    empty = not there or all(is_junk(f) or f.suffix == ".txt" for f in path.iterdir())
+    empty = not there or all(is_junk(f) or f.suffix in (".txt", ".caption", ".md", ".npz") or _bare(f) for f in path.iterdir())
     return [] if empty else find_pictures(path)
+
+def _bare(folder): return folder.is_dir() and all(is_junk(f) for f in folder.rglob("*"))
+
+def _ours(f, prompts):
+    "Whether a file is a caption that we wrote beside a picture which was deleted: its number is drawn again"
+    return f.suffix == ".txt" and read_text(f).strip() in prompts
 
 def _file(folder, i): return Path(folder, f"class-{i:04d}.png")
 
@@ -157,6 +163,7 @@ def prior_stream(
     buckets: Any = None,       # as `ConceptDataset` takes them
     trigger: str = "",         # for "prediction": the subject's words, in whose place captions name the class
     recursive: bool = False,   # for "prediction": also read subfolders
+    instance_prompt: str = "", # for "prediction": the subject's prompt, whose {caption} holds a picture's own
     latent_cache: str | Path | None = None,  # folder that keeps latents for the next run
     **kw: Any,         # to `class_pictures`
 ) -> Stream:
@@ -165,7 +172,8 @@ def prior_stream(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if kind == "prediction":
         noun = class_noun(prompts, trigger)
-        data = ConceptDataset(source, prompts[0], noun, flip=recipe.flip, recursive=recursive, **shape)
+        around = instance_prompt if "{caption}" in instance_prompt else prompts[0]
+        data = ConceptDataset(source, around, noun, flip=recipe.flip, recursive=recursive, **shape)
         data.captions = [swapped(c, trigger, noun) if own else prompts[i % len(prompts)]
                          for i, (c, own) in enumerate(zip(data.captions, data.sources.own))]
         data.sources.trigger = ""
@@ -194,6 +202,7 @@ class Concept:
             warnings.warn(printable(f"The class prompt {same!r} says {self.trigger!r}, the subject's own words, so nothing tells the class from "
                                     "it. Leave the new word out of the class prompt."), stacklevel=4)
 
+# %% ../nbs/63_dreambooth.ipynb #6537dc2a
 def load_concepts(
     path: str | Path,  # JSON: a list of {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"}
 ) -> list[Concept]:
@@ -204,8 +213,14 @@ def load_concepts(
     keys = dict(instance_data_dir="data", instance_prompt="prompt", class_prompt="class_prompt",
                 class_data_dir="class_data")
     def one(i, row):
+        if not isinstance(row, dict): raise DataError(f"Concept {i} of {path} is {row!r:.60}: expected an object with {', '.join(keys)}.")
         lost = [k for k in ("instance_prompt", "instance_data_dir") if not row.get(k)]
         if lost: raise DataError(f"Concept {i} of {path} has no {' and no '.join(lost)}; it has {', '.join(row)}.")
+        text = lambda k, v: isinstance(v, str) or k == "class_prompt" and isinstance(v, list) and all(isinstance(p, str) for p in v)
+        if odd := [k for k in keys if row.get(k) and not text(k, row[k])]:
+            raise DataError(f"Concept {i} of {path}: {odd[0]} is {row[odd[0]]!r:.60}, expected a text.")
+        if more := [k for k in row if k not in keys]:
+            warnings.warn(printable(f"Concept {i} of {path}: {some(more)} not read. Read are {', '.join(keys)}."), stacklevel=4)
         found = {new: row[old] for old, new in keys.items() if row.get(old)}
         return Concept(**{k: _beside(v, path) if k in ("data", "class_data") else v for k, v in found.items()})
     return [one(i, row) for i, row in enumerate(rows, 1)]
@@ -236,7 +251,7 @@ def concept_streams(
     for alike in _of_a_class(concepts, prior):
         c = alike[0]
         source = c.data if prior == "prediction" else c.class_data
-        more = dict(trigger=c.trigger) if prior == "prediction" else dict(sampling or {})
+        more = dict(trigger=c.trigger, instance_prompt=c.prompt) if prior == "prediction" else dict(sampling or {})
         more |= {k: data[k] for k in ("buckets", "recursive", "latent_cache") if k in data}
         s = prior_stream(base, prior, source, c.class_prompt, share, n, size, named("prior", c), **more)
         out.append(replace(s, batch=s.batch * len(alike), weight=s.weight * len(alike) / k))
@@ -358,15 +373,10 @@ def _warn_of_silence(base, streams, recipe):
         if not heard: warnings.warn(printable(
             f"No caption of the {s.name} says {told.trigger!r} ({told.names[0]}: {told.captions[0]!r}), so these words will not mean "
             "it. Write {trigger} in the captions where the words belong, or move the captions away."), stacklevel=3)
-        elif deaf := [c for c in said if not says(_read_part(base, c), told.trigger)]: warnings.warn(printable(
+        elif deaf := [c for c in said if not says(read_part(base, c), told.trigger)]: warnings.warn(printable(
             f"{len(deaf)} of {len(said)} captions of the {s.name} say {told.trigger!r} only beyond what the text encoder reads "
             f"({deaf[0]!r:.60}...), so it is not read there. Write it first, or shorten the captions."), stacklevel=3)
 
-def _read_part(base, caption):
-    "The words of a caption that at least one text encoder reads whole"
-    words = caption.split()
-    fit = lambda n: len(cut_captions(base, [c := " ".join(words[:n])]).get(c, {})) < len(tokenizers_of(base))
-    return caption if fit(len(words)) else " ".join(words[:bisect.bisect_left(range(1, len(words)), True, key=lambda n: not fit(n))])
 
 # %% ../nbs/63_dreambooth.ipynb #5a1dc0de
 def _concepts(data, prompt, class_prompt, class_data, trigger):

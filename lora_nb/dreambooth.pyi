@@ -1,15 +1,15 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import bisect, itertools, json, re, warnings
+import itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from .loading import load_base
-from .core import DataError, LoraError, atomic_path, check_number, patch_to, printable
+from .core import DataError, LoraError, atomic_path, check_number, patch_to, printable, some
 from .bases import Base
 from .drawing import drawing_bar
 from .lora import Lora
-from .dataset import ConceptDataset, cut_captions, encode, says, tokenizers_of
+from .dataset import ConceptDataset, encode, read_part, says
 from .dataset_config import DatasetConfig, config_examples, load_dataset_config
 from .pictures import find_pictures, is_folder, is_junk
 from .captions import own_captions, read_text
@@ -32,7 +32,7 @@ Prior = Literal['images', 'prediction', 'auto'] | None
 def class_noun(prompts: list[str], trigger: str='') -> str: ...
 def swapped(caption: str, trigger: str, noun: str) -> str: ...
 def subject_stream(base: Base, source: Any, prompt: str, recipe: Recipe, trigger: str | None=None, size: int | None=None, name: str='subject', folder_words: bool=False, latent_cache: str | Path | None=None, **data: Any) -> Stream: ...
-def prior_stream(base: Base, kind: PriorKind, source: Any, prompts: str | list[str], recipe: Recipe, n: int=24, size: int | None=None, name: str='prior', buckets: Any=None, trigger: str='', recursive: bool=False, latent_cache: str | Path | None=None, **kw: Any) -> Stream: ...
+def prior_stream(base: Base, kind: PriorKind, source: Any, prompts: str | list[str], recipe: Recipe, n: int=24, size: int | None=None, name: str='prior', buckets: Any=None, trigger: str='', recursive: bool=False, instance_prompt: str='', latent_cache: str | Path | None=None, **kw: Any) -> Stream: ...
 @dataclass
 class Concept:
     data: Any

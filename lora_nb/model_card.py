@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/62_model_card.ipynb #cafe0004
-from .core import DataError, LoraError, atomic_path
+from .core import DataError, LoraError, atomic_path, printable
 from .lora import Lora
 
 # %% ../nbs/62_model_card.ipynb #cafe0005
 MARK = "<!-- written by lora_nb -->"
+_NO_YAML = re.compile("[\x85\ud800-\udfff]")          # what no YAML keeps: another line end, halves of a character
 
 def model_card(
     lora: Lora,            # trained; its metadata says with what
@@ -26,14 +27,15 @@ def model_card(
 ) -> str:
     "The text of a README.md with the header that the Hub reads; the license is left to the person"
     from huggingface_hub import ModelCardData
-    base, prompt = lora.metadata.get("base", ""), lora.metadata.get("instance_prompt") or lora.metadata.get("trigger")
+    said = {k: _NO_YAML.sub(lambda m: printable(m[0]), v) for k, v in lora.metadata.items() if k in ("base", "instance_prompt", "trigger")}
+    base, prompt = said.get("base", ""), said.get("instance_prompt") or said.get("trigger")
     known = base if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None     # a folder is no id
     what = ["lora"] if lora.layers else []
     what += ["textual_inversion"] if lora.embeddings else []
     head = ModelCardData(base_model=known, tags=["text-to-image", "diffusers", *what], library_name="diffusers",
                          instance_prompt=prompt).to_yaml()
-    shown = lambda text: "    " + " ".join(str(text).split())                # as code: no Markdown, no HTML
-    facts = dict(Base=known or Path(base).name, Prompt=prompt, Trigger=lora.metadata.get("trigger"), File=file)
+    shown = lambda text: "    " + printable(" ".join(str(text).split()))     # as code: no Markdown, no HTML
+    facts = dict(Base=known or Path(base).name, Prompt=prompt, Trigger=said.get("trigger"), File=file)
     parts = [f"{k}:\n\n{shown(v)}" for k, v in facts.items() if v]
     return f"---\n{head.strip()}\n---\n{MARK}\n\n# {' and '.join(what) or 'LoRA'}\n\n" + "\n\n".join(parts) + "\n"
 

@@ -104,7 +104,8 @@ def _notes(im):
 def _advice(path, e):
     "Why a file cannot be read, and what to do"
     text = f"{type(e).__name__}: {e}"
-    try: start = Path(path).open("rb").read(32)
+    try:
+        with Path(path).open("rb") as f: start = f.read(32)
     except (OSError, ValueError): return text
     if not start: return "empty file. Copy it again"
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
@@ -251,7 +252,7 @@ def _find(folder, recursive, seen=()):
 
 # %% ../nbs/40_pictures.ipynb #de8a456e
 _JUNK = ("thumbs.db", "desktop.ini", "__macosx", "ehthumbs.db")
-_BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md", ".npz", ".toml", ".yaml", ".yml", ".html", ".parquet", ".tags")
+_BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".npz", ".toml", ".yaml", ".yml", ".html", ".parquet", ".tags")
 
 def is_junk(
     path: Path,

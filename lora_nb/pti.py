@@ -21,6 +21,7 @@ from .bases import Base
 from .lora import Lora
 from .recipe import LR_SCHEDULES, Intent, Recipe, check_range, learning_encoders, recipe_for, setting
 from .run import PriorOptions, TrainingRun, delegates
+from .processes import number_of_processes
 from .training import Trainer, Turn
 from .dreambooth import Prior, check_prior, prior_stream
 from .textual_inversion import (InversionRecipe, NewWords, WordOptions, asked_words, concepts_of, extended_recipe, pulled,
@@ -112,7 +113,8 @@ class PivotalTuning(TrainingRun):
 def _class_stream(self, trigger, pictures, class_data):
     "The stream that keeps the class as it was"
     o, drawn = self.options, self.prior == "images"
-    more = dict(n=o.num_class_images, **(o.sampling or {})) if drawn else dict(trigger=f"{trigger} {o.class_noun}".strip(), recursive=o.recursive)
+    more = dict(n=o.num_class_images, **(o.sampling or {})) if drawn else dict(
+        trigger=f"{trigger} {o.class_noun}".strip(), recursive=o.recursive, instance_prompt=o.prompt)
     return prior_stream(self.base, self.prior, class_data if drawn else pictures, self.class_prompt, self.recipe,
                         size=o.resolution, buckets=o.buckets, latent_cache=o.latent_cache, **more)
 
@@ -125,6 +127,13 @@ def inversion(self) -> Trainer:
     if r.ti_batch_size: streams = [replace(s, batch=r.ti_batch_size) for s in streams]
     first = r.replace(steps=r.ti_steps, t_range=r.ti_t_range, lr_schedule=r.ti_lr_schedule or r.lr_schedule)
     return self._train("inversion", self.words.params(), r.words_learning_rate, streams=streams, recipe=first)
+
+@patch_to(PivotalTuning)
+def looks(self) -> dict[str, int]:
+    "How many pictures of each stream both phases look at"
+    r, seen = self.recipe, TrainingRun.looks(self)
+    first = {} if r.mode == "joint" else {s.name: (r.ti_batch_size or s.batch) * r.ti_steps for s in self.streams if s.name != "prior"}
+    return {n: k + first.get(n, 0) * r.accumulate * number_of_processes() for n, k in seen.items()}
 
 @patch_to(PivotalTuning)
 def tuning(self) -> Trainer:

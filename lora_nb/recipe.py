@@ -58,7 +58,7 @@ def check_recipe(
             raise LoraError(f"{k} = {getattr(r, k)!r}: expected one of {', '.join(map(str, known))}.")
     if r.weighting and r.snr_gamma: raise LoraError("weighting and snr_gamma weigh the same thing: choose one of them.")
     if not -2**63 <= r.seed < 2**63: raise LoraError(f"seed = {r.seed}: expected -2**63 to 2**63 - 1.")
-    if isinstance(r.targets, (list, tuple, set, dict, str)) and not r.targets:
+    if not callable(r.targets) and not (isinstance(r.targets, (list, tuple, set, dict, str)) and r.targets):
         raise LoraError(f"targets = {r.targets!r}: expected a preset, a list of at least one name, a regex or a function.")
     check_range("t_range", r.t_range)
     _check_rates(r)

@@ -9,7 +9,7 @@ __all__ = ['RunOptions', 'PriorOptions', 'delegates', 'taken', 'TrainingRun', 'o
            'learned']
 
 # %% ../nbs/61_run.ipynb #c7c73011
-import inspect, os, re, sys, tempfile, warnings
+import inspect, os, random, re, sys, tempfile, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -131,6 +131,7 @@ class TrainingRun:
         if self.options.report_to: self.options.report_to = tracker_names(self.options.report_to)
         if self.options.report_to and self.dir is None:
             raise LoraError("report_to needs an output_dir, in which the trackers keep their files.")
+        self.check_drawn()
         self.asked: dict[str, Any] = {}    # what the method was given, as flags of its command
         self.streams: list[Stream] = []
         self.worn: Injected | None = None  # branches that learn
@@ -155,6 +156,17 @@ def _changed(recipe, settings, kind):
     for k in settings:
         if k not in have and (like := closest(k, have)): raise LoraError(f"There is no option or setting {k!r}.{like}")
     return recipe.replace(**settings)
+
+@patch_to(TrainingRun)
+def check_drawn(self) -> None:
+    "Refuse previews and class pictures that could not be drawn, before the run begins"
+    previews, sampling = self.options.previews, getattr(self.options, "sampling", None)
+    if previews is not None:
+        self.base.check_drawing(**previews)
+        if not self.recipe.preview_every:
+            raise LoraError("previews are given, but preview_every is 0, so none would be drawn: set preview_every, such as "
+                            f"{max(1, self.recipe.steps // 4)}.")
+    if sampling: self.base.check_drawing(**sampling)
 
 # %% ../nbs/61_run.ipynb #d858dc1e
 def of_ranks(
@@ -286,11 +298,24 @@ def about(self,
 
 # %% ../nbs/61_run.ipynb #58528d33
 @patch_to(TrainingRun)
+def looks(self) -> dict[str, int]:
+    "How many pictures of each stream the whole run looks at"
+    r, many = self.recipe, number_of_processes()
+    return {s.name: r.steps * s.batch * r.accumulate * many for s in self.streams}
+
+def _as_trained(stream):
+    "The examples of a stream, whose report says what is trained in place of the captions"
+    x = stream.examples
+    if stream.wording is None or x.sources is None: return x
+    said = [stream.wording(c, random.Random(i)) for i, c in enumerate(x.sources.captions)]
+    return replace(x, sources=replace(x.sources, captions=said, worded=f"sentences such as {said[0]!r}, in place of the pictures' own"))
+
+# %% ../nbs/61_run.ipynb #a3702061
+@patch_to(TrainingRun)
 def start_report(self) -> StartReport:
     "What the run will see: pictures, captions, masks, what is left out or cut, steps for each picture, and memory"
-    r, many = self.recipe, number_of_processes()
-    batches = {s.name: s.batch * r.accumulate * many for s in self.streams}
-    report = start_report(self.base, {s.name: s.examples for s in self.streams}, r.steps, batches)
+    r = self.recipe
+    report = start_report(self.base, {s.name: _as_trained(s) for s in self.streams}, r.steps, {n: k / r.steps for n, k in self.looks().items()})
     holes = self.base.inpainting and r.holes == "subject"       # masks are the holes there
     if r.mask_floor is None and not holes: report.unmasked = ", not used (mask_floor is None)"
     size = max((s for x in self.streams for s in x.examples.shapes), key=lambda s: s[0] * s[1])
@@ -304,13 +329,16 @@ def start_report(self) -> StartReport:
     except LoraError as e: report.more["memory"] = f"not known ({e})"
     return report
 
+# %% ../nbs/61_run.ipynb #ac44595a
 @patch_to(TrainingRun)
 def begin(self) -> None:
     "Say what will be trained on; warn of captions that are cut, by file"
     if not is_main_process(): return
     if os.environ.get("LORA_NB_QUIET", "0") in ("", "0"): print(self.start_report(), file=sys.stderr)
+    if self.recipe.mask_floor is not None and self.streams and not any(s.examples.masks is not None for s in self.streams):
+        warnings.warn(f"mask_floor = {self.recipe.mask_floor} has no effect: no picture has a mask.", stacklevel=3)
     for s in self.streams:
-        if (told := s.examples.sources) is None or s.teacher: continue
+        if (told := _as_trained(s).sources) is None or s.teacher: continue
         cut = cut_captions(self.base, told.captions)
         lines = [f"{f}: " + ", ".join(f"{t} reads {n} of {m} tokens" for t, (n, m) in cut[c].items())
                  for f, c in zip(told.names, told.captions) if c in cut]

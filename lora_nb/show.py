@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .core import DataError, atomic_path, patch_to
 
@@ -64,6 +64,7 @@ def to_image(
             raise DataError(f"found {type(x).__name__}, expected a picture: PIL image, tensor, array or file name.")
         a = _to_bytes(_array(x))
         x = Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a)
+    x = ImageOps.exif_transpose(x)                        # upright, as cameras mean it
     if x.mode in ("RGBA", "LA", "P", "PA"):
         x = x.convert("RGBA")
         x = Image.alpha_composite(Image.new("RGBA", x.size, PAPER), x)

@@ -12,7 +12,8 @@ __all__ = ['INITIALISERS', 'SENTENCES', 'INVERSION_CARDS', 'KEPT', 'WordTable', 
 
 # %% ../nbs/64_textual_inversion.ipynb #0fdfcf3e
 import hashlib, math, random, re, warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,12 @@ def first_vectors(
     ids = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "▁"]           # T5's token for a blank
     if not ids: raise DataError(f"The initialiser {init!r} has no tokens: expected a word such as 'toy', or one of "
                                 "'<rand>', '<rand-0.02>', '<zero>', '<mean>'.")
+    if len(ids) > n: warnings.warn(printable(
+        f"The initialiser {init!r} is {len(ids)} pieces here ({some(tokenizer.convert_ids_to_tokens(ids))}), of which {n} begin{'s' * (n == 1)} "
+        "the word. Name a shorter word, or give as many vectors."), stacklevel=2)
     return table[[ids[i % len(ids)] for i in range(n)]]
 
+# %% ../nbs/64_textual_inversion.ipynb #ff9b94a6
 INITIALISERS = ("<rand>", "<rand-0.02>", "<zero>", "<mean>")
 
 def random_size(
@@ -267,15 +272,20 @@ def inversion_recipe_for(
 # %% ../nbs/64_textual_inversion.ipynb #f8dd9ab7
 def concepts_of(
     instance_data: Any,              # pictures (a folder, files, PIL pictures), or a dict word -> pictures
-    placeholder_token: str | None,   # "<bear>", or "<a>|<b>": several words for the same pictures
-    initializer_token: Any,          # how they begin: one for all, "x|y", or a dict
+    placeholder_token: str | Sequence[str] | None,   # "<bear>"; "<a>|<b>" or a list: several words for the same pictures
+    initializer_token: Any,          # how they begin: one for all, "x|y", a list, or a dict
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # (word -> initialiser, trigger -> pictures)
     "Which words are learned, and from which pictures"
+    if isinstance(placeholder_token, (list, tuple)) and all(isinstance(w, str) for w in placeholder_token):
+        placeholder_token = "|".join(placeholder_token)
     data = instance_data if isinstance(instance_data, dict) else {placeholder_token: instance_data}
+    if odd := [w for w in data if not isinstance(w, str)]: raise LoraError(f"The new word {odd[0]!r}: expected a text, such as '<bear>'.")
     words = [w for trigger in data for w in trigger.split("|")]
+    if twice := [w for w, n in Counter(words).items() if n > 1]: raise LoraError(f"The new word {twice[0]!r} is named twice: name each once.")
     if isinstance(initializer_token, dict): inits = initializer_token
     else:
-        given = initializer_token.split("|") if isinstance(initializer_token, str) else [initializer_token]
+        given = initializer_token.split("|") if isinstance(initializer_token, str) else \
+            list(initializer_token) if isinstance(initializer_token, (list, tuple)) else [initializer_token]
         inits = dict(zip(words, given * len(words) if len(given) == 1 else given))
         if len(given) not in (1, len(words)):
             raise LoraError(f"{len(given)} initialisers for {len(words)} words: expected one, or as many.")
@@ -334,7 +344,7 @@ def check_said(
 
 def _tell_silence(word, stream, texts, deaf, component):
     "An error if no caption says a word, else a warning"
-    named = [f"{n}: {texts[i]!r}" for i, n in enumerate(_names(stream)) if i in deaf]
+    named = [f"{n}: {texts[i]!r:.80}" for i, n in enumerate(_names(stream)) if i in deaf]
     help = "Write {trigger} in captions where it belongs, within the first 77 tokens; or set template (object, style, face), which " \
            "takes sentences in place of the captions; or fewer vectors."
     if len(deaf) == len(texts):

@@ -555,6 +555,9 @@ def fit(self,
     "Train to the recipe's last step"
     if resume and not self.resume():
         warnings.warn(printable(f"resume: {self.dir/'checkpoints'} holds no checkpoint, so the run begins at step 0."), stacklevel=2)
+    if self.done > self.recipe.steps:
+        warnings.warn(f"resume: the checkpoint is of step {self.done}, beyond the {self.recipe.steps} steps asked for: nothing is trained, and "
+                      "the result is that of the checkpoint.", stacklevel=2)
     r, start, stop = self.recipe, time.perf_counter() - self.log.total_seconds, False
     with self.session(), stop_signals() as self.signal, progress(total=r.steps, initial=self.done, desc="training") as bar:
         if self.done == 0: self._look(0, bar=bar)

@@ -183,7 +183,7 @@ def test_endings_in_upper_case(tmp_path):
     assert caption_notes([tmp_path/"0.png", tmp_path/"1.png"]) == []
 
 
-@pytest.mark.parametrize("name", ("captions.json", "captions.csv", "0.json", "0.tags", "metadata.json", "train.parquet"))
+@pytest.mark.parametrize("name", ("captions.json", "captions.csv", "0.json", "0.tags", "metadata.json", "metadata.tsv", "train.parquet"))
 def test_files_that_look_like_captions_and_are_not_read(name, tmp_path):
     (tmp_path/name).write_text("[]")
     note, = caption_notes([tmp_path/"0.png"])
@@ -228,3 +228,12 @@ def test_one_text_for_two_pictures_is_said(tmp_path):
     (tmp_path / "0.txt").unlink()
     for f in files[:2]: Path(f"{f}.txt").write_text(f.name)
     assert caption_notes(files) == [] and own_captions(files) == ["0.jpg", "0.png", "a toy"]
+
+
+@pytest.mark.parametrize("row", ("0.jpg,a dog, on grass", "0.jpg,a dog,,", "0.jpg,a,b,c"))
+def test_a_comma_without_quotes_cuts_no_caption(row, tmp_path):
+    "The words behind the comma were lost without a word"
+    Image.new("RGB", (8, 8)).save(tmp_path/"0.jpg"); (tmp_path/"metadata.csv").write_text("file_name,text\n" + row + "\n")
+    with pytest.raises(DataError, match="row 2: . cells for 2 columns.*double quotes"): own_caption(tmp_path/"0.jpg")
+    (tmp_path/"metadata.csv").write_text('file_name,text\n0.jpg,"a dog, on grass"\n')
+    assert own_caption(tmp_path/"0.jpg") == "a dog, on grass"

@@ -408,6 +408,10 @@ def test_weights_and_loras_in_a_prompt(tmp_path, monkeypatch):
     works(lora_generate, *one, "--from_png", "000001.png", "--prompt", "a (cat:1.6) face, <neon> style", "--negative_prompt", "(dog:1.2)")
     assert pixels("000001-5.png") == pixels("000001-3.png")
     assert "does not read" in works(lora_generate, *one, "--prompt", "a cat face " * 60, "--seed", 2)
+    assert "the prompt is too long" in works(lora_generate, *one, "--from_png", "000002.png")
+    assert "the negative prompt is too long" in works(lora_generate, *one, "--prompt", "x", "--negative_prompt", "a dog " * 60, "--seed", 3)
+    assert "the negative prompt is too long" in works(lora_generate, *one, "--from_png", "000003.png")
+    assert "does not read" not in works(lora_generate, *one, "--from_png", "000001-3.png")
     for words, said in ((("--prompt", "(a cat"), "never closed"), (("--prompt", "x <lora:noen>"), "Did you mean neon?"),
                         (("--prompt", "x", "--negative_prompt", "<lora:neon>"), "expected LoRAs in --prompt")):
         assert said in refused(lora_generate, *one, *words)

@@ -246,3 +246,44 @@ def test_the_noun_of_class_prompts(prompts, trigger, noun): assert class_noun(pr
     (([], 1), {}, "Class prompts"), (([" "], 1), {}, "Class prompts")))
 def test_class_pictures_that_cannot_be_drawn(sd, args, kw, match):
     with pytest.raises(LoraError, match=match): class_pictures(sd, *args, **kw)
+
+
+def test_a_caption_of_somebody_s_own_is_not_replaced(sd, tmp_path):
+    "A caption whose picture was deleted keeps its words: the picture takes another number"
+    how = dict(folder=tmp_path, steps=1)
+    files, _ = class_pictures(sd, "a toy", n=2, **how)
+    files[1].unlink(); files[1].with_suffix(".txt").write_text("a toy of my own")
+    again, captions = class_pictures(sd, "a toy", n=2, **how)
+    assert [f.name for f in again] == ["class-0000.png", "class-0002.png"] and captions == ["a toy"] * 2
+    assert files[1].with_suffix(".txt").read_text() == "a toy of my own"
+
+
+@pytest.mark.parametrize("left", ("README.md", "class-0000.npz", "class-0000.caption", "empty/"))
+def test_a_class_folder_with_traces_of_other_programs(sd, left, tmp_path):
+    (tmp_path / left).mkdir() if left.endswith("/") else (tmp_path / left).write_text("a wall")
+    assert len(class_pictures(sd, "a wall", 1, tmp_path, steps=1)[0]) == 1
+    assert left.endswith("/") or (tmp_path / left).read_text() == "a wall"
+
+
+@pytest.mark.parametrize("row, match", (
+    (dict(instance_prompt="a sks toy", instance_data_dir=3), "instance_data_dir is 3, expected a text"),
+    (dict(instance_prompt=["a"], instance_data_dir="x"), "instance_prompt is .'a'., expected a text"),
+    (dict(instance_prompt="a sks toy", instance_data_dir="x", class_prompt={"a": 1}), "class_prompt is"), ("bear", "'bear': expected an object")))
+def test_concepts_that_are_no_texts(row, match, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps([row]))
+    with pytest.raises(DataError, match=match): load_concepts(tmp_path / "c.json")
+
+
+def test_keys_of_a_concept_that_are_not_read_are_said(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps([dict(instance_prompt="a sks toy", instance_data_dir="x", num_class_images=200)]))
+    with pytest.warns(UserWarning, match="num_class_images not read. Read are instance_data_dir"): load_concepts(tmp_path / "c.json")
+
+
+def test_a_class_s_captions_stand_where_the_subject_s_do(sd, tmp_path):
+    "A prompt with {caption} goes around each caption in the prior's predictions, too"
+    for i in range(2): Image.new("RGB", (64, 64), "red").save(tmp_path / f"{i}.png")
+    (tmp_path / "0.txt").write_text("in the rain")
+    run = DreamBooth(sd, tmp_path, "a sks wall, {caption}", "a wall", prior="prediction", trigger="sks wall", rank=2, batch_size=1)
+    subject, prior = run.streams
+    assert subject.examples.captions == ["a sks wall, in the rain", "a sks wall"] and prior.examples.captions == ["a wall, in the rain", "a wall"]
+    run.remove()

@@ -27,6 +27,18 @@ def test_any_prompt_is_quoted(prompt):
     assert "    " + " ".join(prompt.split()) in body.splitlines()
 
 
+@pytest.mark.parametrize("odd", ("```\n---\nlicense: mit\n---\n", "a\x1b[2J: b", "a\x85---\x85b", "half \ud83d", "\r\n---\r\n# x"))
+def test_no_prompt_breaks_the_card(odd, tmp_path):
+    "What YAML or UTF-8 cannot keep is spelled out; control characters reach no terminal"
+    from huggingface_hub import ModelCard
+    path = write_card(Lora(metadata=dict(base=odd, instance_prompt=odd, trigger=odd)), tmp_path)
+    card = ModelCard(path.read_bytes().decode())
+    assert card.data.instance_prompt == odd.replace("\x85", "\\x85").replace("\ud83d", "\\ud83d") and card.data.license is None
+    assert card.text.lstrip().startswith(MARK) and "\x1b" not in card.text and "\x85" not in card.text
+    known = "    ", "# LoRA", "Base:", "Prompt:", "Trigger:", "File:"
+    assert not [l for l in card.text.split(MARK)[1].splitlines() if l and not l.startswith(known)]
+
+
 def test_a_folder_is_no_id_and_its_path_is_not_told(tmp_path):
     text = model_card(Lora(metadata=dict(base=str(tmp_path / "mine"), trigger="x")))
     assert "base_model" not in text and str(tmp_path) not in text and "    mine" in text

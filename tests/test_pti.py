@@ -85,3 +85,12 @@ def test_t5_joins_on_request(mode):
     lora = train_pti(base, WALL[:1], **WORDS, mode=mode, validate_every=1, validation_samples=2, **kw)
     assert sorted(lora.embeddings["<w>"]) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
     assert {"transformer", *base.text_encoders} <= set(lora.components) and fingerprint(base) == was
+
+
+@pytest.mark.parametrize("kw, seen", ((dict(), 3.5), (dict(ti_batch_size=2), 5), (dict(mode="joint"), 2), (dict(ti_steps=0), 2)))
+def test_the_start_report_counts_both_phases(sd, kw, seen):
+    run = PivotalTuning(sd, WALL, **WORDS, **dict(QUICK, steps=4, **kw))
+    text = str(run.start_report())
+    assert "subject: 2 pictures" in text and f"each picture is seen {seen:g} times" in text, text
+    assert run.looks()["prior"] == 4
+    run.remove()

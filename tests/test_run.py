@@ -360,3 +360,47 @@ def test_a_trigger_that_nobody_gave(tmp_path):
     assert any("{trigger} in the prompt stays empty" in n for n in ConceptDataset(tmp_path).sources.notes)
     assert ConceptDataset(tmp_path).captions == ["a photo of"] and ConceptDataset(tmp_path, trigger="sks").captions == ["a photo of sks"]
     assert not any("{trigger}" in n for n in ConceptDataset(tmp_path, "a toy").sources.notes)
+
+
+@pytest.mark.parametrize("kw, match", (
+    (dict(previews=dict(prompts=["x"], foo=1), preview_every=1), "no argument 'foo'"),
+    (dict(previews=dict(prompts="x", steps=0), preview_every=5), "steps = 0"),
+    (dict(previews=dict(prompts=["x"], seeds=[1, 2]), preview_every=1), "2 seeds"),
+    (dict(previews=dict(prompts=["x"], size=7), preview_every=1), "7 x 7"),
+    (dict(previews=dict(prompts=[3]), preview_every=1), "texts"), (dict(previews=dict(prompts=["x"])), "preview_every is 0"),
+    (dict(sampling=dict(nonsense=1)), "no argument 'nonsense'"), (dict(sampling=dict(guidance_scale="x")), "guidance_scale"),
+    (dict(sampling=dict(steps=1, batch_size=0)), "batch_size"), (dict(targets=3), "targets = 3")))
+def test_pictures_that_cannot_be_drawn_are_refused_before_any_is_read(base, kw, match, monkeypatch, tmp_path):
+    def never(*a, **k): raise AssertionError("the pictures were read first")
+    monkeypatch.setattr("lora_nb.dreambooth.encode", never)
+    with pytest.raises(LoraError, match=match): DreamBooth(base, WALL, "a sks wall", "a wall", **{**QUICK, **kw})
+
+
+def test_a_mask_floor_without_masks_is_said(base):
+    with pytest.warns(UserWarning, match="mask_floor = 0.1 has no effect: no picture has a mask"):
+        train_dreambooth(base, WALL, "a sks wall", mask_floor=.1, **QUICK)
+
+
+def test_resuming_beyond_the_steps_asked_for_is_said(base, tmp_path):
+    kw = dict(QUICK, checkpoint_every=1, output_dir=tmp_path)
+    train_dreambooth(base, WALL, "a sks wall", **kw)
+    with pytest.warns(UserWarning, match="checkpoint is of step 2, beyond the 1 steps"):
+        train_dreambooth(base, WALL, "a sks wall", **dict(kw, steps=1), resume=True)
+
+
+def test_the_start_report_counts_what_is_read(base, tmp_path):
+    "A trigger behind the last token that is read is not said; the reasons that matter come before the masks"
+    for i in range(22):
+        WALL[0].save(tmp_path / f"{i:02}.png"); Image.new("L", (64, 64), 255).save(tmp_path / f"{i:02}.mask.png")
+    (tmp_path / "00.txt").write_text("red " * 90 + "sks wall"); (tmp_path / "zz.docx").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="only beyond"): run = DreamBooth(base, tmp_path, "a sks wall", rank=2, batch_size=1)
+    text = str(run.start_report()); run.remove()
+    assert "21 of 22 say 'sks wall'" in text and "left out: zz.docx" in text and "do not say 'sks wall': 00.png" in text, text
+
+
+def test_pictures_of_one_name_are_told_apart(base, tmp_path):
+    for d in ("a", "b"):
+        (tmp_path / d).mkdir(); WALL[0].save(tmp_path / d / "0.png"); (tmp_path / d / "0.txt").write_text("a sks wall " + "red " * 90)
+    run = DreamBooth(base, tmp_path, "a sks wall", rank=2, batch_size=1, recursive=True)
+    text = str(run.start_report()); run.remove()
+    assert "caption cut: a/0.png" in text and "caption cut: b/0.png" in text, text

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -298,3 +299,22 @@ def test_pivotal_tuning_from_end_to_end(studio, tmp_path):
     strip = tab.result
     assert list(strip.lora.embeddings) == ["<my-pictures>"] and tab.log().steps == 4 and Path(strip.source).is_file()
     tab.taste.click(); assert "<my-pictures>" in studio.now.settings.prompt and studio.now.settings.loras
+
+
+def test_the_studio_reads_pictures_as_training_does(tmp_path):
+    "A photograph that a camera marked as lying on its side, and one of 16 bits, look the same to the studio and to a training"
+    from lora_nb.pictures import open_picture
+    from lora_nb.show import to_image
+    from lora_nb.studio.easel import picture_of
+    from lora_nb.studio.photos import Photo, prepared
+    tall = Image.new("RGB", (40, 60)); tall.paste("red", (0, 0, 40, 30))
+    exif = Image.Exif(); exif[0x0112] = 6
+    tall.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype("uint16")).save(tmp_path / "b.png")
+    for i, name in enumerate(("a.jpg", "b.png")):
+        own = open_picture(tmp_path / name)
+        assert picture_of(tmp_path / name).tobytes() == own.tobytes(), name
+        ready = prepared([Photo(tmp_path / name)], tmp_path / f"out{i}")
+        side = min(own.size); x, y = ((v - side) // 2 for v in own.size)
+        assert open_picture(ready / "000.png").tobytes() == own.crop((x, y, x + side, y + side)).tobytes(), name
+    assert to_image(tmp_path / "a.jpg").size == (60, 40)

@@ -173,3 +173,28 @@ def test_settings_of_words_that_are_impossible(wrong, match):
 def test_words_at_a_rate_of_zero():
     with pytest.raises(LoraError, match="Nothing would be learned: .*words"):
         TextualInversion(random_pipe("sd"), [Image.new("RGB", (64, 64), "red")], "<zero>", words_learning_rate=0.)
+
+
+def test_words_and_initialisers_in_lists():
+    assert concepts_of("x", ["<a>", "<b>"], ["toy", "face"]) == concepts_of("x", "<a>|<b>", "toy|face")
+    for bad, match in ((None, "None: expected a text"), (3, "3: expected a text"), ("<a>|<a>", "named twice"), (["<a>", "<a>"], "named twice")):
+        with pytest.raises(LoraError, match=match): concepts_of("x", bad, "toy")
+    with pytest.raises(LoraError, match="named twice"): concepts_of({"<a>": "x", "<a>|<b>": "y"}, None, "toy")
+
+
+@pytest.mark.parametrize("init, n, warns", (("teddybear zzqq", 1, True), ("a red toy", 2, True), ("a red toy", 3, False), ("toy", 1, False)))
+def test_pieces_of_an_initialiser_that_are_not_used_are_said(base, init, n, warns):
+    import warnings
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        first_vectors(base.pipe.text_encoder, base.pipe.tokenizer, init, n)
+    assert bool(got) == warns and all("pieces here" in str(w.message) for w in got)
+
+
+def test_the_start_report_tells_the_sentences_of_a_template(base, tmp_path):
+    "Not the captions that they replace, nor what these lack"
+    RED[0].save(tmp_path / "0.png"); (tmp_path / "0.txt").write_text("a wall " * 90)
+    run = TextualInversion(base, tmp_path, "<w>", template="object", steps=2, batch_size=1)
+    text = str(run.start_report())
+    assert "1 of 1 say '<w>'" in text and "sentences such as '" in text and "cut:" not in text and "warning" not in text, text
+    run.remove()

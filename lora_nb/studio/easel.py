@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ..core import DataError, LoraError, closest, patch_to
 from ..composition import compose
 from ..lora import Lora
+from ..pictures import open_picture
 from ..prompts import Prompt, parse_prompt, weighing
 from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled
@@ -190,8 +191,8 @@ def picture_of(
     file: str | Path,
 ) -> "Image.Image":
     "The picture in a file, upright and in RGB."
-    try: return to_image(Path(file))
-    except (OSError, ValueError) as e: raise DataError(f"cannot read the picture {file} ({e}): expected a PNG, JPEG or WebP file.") from e
+    try: return open_picture(file)
+    except DataError as e: raise DataError(f"cannot read the picture {e}: expected a PNG, JPEG or WebP file.") from e
 
 def _stamp(file):
     "What changes when a file is written again."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..core import DataError, LoraError, closest, patch_to
 from ..composition import compose
 from ..lora import Lora
+from ..pictures import open_picture
 from ..prompts import Prompt, parse_prompt, weighing
 from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled

@@ -17,8 +17,7 @@ from PIL import Image
 # %% ../../nbs/77_studio_photos.ipynb #5655744e
 from ..core import DataError, atomic_path, patch_to
 from ..captions import own_captions
-from ..pictures import find_pictures
-from ..show import to_image
+from ..pictures import find_pictures, open_picture
 from .panel import boxed, labelled
 
 # %% ../../nbs/77_studio_photos.ipynb #f3d43545
@@ -57,7 +56,7 @@ def prepared(
     for f in folder.iterdir():
         if f.suffix in (".png", ".txt"): f.unlink()
     for i, p in enumerate(chosen):
-        with atomic_path(folder / f"{i:03d}.png") as tmp: photo_square(to_image(p.path), p.crop).save(tmp, "PNG")
+        with atomic_path(folder / f"{i:03d}.png") as tmp: photo_square(open_picture(p.path), p.crop).save(tmp, "PNG")
         if p.caption:
             with atomic_path(folder / f"{i:03d}.txt") as tmp: Path(tmp).write_text(p.caption, "utf-8")
     return folder
@@ -99,6 +98,6 @@ def changed(self) -> bool:
 
 def thumb_html(p: Photo) -> str:
     "The square of a picture, as HTML."
-    im, buffer = photo_square(to_image(p.path), p.crop), io.BytesIO()
+    im, buffer = photo_square(open_picture(p.path), p.crop), io.BytesIO()
     im.thumbnail((96, 96)); im.save(buffer, "JPEG", quality=80)
     return f'<img class="ls-seen" alt="{html.escape(p.path.name)}" src="data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}">'

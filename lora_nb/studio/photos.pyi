@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image
 from ..core import DataError, atomic_path, patch_to
 from ..captions import own_captions
-from ..pictures import find_pictures
-from ..show import to_image
+from ..pictures import find_pictures, open_picture
 from .panel import boxed, labelled
 
 __all__ = ['PHOTO_CROPS', 'Photo', 'photos_of', 'photo_square', 'prepared', 'PhotoRows', 'thumb_html']

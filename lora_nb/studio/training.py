@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Literal
 # %% ../../nbs/78_studio_training.ipynb #6fadb681
 from ..core import LoraError, atomic_path, data_path, file_name, free_name, patch_to
 from ..dreambooth import DreamBooth
-from ..pictures import find_pictures
+from ..pictures import find_pictures, open_picture
 from ..pti import PivotalTuning, pivotal_recipe_for
 from ..log import joined
-from ..show import to_image
 from ..recipe import Recipe, recipe_card, recipe_for
 from .bridge import Bridge, drop_html, received
 from .panel import Stopped, labelled, boxed, button, note_html
@@ -112,7 +111,7 @@ def pictures_html(
 ) -> str:
     "Thumbnails of a folder's pictures, as HTML."
     def one(p):
-        im, buffer = to_image(p), io.BytesIO()
+        im, buffer = open_picture(p), io.BytesIO()
         im.thumbnail((128, 128)); im.save(buffer, "JPEG", quality=80)
         return f'<img alt="" src="data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}">'
     files = find_pictures(folder)

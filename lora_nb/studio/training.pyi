@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from ..core import LoraError, atomic_path, data_path, file_name, free_name, patch_to
 from ..dreambooth import DreamBooth
-from ..pictures import find_pictures
+from ..pictures import find_pictures, open_picture
 from ..pti import PivotalTuning, pivotal_recipe_for
 from ..log import joined
-from ..show import to_image
 from ..recipe import Recipe, recipe_card, recipe_for
 from .bridge import Bridge, drop_html, received
 from .panel import Stopped, labelled, boxed, button, note_html
