@@ -71,7 +71,7 @@ def test_the_style_sheet_knows_every_class_that_is_used():
     css = style_sheet()
     assert css.startswith("<style>") and css.endswith("</style>") and css.count("{") == css.count("}")
     source = "".join((PACKAGE / "studio" / f"{m}.py").read_text()
-                     for m in ("__init__", "panel", "training", "bridge", "history", "ways", "photos"))
+                     for m in ("__init__", "panel", "training", "bridge", "history", "ways", "photos", "layout", "cards", "extras"))
     known = css + (PACKAGE / "studio/page.js").read_text()                 # some classes are only handles of the script
     used = set(re.findall(r"""["' ](ls-[a-z]+)(?=["' ])""", source))
     assert len(used) > 20 and not {c for c in used if f".{c}" not in known}, {c for c in used if f".{c}" not in known}

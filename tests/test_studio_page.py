@@ -108,7 +108,7 @@ def test_a_wide_light_page(browser, server, tmp_path):
 
 def test_a_mask_is_painted(browser, server):
     with opened(browser, server, 1280, "light", 1400) as page:
-        page.get_by_text("Draw over a picture", exact=True).first.click()
+        page.get_by_role("button", name="Inpaint", exact=True).click()
         source = server[1] / "source.png"; Image.new("RGB", (64, 64), (20, 90, 200)).save(source)
         page.locator(".ls-redraw .ls-drop input").first.set_input_files(source)
         canvas = page.locator("canvas.ls-canvas"); canvas.wait_for(); canvas.scroll_into_view_if_needed()
@@ -131,7 +131,7 @@ def test_narrow_and_dark_pages(browser, server, width, theme):
     with opened(browser, server, width, theme) as page:
         type_in(page, "Steps", 2); type_in(page, "Prompt", "a dog"); page.keyboard.press("Control+Enter"); said(page, r"^\d+\.\d\d s$")
         checked(page)
-        field(page, "Compare").scroll_into_view_if_needed()
+        field(page, "Compare, X/Y plot").scroll_into_view_if_needed()
         inside = lambda css: (b := page.locator(css).first.bounding_box()) and 0 <= b["y"] and b["y"] + b["height"] <= 861
         assert inside(".ls-start .ls-go"), "Draw is out of sight"
         if width == 420: assert inside(".ls-shown img"), "the picture is out of sight"

@@ -177,7 +177,7 @@ def compares(hand):
     load = hand.field("LoRA").locator("input").first
     load.fill("teapot"); load.press("Tab"); hand.click("Load"); hand.hear("Loaded teapot")
     hand.fill("Prompt", "a <teapot> on a blue background, in <neon> style")
-    hand.field("Compare").locator("select").select_option("with and without")
+    hand.field("Compare, X/Y plot").locator("select").select_option("with and without LoRAs")
     hand.find(".ls-strip input[type=checkbox]").first.check(); hand.slide(.667)
     hand.find(".ls-strip select").first.select_option("fade in"); hand.hear(r"^\d+\.\d\d s$")
     hand.click("Draw"); hand.hear(r"^\d+\.\d\d s$")

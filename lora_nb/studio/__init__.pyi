@@ -1,15 +1,14 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import contextlib, contextvars, html, io, random, threading, time, traceback
-from base64 import b64encode
+import contextlib, contextvars, html, random, threading, time, traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from PIL import Image
 from ..core import DataError, LoraError, atomic_path, closest, file_name, free_name, patch_to
 from ..prompts import cut_off
-from ..loading import HUB, embedded_bases, load_base
+from ..loading import load_base
 from ..lora import Lora, triggers_of
 from ..turbo import turbo_settings
 import ipywidgets as widgets
@@ -19,63 +18,20 @@ from .easel import Easel, LIVE, MIXES, weights_id, sampler_of, Glimpse, bundled_
 from .code import described_loras, python_of, parameters_of, png_bytes, read_settings
 from .panel import Stopped, Job, Worker, style_sheet, labelled, boxed, button, note_html, report_html, Strip, with_trigger
 from .grid import AXES, Axis, read_axis, grid_sheet
-from .samplers import ENLARGE, FLOW_SAMPLERS, SAMPLERS, enlarged, sampler, samplers
+from .samplers import ENLARGE, FLOW_SAMPLERS, SAMPLERS, clip_layers, clip_skipping, enlarged, sampler, samplers
+from .noise import slerp, variation
+from .styles import Style, filled_prompts, read_styles, save_style, styled
+from .canvas import FILLS, draw_folder, outpainted
+from .cards import LoraCard, LoraShelf, card_of, cards_in, keep_preview, preview_of
+from .extras import Extras, PngPage, enlarge_file, png_info, read_parameters
 from .bridge import Bridge, canvas_html, drop_html, page_script, painted, received
 from .history import History, days_of, keep_picture, picture_button, pictures_on
-from .ways import Redraw, Ways, input_file
+from .ways import MODES, Redraw, StyleFields, Ways, input_file
 from .page import IDLE, check_source, page_server, serve_studio, studio_notebook
 from .training import find_concept, Lesson, card_html, pictures_html, Training
+from .layout import COMPARISONS, Entry, StudioWidgets, data_link, draw_page, folds, page_png, picture_html, setting_fields, studio_panel
 
-__all__ = ['COMPARISONS', 'Entry', 'page_png', 'picture_html', 'data_link', 'StudioWidgets', 'Studio', 'setting_fields', 'draw_page', 'studio_panel', 'large', 'opening']
-@dataclass
-class Entry:
-    image: Image.Image
-    settings: Settings
-    seconds: float
-    live: bool = ...
-    thumb: 'widgets.Box | None' = ...
-    def thumbnail(self, recall: Callable[[], object]): ...
-
-def page_png(image: Image.Image) -> bytes: ...
-def picture_html(image: Image.Image | None, alt: str='', preview: bool=False) -> str: ...
-def data_link(name: str, kind: str, raw: bytes, text: str) -> str: ...
-class StudioWidgets:
-    prompt: Any
-    negative: Any
-    seed: Any
-    steps: Any
-    guidance: Any
-    width: Any
-    height: Any
-    method: Any
-    compare: Any
-    over: Any
-    beside: Any
-    live: Any
-    file: Any
-    other: Any
-    rack: Any
-    thumbs: Any
-    tabs: Any
-    bar: Any
-    words: Any
-    picture: Any
-    caption: Any
-    links: Any
-    code: Any
-    loaded: Any
-    saved: Any
-    title: Any
-    dice: Any
-    go: Any
-    halt: Any
-    add: Any
-    keep: Any
-    send: Any
-    teach: Any
-    swap: Any
-    def __init__(self, base: 'Base') -> None: ...
-
+__all__ = ['Studio', 'large', 'opening']
 class Studio(StudioWidgets):
     base: Any
     source: Any
@@ -93,7 +49,11 @@ class Studio(StudioWidgets):
     redraw: Any
     history: Any
     drop: Any
+    styles: Any
+    shelf: Any
     training: Any
+    info: Any
+    extras: Any
     panel: Any
     def __init__(self, base: 'str | Path | Base'='tiny-sd', loras: str | Path | Lora | Iterable[str | Path | Lora]=..., folder: str | Path='pictures', background: bool | None=None, history: bool=True) -> None: ...
     def _begin(self, loras): ...
@@ -101,6 +61,7 @@ class Studio(StudioWidgets):
     def __repr__(self): ...
     @property
     def settings(self) -> Settings: ...
+    def filled(self, s: Settings) -> Settings: ...
     def silently(self): ...
     def show(self, s: Settings): ...
     def say(self, text: object, error: bool=False): ...
@@ -135,12 +96,10 @@ class Studio(StudioWidgets):
     def _write_lora(self, name): ...
     def take(self, message: dict): ...
     def collect(self): ...
+    def draw_each(self): ...
+    def _resized(self, size): ...
     def _named(self): ...
     def use(self, base: str | Path): ...
 
-COMPARISONS: dict[Any, Any]
-def setting_fields(base: 'Base') -> 'tuple[widgets.Widget, ...]': ...
-def draw_page(studio: 'Studio') -> 'widgets.Box': ...
-def studio_panel(studio: 'Studio') -> 'widgets.Box': ...
 def large(s: Settings, many: int, base: 'Base') -> str: ...
 def opening(base: str, loras: Iterable[str]=..., folder: str='pictures') -> 'widgets.Box': ...

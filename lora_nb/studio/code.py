@@ -58,7 +58,9 @@ def _call_code(s, prompt):
     if s.mask: call = f"base.inpaint({picture(s.image)}, {picture(s.mask)}, [{prompt}], strength={s.strength!r}, **how)[0]"
     elif s.image: call = f"base.img2img({picture(s.image)}, [{prompt}], {s.strength!r}, **how)[0]"
     else: call = f"base.generate([{prompt}], **how)[0]"
-    large = f"image = enlarged(base, image, {s.enlarge!r}, {prompt}, **{{k: v for k, v in how.items() if k != 'size'}})"
+    second = f"{{**how, 'steps': {s.enlarge_steps!r}}}" if s.enlarge_steps else "how"
+    large = (f"image = enlarged(base, image, {s.enlarge!r}, {prompt}, strength={s.enlarge_strength!r}, by={s.enlarge_by!r}, "
+             f"**{{k: v for k, v in {second}.items() if k != 'size'}})")
     return [f"image = {call}", *([large] if s.enlarge else [])]
 
 def _draw_code(s, vary=""):
@@ -67,7 +69,9 @@ def _draw_code(s, vary=""):
     read = [Prompt(parse_prompt(t).pieces) for t in texts] if s.notation else []
     lines = _call_code(s, repr(read[0].text if read else s.prompt))
     if any(p.weighted for p in read):
-        lines = [f"with weighing(base, {[str(p) for p in read]!r}) as (prompt, how['negative_prompt']):", *inside(_call_code(s, "prompt"))]
+        weighed = f"with weighing(base, {[str(p) for p in read]!r}) as (prompt, how['negative_prompt']):"
+        lines = [weighed, *inside(_call_code(s, "prompt"))]
+    if s.subseed_strength: lines = [f"with variation(base, {s.subseed!r}, {s.subseed_strength!r}):", *inside(lines)]
     if not _worn(s, vary): return lines
     return [f"plan = {_plan_code(s, vary)}", "with scheduled(base, plan):", *inside(lines)]
 
@@ -84,9 +88,10 @@ def python_of(
     how = dict(negative_prompt=negative, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale,
                size=s.size)
     if s.skip_layers and not s.image: how["skip_layers"] = True
+    skip = [f"**clip_skipping(base, {s.clip_skip!r})"] * (s.clip_skip > 1)
     files = ",\n         ".join(f"{x.name!r}: {_load_code(x, s.base)}" for x in worn)
     lines = [_base_code(s), *([f"loras = {{{files}}}"] if worn else []),
-             "how = dict(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")"]
+             "how = dict(" + ", ".join([*(f"{k}={v!r}" for k, v in how.items()), *skip]) + ")"]
     if s.sampler: lines.append(f"base.pipe.scheduler = sampler(base, {s.sampler!r})")
     if s.compare == "without": lines += [*_draw_code(replace(without_tags(s), loras=())), "without = image"]
     if turbo and not s.sampler: lines += [f"base.pipe.scheduler = turbo_scheduler(base.pipe, loras[{turbo!r}])",
@@ -108,7 +113,8 @@ def _grid_code(s):
 # %% ../../nbs/72_studio_code.ipynb #22c4cf7d
 _HOMES = {"lora_nb": ("Lora", "LoraComposite", "compose", "data_path", "grid", "load_base", "parse_schedule", "scheduled",
                       "turbo_settings"),
-          "lora_nb.prompts": ("weighing",), "lora_nb.studio.samplers": ("enlarged", "sampler"), "lora_nb.studio.easel": ("Easel",),
+          "lora_nb.prompts": ("weighing",), "lora_nb.studio.samplers": ("clip_skipping", "enlarged", "sampler"),
+          "lora_nb.studio.noise": ("variation",), "lora_nb.studio.easel": ("Easel",),
           "lora_nb.studio.settings": ("settings_from",),
           "PIL": ("Image",), "lora_nb.turbo": ("turbo_scheduler",), "dataclasses": ("replace",)}
 
@@ -123,12 +129,25 @@ def described_loras(loras: Iterable[Wear]) -> str:
     "The LoRAs that are on, with their scales."
     return " + ".join(f"{x.name} {x.scale:g}" for x in loras if x.on)
 
+def _variation_of(s):
+    "Variation seed, in A1111's words."
+    return {"Variation seed": s.subseed, "Variation seed strength": f"{s.subseed_strength:g}"} if s.subseed_strength else {}
+
+def _hires_of(s):
+    "Hires fix or Extras, in A1111's words."
+    if not s.enlarge: return {}
+    if s.enlarge == "lanczos": return {"Postprocess upscale by": f"{s.enlarge_by:g}", "Postprocess upscaler": "Lanczos"}
+    strength = {} if s.image else {"Denoising strength": f"{s.enlarge_strength:g}"}
+    return {**strength, "Hires upscale": f"{s.enlarge_by:g}", "Hires steps": s.enlarge_steps or s.steps,
+            "Hires upscaler": dict(latent="Latent (bicubic)", redraw="Lanczos")[s.enlarge]}
+
 def parameters_of(s: Settings) -> str:
     "The settings in the form of A1111 and related programs."
     worn = described_loras(s.wears())
     numbers = {"Steps": s.steps, "CFG scale": f"{s.guidance_scale:g}", "Seed": s.seed, "Size": "{}x{}".format(*s.size),
                "Model": s.base, **({"Sampler": s.sampler} if s.sampler else {}), **({"Lora": worn} if worn else {}),
-               **({"Denoising strength": f"{s.strength:g}"} if s.image else {})}
+               **({"Denoising strength": f"{s.strength:g}"} if s.image else {}),
+               **({"Clip skip": s.clip_skip} if s.clip_skip > 1 else {}), **_variation_of(s), **_hires_of(s)}
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     return "\n".join([s.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in numbers.items())])
 

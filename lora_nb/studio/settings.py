@@ -34,6 +34,7 @@ class Wear:
         "The schedule, multiplied by the scale."
         return parse_schedule(self.schedule).scaled(self.scale)
 
+# %% ../../nbs/69_studio_settings.ipynb #31ec98fe
 @dataclass(frozen=True)
 class Settings:
     "Everything that a picture depends on, as plain data."
@@ -55,9 +56,15 @@ class Settings:
     image: str = ""                    # file of a picture to draw over; "": draw from nothing
     mask: str = ""                     # file of a mask for it: white is drawn, black is kept
     strength: float = .6               # how far from that picture: near 0 keeps it, 1 forgets it
-    enlarge: Literal["", "lanczos", "latent"] = ""   # to twice the size: the pixels, or the latents, which are drawn over
+    enlarge: Literal["", "lanczos", "latent", "redraw"] = ""   # pixels only; Hires fix: latents, or pixels, drawn over
     axes: tuple[Axis, ...] = ()        # of a grid: from left to right, and from top to bottom
     quantize: str = ""                 # how `lora_generate` packed the base: a key of `PACKINGS`; the studio packs nothing
+    enlarge_by: float = 2.             # how many times the size
+    enlarge_strength: float = .5       # Hires fix: denoising strength of the second drawing
+    enlarge_steps: int = 0             # Hires fix: its steps, of which it takes that share; 0: `steps`
+    subseed: int = 0                   # variation seed
+    subseed_strength: float = 0.       # how far its noise takes the place of the seed's: 0 not at all, 1 wholly
+    clip_skip: int = 1                 # A1111's number: 1 reads CLIP's last layer, 2 the one before it
 
 # %% ../../nbs/69_studio_settings.ipynb #2e702926
 @patch_to(Settings)
@@ -76,13 +83,21 @@ def _checked(x):
 
 def _axis_from(what, values, of=""):
     "An axis of JSON, checked."
-    kinds = dict(strength=float, guidance=float, steps=int, seed=int)
+    kinds = dict(strength=float, guidance=float, denoising=float, variation=float, steps=int, seed=int, clip=int)
     values = tuple(float(v) if kinds.get(what) is float and type(v) is int else v for v in values)
     if len(values) > MOST_VALUES or not values or what not in AXES: raise ValueError(f"an axis of {what!r} with {len(values)} values")
     if odd := [v for v in values if type(v) is not kinds.get(what, str) or v != v or v in (math.inf, -math.inf)]:
         raise ValueError(f"{what} is {odd[0]!r}")
-    if what == "steps" and min(values) < 1: raise ValueError(f"{min(values)} steps")
+    if what in ("steps", "clip") and min(values) < 1: raise ValueError(f"{what} is {min(values)}")
+    if what in ("denoising", "variation") and not 0 <= min(values) <= max(values) <= 1: raise ValueError(f"{what} is not within 0 to 1")
     return _checked(Axis(what, values, of))
+
+# %% ../../nbs/69_studio_settings.ipynb #cac57984
+def _ranged(s):
+    "An error for a number that means nothing."
+    limits = dict(enlarge_by=(1, 8), enlarge_strength=(0, 1), enlarge_steps=(0, 10**6), subseed_strength=(0, 1), clip_skip=(1, 10**3))
+    for name, (lo, hi) in limits.items():
+        if not lo <= getattr(s, name) <= hi: raise ValueError(f"{name} is {getattr(s, name)}, not within {lo} to {hi}")
 
 def settings_from(
     text: str,  # JSON as `Settings.to_json` writes it
@@ -97,7 +112,8 @@ def settings_from(
             raise ValueError(f"{s.size} pixels, {s.steps} steps")
         if len({w.name for w in loras}) < len(loras): raise ValueError("two LoRAs have one name")
         if s.compare not in ("one", "without", "scale", "grid"): raise ValueError(f"compare is {s.compare!r}")
-        if s.enlarge not in ("", "lanczos", "latent"): raise ValueError(f"enlarge is {s.enlarge!r}")
+        if s.enlarge not in ("", "lanczos", "latent", "redraw"): raise ValueError(f"enlarge is {s.enlarge!r}")
+        _ranged(s)
     except (TypeError, ValueError, AttributeError, RecursionError) as e:
         raise DataError(f"these are not settings of the studio ({e}): expected the JSON that it saves.") from e
     return s
@@ -158,7 +174,8 @@ def at(self,
        value: int | float | str,  # one of the axis's
 ) -> Settings:
     "The settings with this value in its place."
-    plain = dict(steps="steps", guidance="guidance_scale", seed="seed", sampler="sampler")
+    plain = dict(steps="steps", guidance="guidance_scale", seed="seed", sampler="sampler", denoising="strength", variation="subseed_strength",
+                 clip="clip_skip")
     if axis.what in plain: return replace(self, **{plain[axis.what]: value})
     if axis.what == "strength": return _at_strength(self, axis.of, value)
     if axis.what == "word": return _at_word(self, axis.values, value)
@@ -176,6 +193,13 @@ def _cells(self, one, worn):
         raise LoraError(f"both sides of the grid vary {AXES[down.what]}: choose two things.")
     rows = [("", one)] if down is None else [(down.title(v) + ", ", one.at(down, v)) for v in down.values]
     return [(left + across.title(v), worn(row.at(across, v))) for left, row in rows for v in across.values]
+
+# %% ../../nbs/69_studio_settings.ipynb #45801b1e
+@patch_to(Settings, as_prop=True)
+def denoising_steps(self) -> int:
+    "Steps of one picture, the second drawing of the Hires fix included."
+    first = int(self.steps * self.strength) if self.image else self.steps
+    return first + (int((self.enlarge_steps or self.steps) * self.enlarge_strength) if self.enlarge in ("latent", "redraw") else 0)
 
 # %% ../../nbs/69_studio_settings.ipynb #40ee1287
 SCHEDULE_PRESETS = {"constant": "1", "fade in": "ramp:0:1", "fade out": "ramp:1:0", "soft fade in": "cosine:0:1",
