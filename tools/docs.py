@@ -221,5 +221,6 @@ def with_page(page, target):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1].startswith("-") or len(sys.argv) > 2: sys.exit(__doc__)      # --help is no folder
     if len(sys.argv) < 2: shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     sys.exit(build(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_docs"))

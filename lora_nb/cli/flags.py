@@ -380,11 +380,9 @@ class Command:
     old: Mapping[str, Old] = field(repr=False)                       # flags of the reference without a counterpart
     first: Sequence[str] = ()                                        # flags that --help shows; (): all
     examples: Sequence[str] = ()                                     # command lines
-    def __post_init__(self): self.__name__, self.__doc__ = self.name, self.work.__doc__
-    @property
-    def called(self) -> str:
-        "What a person types: the name of a script, or `lora_nb` and a name."
-        return self.name if self.name.startswith("lora_") else f"lora_nb {self.name}"
+    called: str = field(default="", init=False)                      # what a person types: the name of a script, or `lora_nb NAME`
+    def __post_init__(self):
+        self.__name__, self.__doc__, self.called = self.name, self.work.__doc__, "lora_nb " * (self.name == "demo") + self.name
     def parser(self) -> Parser:
         "The parser that the tables describe"
         p = Parser(self.called, " ".join((self.work.__doc__ or "").split()), add_help=False)
@@ -410,9 +408,9 @@ class Command:
         return a
     def __call__(self, argv: Sequence[object] | None = None) -> None:
         if argv is None and "_ARGCOMPLETE" in os.environ: complete(self.parser())
-        with plain_errors(self.name):
+        with plain_errors(self.called):
             a = self.parse(sys.argv[1:] if argv is None else [str(x) for x in argv])
-            with plain_warnings(self.name): self.work(a)
+            with plain_warnings(self.called): self.work(a)
 
 # %% ../../nbs/83_cli_flags.ipynb #747af3b7
 def complete(p: argparse.ArgumentParser):
