@@ -9,8 +9,8 @@ __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Pla
            'plain_modules', 'adapted_class', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn', 'worn_state',
            'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded',
            'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores', 'check_here',
-           'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'weight_state', 'remerge',
-           'detach_branches', 'unhang']
+           'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'overwritten', 'weight_state', 'remerge',
+           'was_overwritten', 'detach_branches', 'unhang']
 
 # %% ../nbs/08_worn.ipynb #9e58f7ab
 import threading, warnings, weakref
@@ -478,8 +478,12 @@ def note_weight(
     "Note which numbers a merged weight has now"
     if not (w := stored_weight(root)).is_meta: root.__dict__["_merge_stamp"] = w.dtype, bit_sum(w)
 
-def _overwritten(root, worn, fused=False):
-    "Has other code given a merged module other numbers? `fused`: peft may have added an adapter and taken it off again"
+def overwritten(
+    root: nn.Module,                     # a plain module
+    worn: list[tuple[Factors, float]],   # (factors, scale) of each LoRA merged into it
+    fused: bool = False,                 # may peft have added an adapter and taken it off again?
+) -> bool:
+    "Has other code given a merged module other numbers?"
     now, stamp = stored_weight(root), root.__dict__.get("_merge_stamp")
     if stamp is None or now.is_meta or stamp == (now.dtype, bit_sum(now)): return False
     halves = [d for d in (torch.float16, torch.bfloat16) if d != now.dtype and torch.equal(now.to(d).to(now.dtype), now)]
@@ -570,7 +574,7 @@ def remerge(
 ) -> None:
     "Merge what is not merged yet, unmerge what is no longer, and change strengths; the original returns where nothing is left"
     worn = wears(model)
-    was, there, scheduled = worn.merged, {}, "_lora_schedule" in model.__dict__       # a schedule exchanges weights all the time
+    was, there, schedule = worn.merged, {}, model.__dict__.get("_lora_schedule")       # a schedule exchanges weights all the time
     changed = [n for n in {**was, **merged} if was.get(n) != merged.get(n)]
     paths = dict.fromkeys(p for n in changed for m in (was, merged) if n in m for p in m[n][0])
     if paths: check_stores(model, "merging"); there = places(model)
@@ -578,19 +582,24 @@ def remerge(
     found = {path: place for path in paths if (place := there.get(path))}
     _check_fused({p: place.parent for p, place in found.items()}, was)
     roots, theirs = {p: root_module(place.module) for p, place in found.items()}, {p for p, x in found.items() if _is_foreign(x.parent)}
-    if (gone := [p for p in paths if p not in roots]) and not leaving: raise _was_overwritten(was, gone)
-    lost = gone if scheduled else gone + [p for p, root in roots.items() if of(was, p) and _overwritten(root, of(was, p), p in theirs)]
-    if lost and not leaving: raise _was_overwritten(was, lost)
+    if (gone := [p for p in paths if p not in roots]) and not leaving: raise was_overwritten(was, gone)
+    own = {p: s for p, s in schedule.sites.items() if p not in schedule.fresh} if schedule and schedule.mode == "merge" else {}
+    lost = gone + [p for p, root in roots.items() if (not own[p].untouched() if p in own else
+                                                      bool(of(was, p)) and overwritten(root, of(was, p), p in theirs))]
+    if lost and not leaving: raise was_overwritten(was, lost)
     undo.append(lambda: setattr(worn, "merged", was))
+    if schedule:
+        undo.append(lambda fresh={*schedule.fresh}: setattr(schedule, "fresh", fresh))
+        schedule.fresh = schedule.fresh | roots.keys() - {*lost}
     for path, root in roots.items():
         before, after = of(was, path), of(merged, path)
         if path in lost:
             undo.append(weight_state(root))
             if not after:
                 for k in _MARKS: root.__dict__.pop(k, None)
-        else: _reweigh(path, root, before, after, tied, scheduled, undo)
+        else: _reweigh(path, root, before, after, tied, schedule is not None, undo)
     worn.merged = merged
-    if lost: warnings.warn(str(_was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
+    if lost: warnings.warn(str(was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
                             stacklevel=4)
 
 # %% ../nbs/08_worn.ipynb #c993afdb
@@ -603,10 +612,15 @@ def _check_fused(
     if fused: raise LoraError(f"diffusers has fused {' and '.join(fused)} into weights ({some([*fused.values()], 2)}) that "
                               f"{' and '.join(merged) or 'a LoRA'} is merged into. Nothing was changed: call pipe.unfuse_lora() first")
 
-def _was_overwritten(merged, lost, advice="remove_lora forgets what was merged; then put LoRAs on again"):
+def was_overwritten(
+    merged: Iterable[str],  # names of the LoRAs in the weights
+    lost: list[str],        # paths of the weights
+    advice: str = "remove_lora forgets what was merged; then put LoRAs on again",
+) -> LoraError:
     "The error for weights that are not what we merged"
-    return LoraError(f"{len(lost)} weights ({some(lost, 2)}) were loaded, trained, replaced or written over while {' and '.join(merged)} "
-                     "was merged into them, so they are another base now. " + advice)
+    names = " and ".join(merged) or "a LoRA"
+    return LoraError(f"{len(lost)} weights ({some(lost, 2)}) were loaded, trained, replaced or written over while {names} was merged into them, "
+                     "so they are another base now. " + advice)
 
 # %% ../nbs/08_worn.ipynb #f8b20af4
 def detach_branches(

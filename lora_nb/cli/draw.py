@@ -145,12 +145,12 @@ def marked(text: str, read: "Prompt") -> bool:
     "Whether a prompt uses the notation: then its file says so."
     return read.weighted or read.text != text
 
-def warn_of_cuts(base: "Base", text: "Prompt"):
+def warn_of_cuts(base: "Base", text: "Prompt", which: str = "prompt"):
     "Name the words that the text encoders do not read."
     from lora_nb.prompts import cut_off
     lost: dict[str, list[str]] = {}
     for part, words in cut_off(base, text).items(): lost.setdefault(words, []).append(part)
-    for words, parts in lost.items(): warnings.warn(f"the prompt is too long: {', '.join(parts)} does not read {words!r}.", stacklevel=2)
+    for words, parts in lost.items(): warnings.warn(f"the {which} is too long: {', '.join(parts)} does not read {words!r}.", stacklevel=2)
 
 # %% ../../nbs/86_cli_draw.ipynb #8f450b36
 def noted(
@@ -171,6 +171,7 @@ def replayed(
 ) -> "list[tuple[Image.Image, Settings]]":
     "Draw a picture again from the settings in its file; flags replace some of them."
     from lora_nb.core import progress
+    from lora_nb.prompts import Prompt, parse_prompt
     from lora_nb.studio.code import read_settings
     from lora_nb.studio.easel import Easel, find_lora
     if a.lora or a.together or a.skip_layers: raise UsageError("--from_png brings its own LoRAs: leave out --lora, --together, --skip_layers.")
@@ -182,6 +183,9 @@ def replayed(
     a.pretrained_model_name_or_path, a.t5, a.quantize = s.base, s.t5, s.quantize or None
     easel = Easel(base_of(a))
     for x in s.loras: easel.loras[x.name] = find_lora(x.source or x.name, easel.base)[0]
+    read = parse_prompt if s.notation else lambda text: Prompt(((text, 1.),))
+    with easel.wearing(easel.plan(s)):                    # new words are one piece each while their LoRA is worn
+        for which in ("prompt", "negative_prompt"): warn_of_cuts(easel.base, read(getattr(s, which)), which.replace("_", " "))
     many = [replace(s, seed=s.seed + i) for i in range(a.num_images or 1)]
     with progress(total=len(many) * len(s.frames()) * s.steps, desc="drawing") as bar:
         return [(easel.render(x, lambda i, look: bar.update()), x) for x in many]
@@ -205,7 +209,7 @@ def drawn_now(
     how, seeds = drawing(a, base, plan), [first + i for i in range(a.num_images or 4)]
     full = {**base.sampling, "size": (base.resolution,) * 2, **{k: v for k, v in how.items() if v is not None}}
     with scheduled(base, plan) if plan else contextlib.nullcontext(), weighing(base, [text, no]) as (words, less):
-        warn_of_cuts(base, text)
+        warn_of_cuts(base, text); warn_of_cuts(base, no, "negative prompt")
         with drawing_bar(base, [len(seeds)], full["steps"]) as bar: images = base.generate(words, less, seeds, **how, **bar)
     said = dict(prompt=a.prompt, negative_prompt=negative)
     if marked(a.prompt, text) or marked(negative, no): said = dict(prompt=str(text), negative_prompt=str(no), notation=True)

@@ -9,7 +9,7 @@ __all__ = ['LIVE', 'MIXES', 'Easel', 'weights_id', 'sampler_of', 'Glimpse', 'pic
            'find_lora']
 
 # %% ../../nbs/71_studio_easel.ipynb #9fec3752
-import contextlib
+import contextlib, itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -26,7 +26,8 @@ from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled
 from ..show import grid, to_image
 from .grid import grid_sheet
-from .samplers import enlarged, sampler
+from .samplers import clip_skipping, enlarged, sampler
+from .noise import variation
 from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings
 from .. import mixing  # noqa: F401 (enters its methods for `compose`)
@@ -164,9 +165,10 @@ def draw(self,
     key = s, tuple(worn), tuple(_stamp(f) for f in (s.image, s.mask)), weights_id(self.base.denoiser)
     if key in self.drawn: return self.drawn[key]
     plan, glimpse = self.plan(s), Glimpse(self.base)
+    done = itertools.count(1)                    # over both drawings of a Hires fix
     def step(pipe, i, t, now):
         look = glimpse(i, now["latents"])
-        if on_step: on_step(i + 1, look)
+        if on_step: on_step(next(done), look)
         return now
     with self.wearing(plan), sampler_of(self.base, worn, s.steps, s.sampler) as how: image = self._made(s, step, how)
     self.drawn[key] = image
@@ -179,13 +181,16 @@ def _made(self, s, step, how):
     "Draw from nothing, over a picture or into its mask; then enlarge."
     texts = [s.prompt, s.negative_prompt]
     if s.notation: texts = [Prompt(parse_prompt(t).pieces) for t in texts]
-    with weighing(self.base, texts) if s.notation else contextlib.nullcontext(texts) as (prompt, negative):
-        how = dict(how, negative_prompt=negative, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale, callback_on_step_end=step)
+    read, vary = weighing(self.base, texts) if s.notation else contextlib.nullcontext(texts), variation(self.base, s.subseed, s.subseed_strength)
+    with vary, read as (prompt, negative):
+        how = dict(how, negative_prompt=negative, seeds=[s.seed], steps=s.steps, guidance_scale=s.guidance_scale, callback_on_step_end=step,
+                   **clip_skipping(self.base, s.clip_skip))
         if s.mask and not s.image: raise LoraError("there is a mask, but no picture that it belongs to: choose a picture to draw over.")
         if s.mask: image, = self.base.inpaint(picture_of(s.image), picture_of(s.mask), [prompt], strength=s.strength, size=s.size, **how)
         elif s.image: image, = self.base.img2img(picture_of(s.image), [prompt], s.strength, size=s.size, **how)
         else: image, = self.base.generate([prompt], size=s.size, **how, **(dict(skip_layers=True) if s.skip_layers else {}))
-        return enlarged(self.base, image, s.enlarge, prompt, **how)
+        if s.enlarge_steps: how["steps"] = s.enlarge_steps
+        return enlarged(self.base, image, s.enlarge, prompt, s.enlarge_strength, s.enlarge_by, **how)
 
 def picture_of(
     file: str | Path,
@@ -212,7 +217,7 @@ def render(self,
     show = lambda: grid_sheet(images, *s.axes[:2]) if s.compare == "grid" else plain()
     for _, f in frames:
         images.append(self.draw(f, on_step and (lambda i, look, past=past: on_step(past + i, look))))
-        past += f.steps
+        past += f.denoising_steps
         if on_picture: on_picture(len(images), lambda: grid_sheet(images, *s.axes[:2]) if s.compare == "grid" else images[-1])
     return images[0] if len(frames) == 1 and s.compare != "grid" else show()
 

@@ -1,6 +1,6 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import contextlib
+import contextlib, itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -15,7 +15,8 @@ from ..schedule import LoraComposite, LoraSchedule
 from ..scheduling import WeightCache, scheduled
 from ..show import grid, to_image
 from .grid import grid_sheet
-from .samplers import enlarged, sampler
+from .samplers import clip_skipping, enlarged, sampler
+from .noise import variation
 from .settings import Settings, Wear
 from ..turbo import turbo_scheduler, turbo_settings
 from .. import mixing
