@@ -384,8 +384,8 @@ def check_groups(
     groups = [g for m in plain_modules(model) if (g := group_of(m))]
     disk = any(g.offload_to_disk_path for g in groups)
     if disk or any(g.stream is not None for g in groups):
-        raise LoraError(f"{type(model).__name__} is offloaded in groups, and {'files' if disk else 'a stream'} of diffusers bring its own weights "
-                        f"back at each call, so {what} is impossible. Put the LoRA on before enable_group_offload, or leave out "
+        raise LoraError(f"{type(model).__name__} is offloaded in groups, and {'files' if disk else 'a stream'} of diffusers bring "
+                        f"its own weights back at each call, so {what} is impossible. Put the LoRA on before enable_group_offload, or leave out "
                         f"{'offload_to_disk_path' if disk else 'use_stream'}; to take one off, load the base again")
 
 # %% ../nbs/08_worn.ipynb #e5db8b9f

@@ -6,7 +6,6 @@ import warnings
 import peft
 import pytest
 import torch
-import warnings
 from helpers_ground import fingerprint
 from safetensors.torch import load_file, save_file
 

@@ -143,7 +143,8 @@ def test_groups_on_disk_are_refused(lora, want, kind, tmp_path):
     pipe = tiny_pipe(); unet, text = pipe.unet, pipe.text_encoder; fresh = answer(unet)
     for i, m in enumerate((unet, text)): in_groups(m, kind, offload_to_disk_path=str(tmp_path / str(i)))
     for mode in ("merge", "inject"):
-        with pytest.raises(LoraError, match="UNet2DConditionModel is offloaded in groups, and files of diffusers"): apply_lora(unet, lora, mode=mode)
+        with pytest.raises(LoraError, match="UNet2DConditionModel is offloaded in groups, and files of diffusers"):
+            apply_lora(unet, lora, mode=mode)
     with pytest.raises(LoraError, match="scheduling merged LoRAs is impossible"):
         with scheduled(unet, lora): pass
     with pytest.raises(LoraError, match="nothing can be trained"): inject_lora(unet)
