@@ -481,10 +481,19 @@ def place_lora(
     return {c: placed for c, (placed, _) in found.items()}
 
 # %% ../nbs/10_injection.ipynb #1181c021
+def _same_but_ones(a, b):
+    "Are two shapes those of a linear layer and of a 1x1 convolution with the same numbers?"
+    return len(a) != len(b) and tuple(a[:2]) == tuple(b[:2]) and {*a[2:], *b[2:]} == {1}
+
 def _report_lost(parts, lora, lost, misshaped, found):
     "Raise if something has no place"
     if misshaped:
         full, f, place = misshaped[0]
+        flat = [n for n, f, p in misshaped if _same_but_ones(f.shape, outline(root_module(p.module)).shape)]
+        if len(flat) == len(misshaped):
+            raise ShapeError(f"{len(flat)} of {len(lora)} layers ({some(flat, 2)}) are 1x1 convolutions in one of the file and the model, and "
+                             "linear layers in the other: the same numbers in another form. Read the file with this base, which tells the "
+                             "form: Lora.load(path, base=pipe)")
         raise ShapeError(f"{len(misshaped)} of {len(lora)} layers have another shape than the model's: {full} is made "
                          f"for a weight of {f.shape}, the model's is {tuple(outline(root_module(place.module)).shape)}. "
                          "The LoRA was trained on another base: load that base, or look at lora.report(pipe)")

@@ -553,7 +553,8 @@ def remerge(
     own = {p: s for p, s in schedule.sites.items() if p not in schedule.fresh} if schedule and schedule.mode == "merge" else {}
     lost = gone + [p for p, root in roots.items() if (not own[p].untouched() if p in own else
                                                       bool(of(was, p)) and overwritten(root, of(was, p), p in theirs))]
-    if lost and not leaving: raise was_overwritten(was, lost)
+    hint = _HALF_FUSED if lost and not gone and not any(p in own or overwritten(roots[p], of(was, p), True) for p in lost) else ""
+    if lost and not leaving: raise was_overwritten(was, lost, hint or "remove_lora forgets what was merged; then put LoRAs on again")
     undo.append(lambda: setattr(worn, "merged", was))
     if schedule:
         undo.append(lambda fresh={*schedule.fresh}: setattr(schedule, "fresh", fresh))
@@ -566,8 +567,8 @@ def remerge(
                 for k in _MARKS: root.__dict__.pop(k, None)
         else: _reweigh(path, root, before, after, tied, schedule is not None, undo)
     worn.merged = merged
-    if lost: warnings.warn(str(was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
-                            stacklevel=4)
+    stay = "They stay as they are; for the original ones load the base again" + (hint and f". {hint}")
+    if lost: warnings.warn(str(was_overwritten(was, lost, stay)), stacklevel=4)
 
 # %% ../nbs/08_worn.ipynb #c993afdb
 def _check_fused(
@@ -578,6 +579,9 @@ def _check_fused(
     fused = {str(n): p for p, m in parents.items() if _is_foreign(m) for n in getattr(m, "merged_adapters", ())}
     if fused: raise LoraError(f"diffusers has fused {' and '.join(fused)} into weights ({some([*fused.values()], 2)}) that "
                               f"{' and '.join(merged) or 'a LoRA'} is merged into. Nothing was changed: call pipe.unfuse_lora() first")
+
+_HALF_FUSED = ("They differ by rounding only, as after fuse_lora and unfuse_lora of diffusers in half precision. If that was it: load that "
+               "adapter again, take this LoRA off, then unload the adapter")
 
 def was_overwritten(
     merged: Iterable[str],  # names of the LoRAs in the weights
