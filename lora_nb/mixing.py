@@ -138,8 +138,14 @@ class Mixture:
         self.parts, layers = resolve_components(pipe_or_model), gather(loras)
         if theirs := foreign_adapters(self.parts): raise LoraError(theirs)
         there = {f"{c}.{n}": p.module for c, m in self.parts.items() for n, p in places(m).items()}
-        odd = [n for n in layers if n not in there or isinstance(there[n], LoraLayer)]
-        if odd: raise LoraError(f"{len(odd)} layers are missing here, or wear a LoRA: {some(odd)}. Take LoRAs off")
+        thin = [n for n, fs in layers.items() if any(f and len(f.shape) < 2 for f in fs)]
+        if thin: raise LoraError(f"{len(thin)} changes of norms and biases ({some(thin, 2)}): a mixture weighs what two thin matrices add, and "
+                                 "these have none. Leave them out, or put the LoRA on with apply_lora(mode='merge')")
+        if worn := [n for n in layers if isinstance(there.get(n), LoraLayer)]:
+            raise LoraError(f"{len(worn)} layers ({some(worn, 2)}) wear a LoRA as branches already: take it off with remove_lora first")
+        if gone := [n for n in layers if n not in there]:
+            raise LoraError(f"{len(gone)} layers ({some(gone, 2)}) are not in this model: the LoRAs were trained on another base. Load that "
+                            "base, or look at lora.report(pipe)")
         self.layers = {n: (there[n], *_joined(fs, there[n])) for n, fs in layers.items()}
         self.only: int | None = None           # wear this LoRA alone
         self.columns: Any = {}                 # ZipLoRA's coefficients: name -> (k, in)

@@ -539,9 +539,8 @@ def _take_off(self):
         self.undo.pop()
     self.cache.clear()
     self.sites, self.room, self.state.groups = {}, None, None     # a notebook keeps the handle: not the weights, too
-    self.stats.bytes = 0
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    self.hooks = []
+    self.stats.bytes, self.hooks = 0, []
 
 # %% ../nbs/50_scheduling.ipynb #65dd720b
 @patch_to(Scheduled)

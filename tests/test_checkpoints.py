@@ -310,3 +310,35 @@ def test_what_is_no_pipeline(base, pipe, kw, says, tmp_path):
     pipe = base if pipe == "base" else base.denoiser if pipe == "unet" else pipe
     with pytest.raises(LoraError, match=says): save_checkpoint(pipe, **{"path": tmp_path / "o", **kw})
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_merged_into_one_file_is_base_plus_product_in_every_layer(family, tmp_path):
+    "Text encoders and convolutions included; read back by diffusers, and compared with the sum made by hand"
+    from lora_nb.lora import Factors
+    from lora_nb.worn import places
+    p, g = pipe_of(family), torch.Generator().manual_seed(3)
+    r, layers = lambda *s: .2 * torch.randn(*s, generator=g), {}
+    for c, m in p.components.items():
+        if c.startswith("text_encoder") or c in ("unet", "transformer"):
+            for n, place in places(m).items():
+                w = place.module.weight
+                if n == "text_projection" or min(w.shape[:2]) < 2: continue          # SD3's must stay the identity
+                layers[f"{c}.{n}"] = Factors(r(len(w), 2, *[1] * (w.ndim - 2)), r(2, *w.shape[1:]), alpha=1.)
+    want = {c: {canonical(n): t.clone() for n, t in m.state_dict().items()} for c, m in p.components.items() if hasattr(m, "state_dict")}
+    for n, f in layers.items():
+        c, path = n.split(".", 1)
+        want[c][f"{path}.weight"] += .5 * .5 * (f.up.flatten(1) @ f.down.flatten(1)).view_as(want[c][f"{path}.weight"])
+    save_checkpoint(p, tmp_path / "folder")
+    merge_checkpoint(p, Lora(layers), tmp_path / "one.safetensors", "single_file", scale=.5)
+    back, seen = type(p).from_single_file(str(tmp_path / "one.safetensors"), config=str(tmp_path / "folder")), set()
+    parts, rest = read_single_file(tmp_path / "one.safetensors", p)
+    for c in {n.split(".")[0] for n in layers}:
+        theirs = {canonical(n): t for n, t in back.components[c].state_dict().items()}
+        for n, t in want[c].items():
+            if "shared" in n: continue
+            changed = f"{c}.{n.removesuffix('.weight')}" in layers
+            same = (lambda a, b: torch.allclose(a, b, atol=1e-6)) if changed else torch.equal
+            assert same(theirs[n], t) and torch.equal(parts[c][n], theirs[n]), (c, n)
+            seen |= {f"{c}.{n.removesuffix('.weight')}"} if changed else set()
+    assert seen == set(layers) and rest == [] and len(seen) > 60

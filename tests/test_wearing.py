@@ -569,3 +569,44 @@ def test_a_layer_that_is_gone(lora):
     with pytest.raises(LoraError, match=r"1 weights \(mid_block.resnets.0.conv1\) were .*replaced"): set_scale(unet, .5)
     with pytest.warns(UserWarning, match="1 weights"): remove_lora(unet)
     assert not adapters(unet)
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_theirs_fused_and_unfused_in_half_precision_and_unloaded_is_explained(dtype, tmp_path):
+    "Rounding and a small training step cannot be told apart: an error that says so, and following it brings every bit back"
+    pipe = random_pipe("sd"); pipe.unet.to(dtype); lora = lora_for(pipe)
+    bits = {n: p.detach().clone() for n, p in pipe.unet.named_parameters()}
+    apply_lora(pipe, lora); wear_theirs(pipe, lora_for(pipe), tmp_path); pipe.fuse_lora(); pipe.unfuse_lora(); pipe.unload_lora_weights()
+    with pytest.raises(LoraError, match=r"differ by rounding only, .*unfuse_lora.*load that adapter again"): set_scale(pipe, .5)
+    pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); warnings.filterwarnings("ignore", message=".*diffusers or peft")
+        remove_lora(pipe)
+    pipe.unload_lora_weights()
+    assert all(torch.equal(p, bits[n]) for n, p in pipe.unet.named_parameters())
+    apply_lora(pipe, lora); pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.data.mul_(2)
+    with pytest.raises(LoraError) as e: set_scale(pipe, .5)
+    assert "rounding" not in str(e.value)
+
+def test_a_convolution_of_one_pixel_read_as_a_linear_layer_says_what_to_do(tmp_path):
+    from safetensors.torch import save_file
+    pipe, g = random_pipe("sd"), torch.Generator().manual_seed(0)
+    path, key = "down_blocks.0.attentions.0.proj_in", "lora_unet_down_blocks_0_attentions_0_proj_in"
+    w = pipe.unet.get_submodule(path).weight; before = w.detach().clone()
+    r = lambda *s: torch.randn(*s, generator=g)
+    a = {f"hada_w{i}_{x}": r(len(w), 2) if x == "a" else r(2, w.shape[1]) for i in (1, 2) for x in "ab"}
+    save_file({f"{key}.{k}": t for k, t in a.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(LoraError, match=r"1 of 1 layers .*1x1 convolutions.*Lora.load\(path, base=pipe\)"):
+        apply_lora(pipe, Lora.load(tmp_path / "a.safetensors"))
+    apply_lora(pipe, Lora.load(tmp_path / "a.safetensors", base=pipe))
+    want = before + ((a["hada_w1_a"] @ a["hada_w1_b"]) * (a["hada_w2_a"] @ a["hada_w2_b"])).view_as(before)
+    assert torch.allclose(w, want, atol=1e-5)
+
+def test_a_mixture_says_what_it_cannot_wear():
+    from lora_nb.kinds import Difference
+    unet = tiny_unet(); lora = random_lora(unet)
+    bias = Lora({**lora.layers, "unet.conv_in.bias": Difference(dict(diff=torch.ones(16)), (16,))})
+    with pytest.raises(LoraError, match=r"1 changes of norms and biases \(unet.conv_in.bias\).*apply_lora\(mode='merge'\)"): Mixture(unet, [bias])
+    with pytest.raises(LoraError, match=r"1 layers \(unet.nowhere\) are not in this model"):
+        Mixture(unet, [Lora({"unet.nowhere": next(iter(lora.layers.values()))})])
+    apply_lora(unet, lora, mode="inject")
+    with pytest.raises(LoraError, match=r"wear a LoRA as branches already: take it off with remove_lora"): Mixture(unet, [lora])
