@@ -29,9 +29,9 @@ from .core import table as as_table
 from .layers import LoraLayer, branch_dtype, check_rank, set_scales
 from .lora import Factors, Lora, add_factors, as_lora, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
-from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_stores,
-                          component_of, device_of, foreign_adapters, group_of, is_offloaded, layer_factors, places, plain_modules, remerge, resolve_components,
-                          root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
+from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_plain, check_stores,
+                          component_of, device_of, foreign_adapters, group_of, is_offloaded, layer_factors, places, plain_modules, remerge,
+                          resolve_components, root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
 from .quantized import outline, packing
 from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
 
@@ -229,6 +229,7 @@ def _chosen(pipe_or_model, targets, component):
 def _check_layers(layers, init):
     "Raise before anything is changed: offloaded, rank too high, or PiSSA on a weight that is not the base's own"
     for n, (module, r) in layers.items():
+        check_plain(n, module)
         if is_offloaded(root_module(module)):
             raise LoraError(f"{n} is offloaded layer by layer, so nothing can be trained beside it: load the base without "
                             "offload='sequential'. To save memory, train a smaller base, or in half precision with checkpointing")
@@ -476,6 +477,7 @@ def place_lora(
         placed, there = found[component]
         place = there.get(canonical(path))
         if place is None and f.optional: continue
+        if place is not None: check_plain(full, place.module)
         if place is None: lost.append(full)
         elif not f.fits(outline(root_module(place.module)).shape): misshaped.append((full, f, place))
         else: placed[canonical(path)] = (place, f)

@@ -106,8 +106,8 @@ class Scheduled:
     sites: dict[str, Site | Branches]
     undo: list[Any]
     hooks: list[Any]
-    left: list[str]
-    room: torch.Tensor | None
+    left: list[Any]
+    room: Any
     def __init__(self, pipe: 'Wearer', loras: Any, budget: int | None, mode: Literal['merge', 'inject']='merge') -> None: ...
     def __repr__(self): ...
     def _put_on(self): ...

@@ -6,10 +6,10 @@ Docs: https://lora-nb.github.io/lora_nb/worn.html.md"""
 
 # %% auto #0
 __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Places', 'places', 'root_module', 'stack_of',
-           'plain_modules', 'adapted_class', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn', 'worn_state',
-           'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded',
-           'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores', 'check_here',
-           'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'weight_state', 'remerge',
+           'plain_modules', 'adapted_class', 'check_plain', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn',
+           'worn_state', 'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing',
+           'is_offloaded', 'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores',
+           'check_here', 'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'weight_state', 'remerge',
            'detach_branches', 'unhang']
 
 # %% ../nbs/08_worn.ipynb #9e58f7ab
@@ -177,6 +177,16 @@ def adapted_class(
     "The adapted class for a linear or a convolution"
     if isinstance(module, Slot): raise LoraError("a change of a norm or a bias has no branch: wear this LoRA with mode='merge'")
     return LoraInjectedConv2d if isinstance(root_module(module), nn.Conv2d) else LoraInjectedLinear
+
+# %% ../nbs/08_worn.ipynb #bfeaa1bb
+def check_plain(
+    name: str,          # of the layer, for the error
+    module: nn.Module,  # plain or adapted
+) -> None:
+    "Raise if a layer's weight is no tensor of its own, as under weight_norm and other parametrizations: writing into it would have no effect"
+    if "weight" in root_module(module)._parameters: return
+    raise TargetError(f"{name}: the weight is computed from other parameters at each call. Take the parametrization off first "
+                      "(torch.nn.utils.parametrize.remove_parametrizations)")
 
 # %% ../nbs/08_worn.ipynb #bf3648af
 def foreign_adapters(
@@ -384,8 +394,8 @@ def check_groups(
     groups = [g for m in plain_modules(model) if (g := group_of(m))]
     disk = any(g.offload_to_disk_path for g in groups)
     if disk or any(g.stream is not None for g in groups):
-        raise LoraError(f"{type(model).__name__} is offloaded in groups, and {'files' if disk else 'a stream'} of diffusers bring its own weights "
-                        f"back at each call, so {what} is impossible. Put the LoRA on before enable_group_offload, or leave out "
+        raise LoraError(f"{type(model).__name__} is offloaded in groups, and {'files' if disk else 'a stream'} of diffusers bring its own "
+                        f"weights back at each call, so {what} is impossible. Put the LoRA on before enable_group_offload, or leave out "
                         f"{'offload_to_disk_path' if disk else 'use_stream'}; to take one off, load the base again")
 
 # %% ../nbs/08_worn.ipynb #e5db8b9f

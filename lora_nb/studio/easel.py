@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/71_studio_easel.ipynb #0dce4d49
-from ..core import DataError, LoraError, closest, patch_to
+from ..core import DataError, LoraError, closest, is_there, patch_to
 from ..composition import compose
 from ..lora import Lora
 from ..prompts import Prompt, parse_prompt, weighing
@@ -237,6 +237,6 @@ def find_lora(
     text, bundled = str(source).strip(), bundled_files(base.name)
     if (name := text.replace(" ", "_")) in bundled: return Lora.load(bundled[name]), name
     path = Path(text).expanduser()
-    if not text or not path.exists():
+    if not text or not is_there(path):
         raise DataError(f"no LoRA {text!r}: expected a file, or one of {', '.join(bundled)}.{closest(name, bundled)}")
     return Lora.load(path, base=base), text
