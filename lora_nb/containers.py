@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from .core import FormatError, LoraError, atomic_path, closest, finite, some
+from .core import FormatError, LoraError, atomic_path, closest, finite, is_there, is_unicode, some
 
 if TYPE_CHECKING:
     from lora_nb.lora import Lora
@@ -167,7 +167,7 @@ def find_file(
 ) -> Path:
     "The LoRA file that `path` means: itself, or the only candidate in a folder"
     path = Path(path)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         found = [path/n for n in _KNOWN if (path/n).is_file()]
         if any(p.suffix == ".safetensors" for p in found): found = [p for p in found if p.suffix == ".safetensors"]
         found = found or sorted(p for p in path.glob("*.safetensors") if not p.name.startswith("."))
@@ -188,6 +188,8 @@ def check_tensors(
     "An error unless everything is a tensor of finite numbers"
     odd = [k for k, t in tensors.items() if not isinstance(t, torch.Tensor)]
     if odd: raise FormatError(f"{some(odd)} should be tensors; found {type(tensors[odd[0]]).__name__}. Get the file again.")
+    odd = [k for k in tensors if not is_unicode(k)]
+    if odd: raise FormatError(f"{some(odd)} should be text in UTF-8: the file is damaged. Get it again.")
     odd = [k for k, t in tensors.items() if t.is_complex() or t.dtype == torch.bool and not k.endswith(".on_input")]   # IA3's flag
     if odd: raise FormatError(f"{some(odd)} should be real numbers; found {tensors[odd[0]].dtype}. Get the file again.")
     whole = lambda t: finite(t if t.dtype in _SUMMABLE else t.float())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 # %% ../nbs/22_loading.ipynb #190152ba
-from .core import LoraError, closest, data_path, usable_device, default_dtype, quiet
+from .core import LoraError, closest, data_path, is_there, usable_device, default_dtype, quiet
 from .bases import Base
 from .families import FAMILIES, HUB, as_base
 from .quantize import loading_configs, quantize_parts, wanted_packings
@@ -336,7 +336,7 @@ def load_base(
 def _find_pipe(source, path, dtype, config, t5, variant=None, revision=None, packed=None, straight_to=None):
     "The pipeline that a name means, on the CPU or straight on the device, and what to call it."
     hub = HUB.get(source, source)
-    local = path.exists() or source in embedded_bases() or "/" not in hub
+    local = is_there(path) or source in embedded_bases() or "/" not in hub
     if revision and local: raise LoraError(f"revision={revision!r} is for a repository on the hub; {source} is not one.")
     if path.is_file():
         if variant: raise LoraError(f"variant={variant!r} chooses among the files of a folder; {source} is one file.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/53_log.ipynb #3121f335
-from .core import LoraError, atomic_path, patch_to
+from .core import LoraError, atomic_path, is_there, patch_to
 from .show import PALETTE, Plot, curve, grid, running_mean
 from PIL import Image
 
@@ -110,7 +110,7 @@ def to_csv(self,
     every: int = 1,    # n: every n-th step
 ) -> Path:
     "The table as a file for a spreadsheet; what was not measured at a step is empty"
-    if Path(path).is_file() and (old := Path(path).read_bytes()) and not old.startswith(b"step,"):
+    if is_there(path) and Path(path).is_file() and (old := Path(path).read_bytes()) and not old.startswith(b"step,"):
         raise LoraError(f"{path} exists and is no table of a log: nothing was written. Choose another name, or move it away.")
     rows = self.table(every)
     names = list(dict.fromkeys(k for row in rows for k in row))

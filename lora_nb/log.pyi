@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from .core import LoraError, atomic_path, patch_to
+from .core import LoraError, atomic_path, is_there, patch_to
 from .show import PALETTE, Plot, curve, grid, running_mean
 from PIL import Image
 

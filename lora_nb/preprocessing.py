@@ -9,7 +9,7 @@ __all__ = ['PREPROCESS_PRESETS', 'PreprocessSettings', 'check_settings', 'settin
            'metadata_lines', 'PreprocessReport', 'report_table', 'contact_sheet', 'preprocess']
 
 # %% ../nbs/45_preprocessing.ipynb #81d6355b
-import contextlib, hashlib, json, os, tempfile, time
+import contextlib, errno, hashlib, json, os, tempfile, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace as replaced
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
 
 # %% ../nbs/45_preprocessing.ipynb #b77d92b2
-from .core import DataError, LoraError, Markup, atomic_path, check_number, closest, escaped, patch_to, printable, progress, table
+from .core import (DataError, LoraError, Markup, atomic_path, check_number, closest, escaped, is_unicode, patch_to, printable, progress,
+                          table)
 from .show import grid, save_jpeg
 from .pictures import (CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, is_folder, list_sources,
                               measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary)
@@ -320,6 +321,9 @@ def _stage(output):
     except OSError as e: raise LoraError(f"cannot write into {output}: {e.strerror}. Choose another folder.") from e
     try:
         with d: yield Path(d.name)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS): raise       # of the pictures that are read
+        raise LoraError(f"cannot write into {output}: {e.strerror}. Free some space, or choose another folder.") from e
     finally:
         if fresh and output.is_dir() and not any(output.iterdir()): output.rmdir()
 
@@ -440,11 +444,16 @@ def contact_sheet(
     sheet.paste(top); sheet.paste(low, (0, top.height + 20))
     return sheet
 
+def _json(row):
+    "A row as JSON: as it is read, or in escapes where a file's name is not UTF-8"
+    text = json.dumps(row, ensure_ascii=False)
+    return text if is_unicode(text) else json.dumps(row)
+
 def _write_words(kept, report, small, s, stage):
     "metadata.jsonl, report, contact sheet and caption files; name in the output -> finished file"
     new = {n: stage / n.replace("/", "-") for n in (METADATA, "report.md", "report/contact_sheet.jpg")}
     lines = [l for r, _ in kept for l in metadata_lines(r)]
-    new[METADATA].write_text("".join(json.dumps(l, ensure_ascii=False) + "\n" for l in lines), "utf-8")
+    new[METADATA].write_text("".join(_json(l) + "\n" for l in lines), "utf-8")
     new["report.md"].write_text(_report_text(report, s), "utf-8")
     save_jpeg(contact_sheet(report.rows, small), new["report/contact_sheet.jpg"])
     for l in lines if s.caption_files else ():

@@ -1,12 +1,12 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import contextlib, hashlib, json, os, tempfile, time
+import contextlib, errno, hashlib, json, os, tempfile, time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace as replaced
 from pathlib import Path
 from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageOps
-from .core import DataError, LoraError, Markup, atomic_path, check_number, closest, escaped, patch_to, printable, progress, table
+from .core import DataError, LoraError, Markup, atomic_path, check_number, closest, escaped, is_unicode, patch_to, printable, progress, table
 from .show import grid, save_jpeg
 from .pictures import CROPS, PICTURE_SUFFIXES, bucket_sizes, crop_box, cut, drop_duplicates, enlarge, is_folder, list_sources, measure, nearest_bucket, open_picture, phash, read_picture, seeded, vary
 from .masks import MASKS, Masker, mask_center, mask_extent, masker_for

@@ -30,6 +30,11 @@ def version() -> str:
     try: return f"lora_nb {version('lora_nb')}"
     except PackageNotFoundError: return "lora_nb, not installed"
 
+def _is_utf8(value):
+    "Can TOML hold a value? Names of files in another encoding have no place in UTF-8"
+    try: return bool(toml_value(value).encode())
+    except UnicodeEncodeError: return False
+
 def recipe_text(
     command: str,                     # that repeats the run
     flags: Mapping[str, Any],         # its flags
@@ -37,6 +42,9 @@ def recipe_text(
     notes: Iterable[str] = (),        # what a person must add
 ) -> str:
     "A run as a file for `--config`."
+    lost = [k for k, v in (*flags.items(), *settings.items()) if not _is_utf8(v)]
+    if lost: notes = [*notes, f"Not UTF-8, so not in this file: {', '.join(lost)}. Add it on the command line, or give the folder another name."]
+    flags, settings = ({k: v for k, v in d.items() if k not in lost} for d in (flags, settings))
     lines = [f"# Written by {version()}. To repeat the run: {command} --config recipe.toml", *(f"# {n}" for n in notes),
              f"command = {toml_value(command)}", *(f"{k} = {toml_value(v)}" for k, v in flags.items())]
     return "\n".join([*lines, "", "[recipe]", *(f"{k} = {toml_value(v)}" for k, v in settings.items()), ""])
@@ -50,6 +58,7 @@ def read_recipe(
     from lora_nb.core import DataError
     try: found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise DataError(f"{path} is not TOML: {e}.") from e
+    except (OSError, ValueError) as e: raise DataError(f"{path} cannot be read: {e}. Give the path of a recipe.toml.") from e
     recipe = found.get("recipe")
     if not isinstance(recipe, dict): raise DataError(f"{path} has no table [recipe]: expected the recipe.toml of a training.")
     return {k: None if v == "none" else v for k, v in recipe.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/58_tracking.ipynb #d225e747
-from .core import TrainingError
+from .core import LoraError, TrainingError
 from .log import TrainingLog
 from .recipe import Recipe
 
@@ -42,7 +42,8 @@ def open_trackers(
     from accelerate import PartialState, tracking
     names = tracker_names(names)
     PartialState()                                                # accelerate's trackers ask it who is the main process
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise LoraError(f"cannot write {folder}: {e.strerror}. Choose another output_dir, or leave report_to out.") from e
     make = dict(tensorboard=lambda: tracking.TensorBoardTracker("lora_nb", logging_dir=str(folder)),
                 wandb=lambda: tracking.WandBTracker("lora_nb", dir=str(folder)))
     opened, plain = [make[n]() for n in names], {k: v if isinstance(v, (int, float, str, bool)) else str(v)

@@ -247,3 +247,68 @@ def test_several_files_are_refused_together(tmp_path):
     assert os.listdir(tmp_path) == ["b"]
     with atomic_paths([tmp_path / "c", tmp_path / "d"]) as tmps: tmps[1].write_text("only this")
     assert sorted(os.listdir(tmp_path)) == ["b", "d"]
+
+
+LONG = "x" * 300
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}.safetensors", "/".join(["y" * 200] * 25), "a\0b"])
+def test_names_that_no_file_can_have_are_errors_of_ours(name, tmp_path):
+    "They were raw OSErrors where something is read, or where a folder is looked at before it is written"
+    from PIL import Image
+    from lora_nb.formats import load_lora
+    from lora_nb.loading import load_base
+    from lora_nb.log import TrainingLog
+    from lora_nb.lora import Lora
+    from lora_nb.model_card import write_card
+    from lora_nb.recipe_file import read_recipe
+    from lora_nb.studio.easel import find_lora
+    from lora_nb.studio.history import keep_picture
+    from lora_nb.studio.page import check_source
+    from lora_nb.studio.photos import Photo, prepared
+    from lora_nb.studio.settings import Settings
+    from lora_nb.studio.training import find_concept
+    from types import SimpleNamespace
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    path, base = tmp_path / name, SimpleNamespace(name="tiny-sd")
+    reads = [load_lora, load_base, read_recipe, find_concept, check_source, lambda p: find_lora(p, base)]
+    writes = [lambda p: write_card(Lora(), p), lambda p: keep_picture(p, Image.new("RGB", (8, 8)), Settings()),
+              lambda p: prepared([Photo(tmp_path / "a.png")], p), TrainingLog().to_csv]
+    for i, act in enumerate(reads + writes):
+        with pytest.raises(LoraError):
+            act(path)
+            raise AssertionError(f"number {i} did not fail")
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_folders_that_cannot_be_made_are_errors_of_ours(tmp_path):
+    "A file where a folder should be: the studio's and the prior's folders were made outside `atomic_path`"
+    from PIL import Image
+    from lora_nb.dreambooth import train_dreambooth
+    from lora_nb.random_pipes import random_pipe
+    from lora_nb.studio.bridge import received
+    from lora_nb.studio.history import keep_picture
+    from lora_nb.studio.photos import Photo, prepared
+    from lora_nb.studio.settings import Settings
+    from lora_nb.studio.ways import input_file
+    im = Image.effect_noise((64, 64), 50).convert("RGB"); im.save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("mine"); place = tmp_path / "file" / "below"
+    acts = [lambda: keep_picture(place, im, Settings()), lambda: prepared([Photo(tmp_path / "a.png")], place), lambda: input_file(place, im),
+            lambda: received({"files": [{"name": "a.png", "data": ""}]}, place),
+            lambda: train_dreambooth(random_pipe("sd"), [im], "a sks toy", class_prompt="a toy", class_data=place, num_class_images=1,
+                                     sampling=dict(steps=1), steps=1, rank=1, batch_size=1)]
+    for act in acts:
+        with pytest.raises(LoraError, match="cannot write|is a file"): act()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_during_preprocessing_is_an_error_of_ours(tmp_path):
+    import resource, signal
+    from PIL import Image
+    from lora_nb.preprocessing import preprocess
+    (tmp_path / "raw").mkdir(); Image.effect_noise((300, 300), 50).convert("RGB").save(tmp_path / "raw/a.png")
+    was, how = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, was[1]))
+        with pytest.raises(LoraError, match="cannot write into .* Free some space"): preprocess(tmp_path / "raw", tmp_path / "out", size=256)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, was); signal.signal(signal.SIGXFSZ, how)
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
 "Text from files, folders and prompts is shown as letters, never obeyed: in notebooks, on terminals, in exported Python."
+import os
 import random
 import re
 from html.parser import HTMLParser
@@ -101,3 +102,56 @@ def test_nothing_that_a_notebook_shows_acts(nasty, tmp_path):
         assert not tags and not attributes and not formulas, (name, tags, attributes, formulas)
         assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", value._repr_markdown_()), name
         if name not in ("conversion", "prepared"): assert "onerror" in rendered(value._repr_markdown_()).text, name
+
+
+def test_a_name_that_is_not_utf8_stops_nothing(tmp_path, capsys):
+    "A photograph's name in another encoding: recipe.toml, metadata.jsonl, a card and a PNG's settings were raw UnicodeEncodeErrors"
+    import json, tomllib
+    from lora_nb.cli.train import lora_dreambooth
+    from lora_nb.dreambooth import train_dreambooth
+    from lora_nb.model_card import write_card
+    from lora_nb.preprocessing import preprocess
+    from lora_nb.random_pipes import random_pipe
+    from lora_nb.recipe_file import recipe_text
+    from lora_nb.studio.code import png_bytes, read_settings
+    from lora_nb.studio.settings import Settings, Wear
+    bad = os.fsdecode(b"caf\xe9")
+    folder = tmp_path / bad; folder.mkdir()
+    for i in range(2): Image.effect_noise((64, 64), 60 + 40 * i).convert("RGB").save(folder / f"{bad}{i}.png")
+    out = folder / "out"
+    train_dreambooth(random_pipe("sd"), folder, "a sks toy", output_dir=out, steps=1, rank=1, batch_size=1)
+    said = (out / "recipe.toml").read_text("utf-8")
+    assert "Not UTF-8, so not in this file: instance_data_dir, output_dir" in said and tomllib.loads(said)["instance_prompt"] == "a sks toy"
+    text = recipe_text("x", {"a": bad, "b": 1}, {"targets": [bad], "steps": 2})
+    assert tomllib.loads(text) == {"command": "x", "b": 1, "recipe": {"steps": 2}} and "a, targets." in text and text.encode()
+    assert len(preprocess(folder, tmp_path / "done", size=32).kept) == 2
+    lines = [json.loads(l) for l in (tmp_path / "done/metadata.jsonl").read_text("utf-8").splitlines()]
+    assert all((tmp_path / "done" / l["file_name"]).is_file() for l in lines) and len(lines) == 2
+    card = write_card(Lora(metadata=dict(trigger=bad, base=f"\x1b[2J{bad}")), tmp_path).read_text("utf-8")
+    assert "caf\\udce9" in card and "\x1b" not in card
+    s = Settings(bad, loras=(Wear(bad, str(folder / "x.safetensors")),))
+    assert read_settings(png_bytes(Image.new("RGB", (8, 8)), s)) == s
+    with pytest.raises(SystemExit): lora_dreambooth(["--instance_prompt", bad, "--instance_data_dir", folder, "--output_dir", tmp_path / "y"])
+    assert "--instance_prompt is not UTF-8" in capsys.readouterr().err and not (tmp_path / "y").exists()
+
+
+def test_keys_of_a_file_are_text(tmp_path):
+    import json, struct
+    from lora_nb.formats import load_lora
+    from lora_nb.core import FormatError
+    for key in ("unet.\ud800.lora_A.weight", "<\ud800>"):
+        header = json.dumps({key: dict(dtype="F32", shape=[1, 2], data_offsets=[0, 8])}).encode()
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        with pytest.raises(FormatError, match="should be text in UTF-8"): load_lora(tmp_path / "a.safetensors")
+    torch.save({"\udc80": torch.ones(32)}, tmp_path / "b.bin")
+    with pytest.raises(FormatError, match="should be text in UTF-8"): load_lora(tmp_path / "b.bin")
+
+
+def test_the_studio_shows_formulas_and_directions_as_text():
+    "ipywidgets hands the text of an HTML widget to MathJax"
+    from lora_nb.studio.panel import note_html
+    for error in (True, False):
+        page = note_html(ATTACK, error)
+        found = Rendered(page)
+        assert found.tags <= {"span", "div"} and found.text == " ".join(printable(ATTACK).split())
+        assert "$" not in page and "\\" not in page and "\u202e" not in page and "\x1b" not in page

@@ -120,6 +120,30 @@ def test_what_reads_weights_does_not_read_empty_ones(tmp_path):
     with pytest.raises(LoraError, match="AutoencoderKL is offloaded in groups, and files"): save_checkpoint(third, tmp_path / "y")
 
 
+def test_a_weight_in_two_places_is_not_scheduled():
+    "One tensor for two layers: a schedule would have changed both"
+    for same in (True, False):
+        first, second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        if not same: second.weight = first.weight
+        model = nn.Module(); model.a = nn.Sequential(first, first if same else second)
+        lora, was = Lora({"unet.a.0": Factors(torch.ones(6, 1), torch.ones(1, 6))}), first.weight.detach().clone()
+        with pytest.raises(LoraError, match="the weight is used in several places"):
+            with scheduled({"unet": model}, lora): pass
+        with scheduled({"unet": model}, lora, mode="inject"): pass
+        assert torch.equal(first.weight, was) and "_lora_schedule" not in model.__dict__ and not hasattr(first, "_kept_weight")
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_computed_weight_is_refused(wrap):
+    model = nn.Sequential(wrap(nn.Linear(6, 6, bias=False)))
+    lora = Lora({"unet.0": Factors(torch.ones(6, 1), torch.ones(1, 6))})
+    for mode in ("merge", "inject"):
+        with pytest.raises(LoraError, match="0: the weight is computed from other parameters"): apply_lora({"unet": model}, lora, mode=mode)
+    with pytest.raises(LoraError, match="Take the parametrization off"): inject_lora({"unet": model}, "all", rank=1)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    apply_lora({"unet": model}, lora); remove_lora({"unet": model})
+
+
 # Group offloading of diffusers
 
 def in_groups(model, kind="leaf_level", **kw):
@@ -143,7 +167,7 @@ def test_groups_on_disk_are_refused(lora, want, kind, tmp_path):
     pipe = tiny_pipe(); unet, text = pipe.unet, pipe.text_encoder; fresh = answer(unet)
     for i, m in enumerate((unet, text)): in_groups(m, kind, offload_to_disk_path=str(tmp_path / str(i)))
     for mode in ("merge", "inject"):
-        with pytest.raises(LoraError, match="UNet2DConditionModel is offloaded in groups, and files of diffusers"):
+        with pytest.raises(LoraError, match="ConditionModel is offloaded in groups, and files of diffusers"):
             apply_lora(unet, lora, mode=mode)
     with pytest.raises(LoraError, match="scheduling merged LoRAs is impossible"):
         with scheduled(unet, lora): pass

@@ -293,6 +293,7 @@ def conclude(
     c: "Command",
 ):
     "Write LoRA, recipe and log, in the main process only, and say where everything is."
+    import shlex
     from lora_nb.core import atomic_path, human
     from lora_nb.processes import is_main_process
     from lora_nb.show import save_jpeg
@@ -305,7 +306,7 @@ def conclude(
     if run.log.previews: save_jpeg(run.log.preview_grid(), out / "previews.jpg")
     more = publish(a, lora, made, out)
     files = ", ".join(f"{p} ({human(p.stat().st_size)})" for p in made)
-    text = [*(f"{k.capitalize()}: {v}." for k, v in more.items()), f"Again: {c.name} --config {settings}",
+    text = [*(f"{k.capitalize()}: {v}." for k, v in more.items()), f"Again: {c.name} --config {shlex.quote(str(settings))}",
             f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. Trigger: {lora.metadata['trigger']!r}. "
             f"Loss: {out / 'loss.svg'}."]
     report(a, "\n".join(text), files=made, trigger=lora.metadata["trigger"], steps=run.log.steps, seconds=round(run.log.seconds, 2),

@@ -74,7 +74,6 @@ def received(
         raise LoraError(f"{', '.join(map(str, message['large']))}: {human(message['size'])} are more than this page can send "
                         f"({human(message['most'])}). Give the file's path instead.")
     if "failed" in message: raise DataError(f"the browser could not read the file: {message['failed']}")
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     for f in message.get("files", ()):
         name = Path(str(f["name"]).replace("\\", "/")).name

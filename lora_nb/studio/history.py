@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 # %% ../../nbs/75_studio_history.ipynb #30944aeb
-from ..core import atomic_path, free_name, patch_to
+from ..core import atomic_path, free_name, is_there, patch_to
 from .code import png_bytes
 from .panel import boxed, button, labelled
 from .settings import Settings
@@ -30,8 +30,7 @@ def keep_picture(
 ) -> Path:
     "Write a picture with its settings into the folder of the day, under a name that is free."
     day, stem = folder / time.strftime("%Y-%m-%d"), f"{time.strftime('%H%M%S')}-{s.seed}"
-    day.mkdir(parents=True, exist_ok=True)
-    path = day / f"{free_name(stem, lambda n: (day / f'{n}.png').exists(), first=2)}.png"
+    path = day / f"{free_name(stem, lambda n: is_there(day / f'{n}.png'), first=2)}.png"
     with atomic_path(path) as tmp: Path(tmp).write_bytes(png_bytes(image, s))
     return path
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from PIL import Image
-from ..core import atomic_path, free_name, patch_to
+from ..core import atomic_path, free_name, is_there, patch_to
 from .code import png_bytes
 from .panel import boxed, button, labelled
 from .settings import Settings

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/79_studio_page.ipynb #1edecb76
-from ..core import LoraError, closest
+from ..core import LoraError, closest, is_there
 from ..loading import HUB, embedded_bases
 from .easel import bundled_files
 if TYPE_CHECKING: from voila.app import Voila
@@ -25,7 +25,7 @@ def check_source(
 ):
     "An error, with a suggestion, for a base that is neither bundled nor a file nor looks like a hub id."
     text, names = str(base).strip(), [*embedded_bases(), *HUB]
-    if text not in names and not Path(text).exists() and ("/" not in text or Path(text).is_absolute()):
+    if text not in names and not is_there(text) and ("/" not in text or Path(text).is_absolute()):
         raise LoraError(f"no base {text!r}: expected a folder, a file, a hub id, or one of {', '.join(names)}.{closest(text, names)}")
 
 # %% ../../nbs/79_studio_page.ipynb #5f8b9637

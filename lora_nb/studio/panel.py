@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/73_studio_panel.ipynb #44c51b51
-from ..core import human, patch_to
+from ..core import escaped, human, patch_to
 from ..lora import Lora, triggers_of
 from ..schedule import LoraSchedule
 from .settings import SCHEDULE_PRESETS, Wear, sparkline
@@ -147,7 +147,7 @@ def note_html(
     error: bool = False,
 ) -> str:
     "A line of text, or an error, as HTML."
-    text = html.escape(str(text))
+    text = escaped(text)
     return f'<div class="ls-error" role="alert">{text}</div>' if error else f'<span role="status">{text}</span>' if text else ""
 
 def report_html(
@@ -160,10 +160,10 @@ def report_html(
              if lora.metadata.get("base") else "its file names no base"]
     change = {b.partition(".")[2] if "." in b else b: d / (w or 1) for b, (d, w) in report.norms.items()}
     most = max(change.values(), default=0) or 1
-    rows = "".join(f'<tr><td>{html.escape(b)}</td><td><div class="ls-bar"><i style="width:{v / most:.0%}"></i></div>'
+    rows = "".join(f'<tr><td>{escaped(b)}</td><td><div class="ls-bar"><i style="width:{v / most:.0%}"></i></div>'
                    f"</td><td>{v:.1%}</td></tr>" for b, v in change.items())
-    words = "".join(f"<div>{html.escape(a)}</div>" for a in report.advice if "apply_lora" not in a)
-    return (f"<details><summary>{html.escape(' · '.join(f for f in facts if f))}</summary>{words}"
+    words = "".join(f"<div>{escaped(a)}</div>" for a in report.advice if "apply_lora" not in a)
+    return (f"<details><summary>{escaped(' · '.join(f for f in facts if f))}</summary>{words}"
             f"<table class='ls-table'><tr><th>block</th><th>change of its weights</th><th></th></tr>{rows}</table>"
             "</details>")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
-from ..core import human, patch_to
+from ..core import escaped, human, patch_to
 from ..lora import Lora, triggers_of
 from ..schedule import LoraSchedule
 from .settings import SCHEDULE_PRESETS, Wear, sparkline

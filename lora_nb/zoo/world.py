@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from ..core import DataError, closest, data_path
+from ..core import DataError, closest, data_path, is_there
 
 # %% ../../nbs/zoo/00_world.ipynb #e8768476
 _CLASSES = {
@@ -331,7 +331,7 @@ def find_material(
     ours, text = {n: p for k in kinds for n, p in material(k).items()}, str(text).strip()
     name = text.lower().replace(" ", "_")
     folder = ours.get(name, Path(text).expanduser())
-    if not text or not folder.is_dir():
+    if not text or not is_there(folder) or not folder.is_dir():
         raise DataError(f"no pictures {text!r}: expected a folder, or one of {', '.join(ours)}.{closest(name, ours)}")
     known = next((n for n, p in ours.items() if p.samefile(folder)), "").replace("_", " ")
     kind = "style" if known in STYLES else "subject" if known else None
