@@ -141,6 +141,7 @@ class Glimpse:
                  latents: "torch.Tensor",    # after this step
     ) -> "Callable[[], Image.Image]":
         "Note the latents; gives a function that decodes the guess."
+        if i == 0: self.last = None          # a Hires fix draws twice, at two sizes
         clock = self.base.pipe.scheduler
         t = clock.timesteps[min(i + 1, len(clock.timesteps) - 1)].reshape(1)
         ends, over = i + 1 >= len(clock.timesteps), float(getattr(clock, "init_noise_sigma", 1.)) != 1
