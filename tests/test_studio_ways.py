@@ -318,3 +318,119 @@ def test_the_studio_reads_pictures_as_training_does(tmp_path):
         side = min(own.size); x, y = ((v - side) // 2 for v in own.size)
         assert open_picture(ready / "000.png").tobytes() == own.crop((x, y, x + side, y + side)).tobytes(), name
     assert to_image(tmp_path / "a.jpg").size == (60, 40)
+
+
+# ------------------------------------------------------------------------------------------ what A1111 made usual
+def made_by(studio, code=None):
+    "What the program of the picture on show draws, on the studio's base."
+    base, code = studio.base, code or studio.python(studio.now.settings)
+    kept = base.pipe.scheduler
+    try: exec(re.sub(r"base = load_base\(.*\)\n", "", code).replace('image.save("picture.png")', ""), space := dict(base=base))
+    finally: base.pipe.scheduler = kept
+    return space["image"]
+
+
+def replays(studio, tmp_path):
+    "The program and the PNG on disk draw the same pixels."
+    path = studio.save()[0]
+    assert made_by(studio).tobytes() == studio.now.image.tobytes() == Image.open(path).tobytes()
+    assert Easel(studio.base).draw(read_settings(path)).tobytes() == studio.now.image.tobytes()
+    return read_settings(path), Image.open(path).info["parameters"]
+
+
+def test_hires_fix_variation_and_clip_skip_in_the_panel_replay(studio, tmp_path):
+    w = studio.ways
+    w.enlarge.value, w.by.value, w.again.value, w.more.value = "redraw", 1.5, .5, 4
+    w.subseed.value, w.subshare.value, w.clip.value = 8, .3, 2
+    studio.go.click(); s, text = replays(studio, tmp_path)
+    steps = []; Easel(studio.base).draw(s, lambda i, look: steps.append((i, look().size)))            # previews of both drawings
+    assert steps == [(1, (64, 64)), (2, (64, 64)), (3, (96, 96)), (4, (96, 96))] and s.denoising_steps == 4
+    assert studio.now.image.size == (96, 96) and (s.enlarge, s.enlarge_steps, s.subseed, s.clip_skip) == ("redraw", 4, 8, 2)
+    for name in ("Hires upscale: 1.5", "Hires steps: 4", "Denoising strength: 0.5", "Variation seed: 8", "Variation seed strength: 0.3", "Clip skip: 2"):
+        assert name in text, text
+    w.enlarge.value, w.subshare.value, w.clip.value = "", 0, 1; assert studio.settings == Settings(*[getattr(studio.settings, f) for f in (
+        "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "loras", "method", "compare", "over", "base")], notation=True)
+    studio.recall(0); assert studio.settings == s
+
+
+def test_a_style_and_wildcards_are_in_the_picture_as_words(studio, tmp_path):
+    (tmp_path / "wildcards").mkdir(); (tmp_path / "wildcards" / "colours.txt").write_text("red\nblue\n")
+    studio.styles.name.value, studio.prompt.value, studio.negative.value = "ink", "{prompt}, in ink", "green"; studio.styles.keep.click()
+    studio.prompt.value, studio.negative.value, studio.styles.style.value, studio.ways.count.value = "a {cat|dog} on a __colours__ background", "", "ink", 4
+    studio.go.click()
+    prompts = [e.settings.prompt for e in studio.gallery]
+    assert all(re.fullmatch("a (cat|dog) on a (red|blue) background, in ink", p) for p in prompts) and len(set(prompts)) > 1, prompts
+    assert {e.settings.negative_prompt for e in studio.gallery} == {"green"}
+    s, _ = replays(studio, tmp_path)
+    assert s.prompt == prompts[-1]
+    studio.recall(0); assert studio.prompt.value == prompts[0] and studio.styles.style.value == "" and studio.negative.value == "green"
+    studio.prompt.value = "a __colors__ cat"; studio.go.click(); assert "Did you mean 'colours'" in plain(studio.words) and len(studio.gallery) == 4
+
+
+def test_outpainting_in_the_panel_replays(studio, tmp_path):
+    studio.go.click(); first = studio.now.image; studio.send.click()
+    studio.redraw.mode.value = "Outpaint"; studio.redraw.extend.click()
+    assert studio.redraw.mode.value == "Inpaint" and studio.settings.size == (128, 64) and studio.settings.strength == 1
+    studio.go.click(); replays(studio, tmp_path)
+    assert studio.now.image.crop((40, 0, 88, 64)).tobytes() == first.crop((8, 0, 56, 64)).tobytes()
+    studio.redraw.mode.value = "txt2img"; assert not studio.settings.image and studio.redraw.image
+
+
+def test_a_folder_is_drawn_over(studio, tmp_path):
+    source = tmp_path / "in"; source.mkdir()
+    for n in ("a", "b"): (source / f"{n}.png").write_bytes(png(n == "a" and "navy" or "red"))
+    (source / "c.png").write_bytes(b"no picture")
+    studio.redraw.mode.value, studio.redraw.batch.value, studio.steps.value = "Batch", str(source), 4
+    studio.redraw.each.click()
+    assert "2 pictures are in" in plain(studio.words) and "c.png" in plain(studio.words), plain(studio.words)
+    made = sorted((tmp_path / "batch").rglob("*.png"))
+    assert [p.name for p in made] == ["a.png", "b.png"] and read_settings(made[1]).image == str((source / "b.png").resolve())
+    assert Easel(studio.base).draw(read_settings(made[1])).tobytes() == Image.open(made[1]).tobytes()
+    studio.redraw.batch.value = str(tmp_path / "none"); studio.redraw.each.click(); assert "no folder" in plain(studio.words)
+
+
+def test_png_info_reads_another_programs_picture_and_extras_enlarges_it(studio, tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+    info = PngInfo(); info.add_text("parameters", "a dog\nNegative prompt: red\nSteps: 3, Sampler: Euler a, CFG scale: 5, Seed: 77, Size: 64x64, Clip skip: 2")
+    buffer = io.BytesIO(); Image.new("RGB", (64, 64), "navy").save(buffer, "PNG", pnginfo=info)
+    studio.info.drop.wire.value = json.dumps(sent(("theirs.png", buffer.getvalue())))
+    assert "Sampler: Euler a" in plain(studio.info.words) and "Steps: 3" in plain(studio.info.text)
+    studio.info.draw.click(); s = studio.settings
+    assert (s.prompt, s.negative_prompt, s.seed, s.steps, s.clip_skip) == ("a dog", "red", 77, 3, 2)
+    studio.info.over.click(); assert studio.redraw.mode.value == "img2img"
+    studio.info.drop.wire.value = json.dumps(sent(("plain.png", png()))); assert "no settings" in plain(studio.info.words) and studio.info.draw.disabled
+    studio.extras.go.click(); assert "there is no picture" in plain(studio.extras.words)
+    studio.extras.drop.wire.value = json.dumps(sent(("theirs.png", buffer.getvalue()))); studio.extras.by.value = 3; studio.extras.go.click()
+    with Image.open(tmp_path / "extras" / "theirs-2.png") as im: assert im.size == (192, 192) and "Steps: 3" in im.info["parameters"]
+
+
+def test_a_card_loads_its_lora_and_shows_its_picture(studio, tmp_path):
+    lora = tmp_path / "models" / "mine.safetensors"; lora.parent.mkdir(); find_lora("neon", studio.base)[0].save(lora)
+    (lora.parent / "mine.preview.png").write_bytes(png("orange"))
+    studio.shelf.folder.value = str(lora.parent)
+    card = next(c for c in studio.shelf.found if c.name == "mine")
+    assert card.trigger == "<neon>" and card.image().getpixel((3, 3)) == (255, 165, 0)
+    studio.shelf.words.value = "mine"; studio.shelf.cards.children[0].children[0].children[1].click()
+    assert studio.strips["mine"].source == str(lora) and "<neon>" in studio.prompt.value
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_every_family_has_variations_and_says_whether_it_skips_layers(family, tmp_path):
+    small = as_base(random_pipe(family)); easel = Easel(small)
+    Image.new("RGB", (64, 64), (9, 99, 9)).save(tmp_path / "a.png")
+    for s in (Settings("a", steps=2, size=(64, 64)), Settings("a", steps=4, size=(64, 64), image=str(tmp_path / "a.png"), strength=.9)):
+        own, other, vary, full = (easel.draw(x).tobytes() for x in (s, replace(s, seed=8), replace(s, subseed=8, subseed_strength=.5),
+                                                                    replace(s, subseed=8, subseed_strength=1.)))
+        assert vary not in (own, other) and (s.image or full == other)
+        assert Easel(small).draw(replace(s, subseed=8, subseed_strength=.5)).tobytes() == vary and Easel(small).draw(s).tobytes() == own
+    s = Settings("a cat", steps=2, size=(64, 64))
+    if family == "flux":
+        with pytest.raises(LoraError, match="reads no layer of CLIP"): easel.draw(replace(s, clip_skip=2))
+    else: assert easel.draw(replace(s, clip_skip=2)).tobytes() != easel.draw(s).tobytes()
+    with pytest.raises(LoraError, match="clip skip 99"): easel.draw(replace(s, clip_skip=99))
+
+
+@pytest.mark.parametrize("odd", ['"enlarge_by": 99', '"enlarge_strength": 2', '"subseed_strength": -1', '"clip_skip": 0', '"enlarge": "esrgan"',
+                                 '"axes": [{"what": "variation", "values": [2.0]}]', '"axes": [{"what": "clip", "values": [0]}]'])
+def test_numbers_that_mean_nothing(odd):
+    with pytest.raises(DataError, match="not settings"): settings_from("{%s}" % odd)

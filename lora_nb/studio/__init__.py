@@ -125,6 +125,7 @@ def silently(self):
     try: yield
     finally: self.quiet = was
 
+# %% ../../nbs/80_studio.ipynb #0d642ddb
 @patch_to(Studio)
 def show(self,
          s: Settings):

@@ -151,6 +151,7 @@ def parameters_of(s: Settings) -> str:
     negative = [f"Negative prompt: {s.negative_prompt}"] if s.negative_prompt else []
     return "\n".join([s.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in numbers.items())])
 
+# %% ../../nbs/72_studio_code.ipynb #86d75086
 def png_bytes(
     image: Image.Image,
     s: Settings,

@@ -80,11 +80,11 @@ class Ways:
         self.enlarge = widgets.Dropdown(options=list(ENLARGE.items()), value="")
         self.by, self.again, self.more = widgets.BoundedFloatText(2., min=1, max=8, step=.25), part(.5), whole(0, 0, 500)
         self.across, self.down = AxisFields("X: across", "strength"), AxisFields("Y: down")
-        self.grid = boxed([self.across.panel, self.down.panel])
+        self.grid = boxed([self.across.panel, self.down.panel], "ls-fields")
         row = lambda **ws: boxed([labelled(k.replace("_", " "), w) for k, w in ws.items()], "ls-row", row=True)
         self.panel = boxed([row(Sampler=self.sampler, Batch_count=self.count, Clip_skip=self.clip),
-                            row(Variation_seed=self.subseed, Variation_strength=self.subshare)])
-        self.hires = boxed([row(Upscaler=self.enlarge, Upscale_by=self.by), row(Denoising_strength=self.again, Hires_steps=self.more)])
+                            row(Variation_seed=self.subseed, Variation_strength=self.subshare)], "ls-fields")
+        self.hires = boxed([row(Upscaler=self.enlarge, Upscale_by=self.by), row(Denoising_strength=self.again, Hires_steps=self.more)], "ls-fields")
         self.suit(base)
         for w in (self.sampler, self.clip, self.subseed, self.subshare, self.enlarge, self.by, self.again, self.more):
             w.observe(lambda _: changed(), "value")
@@ -106,6 +106,7 @@ def _folded(self):
     self.hires.children[1].layout.display = "" if self.enlarge.value in ("latent", "redraw") else "none"
     self.hires.children[0].children[1].layout.display = "" if self.enlarge.value else "none"
 
+# %% ../../nbs/76_studio_ways.ipynb #2e5ff49a
 @patch_to(Ways)
 def offer(self,
           names: Iterable[str]):  # of the loaded LoRAs
@@ -192,6 +193,7 @@ def input_file(
         with atomic_path(path) as tmp: image.save(tmp, "PNG")
     return path
 
+# %% ../../nbs/76_studio_ways.ipynb #1ed10316
 MODES = {"txt2img": "Draw from the prompt alone", "img2img": "Draw over a picture", "Inpaint": "Draw what a mask marks",
          "Outpaint": "Enlarge the canvas and draw there", "Batch": "img2img over a folder"}
 
@@ -259,6 +261,7 @@ def _switched(self):
     "Another mode."
     self._shown(); self.changed()
 
+# %% ../../nbs/76_studio_ways.ipynb #9a81d319
 @patch_to(Redraw, as_prop=True)
 def told(self) -> dict[str, object]:
     "Fields of `Settings`: none where nothing is drawn over."
@@ -275,6 +278,7 @@ def grow(self):
     self.grown(wide.size); self.strength.value = 1.
     self._to("Inpaint"); self.use(wide, mask)
 
+# %% ../../nbs/76_studio_ways.ipynb #861ac059
 @patch_to(Redraw)
 def _shown(self, fresh=False):
     "Show the picture, and say what will be drawn."
