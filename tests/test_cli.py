@@ -726,3 +726,23 @@ def test_bundled_loras_have_names_everywhere(tmp_path):
 def test_the_demo_is_called_as_it_is_typed():
     assert terminal(COMMANDS["demo"], "--help")[1].startswith("usage: lora_nb demo ")
     assert refused(COMMANDS["demo"], "--stesp", 3).startswith("lora_nb demo: no flag --stesp. Did you mean --steps?")
+
+
+def test_a_sampler_by_name(tmp_path):
+    "The samplers that the studio offers, also from a terminal; the picture's file knows its own, and draws the same again."
+    from lora_nb.cli.draw import SAMPLER_NAMES
+    from lora_nb.studio.samplers import FLOW_SAMPLERS, SAMPLERS
+    assert set(SAMPLER_NAMES) == {*SAMPLERS, *FLOW_SAMPLERS}
+    one = ("--prompt", "a cat face", "--num_images", 1, "--num_inference_steps", 3, "--device", "cpu", "--output_dir", tmp_path)
+    works(lora_generate, *one); works(lora_generate, *one, "--sampler", "Euler a")
+    plain, other = tmp_path / "000000.png", tmp_path / "000000-2.png"
+    assert read_settings(other).sampler == "Euler a" and Image.open(plain).tobytes() != Image.open(other).tobytes()
+    works(lora_generate, "--from_png", other, "--device", "cpu", "--output_dir", tmp_path / "again")
+    assert Image.open(tmp_path / "again/000000.png").tobytes() == Image.open(other).tobytes()
+    works(lora_generate, "--from_png", plain, "--sampler", "Euler a", "--device", "cpu", "--output_dir", tmp_path / "new")
+    assert Image.open(tmp_path / "new/000000.png").tobytes() == Image.open(other).tobytes()
+    assert "Did you mean 'Euler a'" in (text := refused(lora_generate, *one, "--sampler", "Eular a")) or "Did you mean Euler a" in text
+    assert "expected one of Euler, DPM++ 2M, UniPC" in terminal(lora_generate, *one, "--pretrained_model_name_or_path", "tiny-sd3",
+                                                                "--sampler", "LCM")[1]
+    turbo = ("--lora", "turbo-tiny-sd", "--sampler", "LCM")
+    works(lora_generate, *one, *turbo)
