@@ -93,7 +93,6 @@ def _keep(folder, i, image, prompt):
     "Save one class picture with its caption, or pass it through"
     if folder is None: return image
     path = _file(folder, i)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path.with_suffix(".txt")) as tmp: tmp.write_text(prompt + "\n", "utf-8")
     with atomic_path(path) as tmp: image.save(tmp, format="PNG")
     return path

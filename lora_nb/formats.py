@@ -26,7 +26,7 @@ from .architectures import RANK_AND_ALPHA, refuse_strange, strange_paths, traini
 from .comfy import comfy_faults, is_comfy, read_comfy, write_comfy
 from .containers import (BOOKKEEPING, NOTE, check_seal, check_tensors, find_file, read_header, read_note, read_safetensors,
                                 seal, state_dict, unpickle, write_safetensors)
-from .core import FormatError, LoraError, check_free, quick, some
+from .core import FormatError, LoraError, check_free, is_there, quick, some
 from .flow_files import flow_faults, flow_of, is_flow_file, read_flow, write_flow
 from .kohya import kohya_faults, read_kohya, write_kohya
 from .lora import Lora
@@ -48,7 +48,7 @@ def lora_files(
 ) -> list[Path]:       # one file; or one for each component, in folders of their names
     "The files that make up a LoRA"
     path = Path(path)
-    if path.is_dir() and not any((path/n).exists() for n in _PEFT_NAMES):
+    if is_there(path) and path.is_dir() and not any((path/n).exists() for n in _PEFT_NAMES):
         found = [[path/d/n for d in (c, f"{c}_lora", f"lora_{c}") for n in _PEFT_NAMES if (path/d/n).exists()][:1] for c in COMPONENTS]
         if any(found): return sum(found, [])
         if not any(path.glob("*.safetensors")) and len(bins := [*path.glob("*.bin")]) == 1: return bins

@@ -29,9 +29,9 @@ from .core import table as as_table
 from .layers import LoraLayer, branch_dtype, check_rank, set_scales
 from .lora import Factors, Lora, add_factors, as_lora, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
-from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_stores,
-                          component_of, device_of, foreign_adapters, group_of, is_offloaded, layer_factors, places, plain_modules, remerge,
-                          resolve_components, root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
+from .worn import (Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_plain,
+                          check_stores, component_of, device_of, foreign_adapters, group_of, is_offloaded, layer_factors, places,
+                          plain_modules, remerge, resolve_components, root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state)
 from .quantized import outline, packing
 from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
 
@@ -229,6 +229,7 @@ def _chosen(pipe_or_model, targets, component):
 def _check_layers(layers, init):
     "Raise before anything is changed: offloaded, rank too high, or PiSSA on a weight that is not the base's own"
     for n, (module, r) in layers.items():
+        check_plain(n, module)
         if is_offloaded(root_module(module)):
             raise LoraError(f"{n} is offloaded layer by layer, so nothing can be trained beside it: load the base without "
                             "offload='sequential'. To save memory, train a smaller base, or in half precision with checkpointing")
@@ -476,6 +477,7 @@ def place_lora(
         placed, there = found[component]
         place = there.get(canonical(path))
         if place is None and f.optional: continue
+        if place is not None: check_plain(full, place.module)
         if place is None: lost.append(full)
         elif not f.fits(outline(root_module(place.module)).shape): misshaped.append((full, f, place))
         else: placed[canonical(path)] = (place, f)
@@ -483,10 +485,19 @@ def place_lora(
     return {c: placed for c, (placed, _) in found.items()}
 
 # %% ../nbs/10_injection.ipynb #1181c021
+def _same_but_ones(a, b):
+    "Are two shapes those of a linear layer and of a 1x1 convolution with the same numbers?"
+    return len(a) != len(b) and tuple(a[:2]) == tuple(b[:2]) and {*a[2:], *b[2:]} == {1}
+
 def _report_lost(parts, lora, lost, misshaped, found):
     "Raise if something has no place"
     if misshaped:
         full, f, place = misshaped[0]
+        flat = [n for n, f, p in misshaped if _same_but_ones(f.shape, outline(root_module(p.module)).shape)]
+        if len(flat) == len(misshaped):
+            raise ShapeError(f"{len(flat)} of {len(lora)} layers ({some(flat, 2)}) are 1x1 convolutions in one of the file and the model, and "
+                             "linear layers in the other: the same numbers in another form. Read the file with this base, which tells the "
+                             "form: Lora.load(path, base=pipe)")
         raise ShapeError(f"{len(misshaped)} of {len(lora)} layers have another shape than the model's: {full} is made "
                          f"for a weight of {f.shape}, the model's is {tuple(outline(root_module(place.module)).shape)}. "
                          "The LoRA was trained on another base: load that base, or look at lora.report(pipe)")

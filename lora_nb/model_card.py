@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/62_model_card.ipynb #cafe0004
-from .core import DataError, LoraError, atomic_path, printable
+from .core import DataError, LoraError, atomic_path, is_there, printable
 from .lora import Lora
 
 # %% ../nbs/62_model_card.ipynb #cafe0005
@@ -34,7 +34,7 @@ def model_card(
     what += ["textual_inversion"] if lora.embeddings else []
     head = ModelCardData(base_model=known, tags=["text-to-image", "diffusers", *what], library_name="diffusers",
                          instance_prompt=prompt).to_yaml()
-    shown = lambda text: "    " + printable(" ".join(str(text).split()))     # as code: no Markdown, no HTML
+    shown = lambda text: "    " + " ".join(printable(text).split())          # as code: no Markdown, no HTML
     facts = dict(Base=known or Path(base).name, Prompt=prompt, Trigger=said.get("trigger"), File=file)
     parts = [f"{k}:\n\n{shown(v)}" for k, v in facts.items() if v]
     return f"---\n{head.strip()}\n---\n{MARK}\n\n# {' and '.join(what) or 'LoRA'}\n\n" + "\n\n".join(parts) + "\n"
@@ -54,7 +54,7 @@ def write_card(
 def check_card(folder: str | Path) -> None:
     "A `DataError` where a README.md is not ours to replace"
     path = Path(folder, "README.md")
-    if path.exists() and MARK not in path.read_text("utf-8", errors="replace"):
+    if is_there(path) and MARK not in path.read_text("utf-8", errors="replace"):
         raise DataError(f"{path} was not written by lora_nb, so it is kept. Move it away, or leave the card out.")
 
 # %% ../nbs/62_model_card.ipynb #cafe0007

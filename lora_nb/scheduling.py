@@ -158,9 +158,7 @@ class Scheduled:
         self.room: torch.Tensor | None = None           # for one weight in single precision
 
     names = property(lambda self: [l.name for l in self.loras])
-
-    def __repr__(self):
-        return f"Scheduled({', '.join(self.names)} on {len(self.sites)} layers of {self.component}; {self.stats})"
+    def __repr__(self): return f"Scheduled({', '.join(self.names)} on {len(self.sites)} layers of {self.component}; {self.stats})"
 
 # %% ../nbs/50_scheduling.ipynb #bbd74fda
 def _denoiser(models):
@@ -270,6 +268,9 @@ def _merge_sites(self, layers):
         _check_mask([f for f, _ in own.values()], l.schedule)
         for path, wear in own.items(): wears.setdefault(path, {})[k] = wear
     if odd := [p for p in wears if p not in where]: raise LoraError(f"{some(odd, 2)}: norms and biases are not scheduled: use apply_lora")
+    users = [id(m._parameters.get("weight")) for m in where.values()]
+    if odd := [p for p in wears if users.count(id(where[p]._parameters.get("weight"))) > 1]:
+        raise LoraError(f"{some(odd, 2)}: the weight is used in several places, and a schedule exchanges it in all: use mode='inject'")
     sites = {path: Site(path, where[path], ws) for path, ws in wears.items()}
     for s in sites.values():
         self.undo.append(lambda s=s: s.put_back(self.model) or self.left.update({s.path: None}))

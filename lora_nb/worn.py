@@ -6,11 +6,11 @@ Docs: https://lora-nb.github.io/lora_nb/worn.html.md"""
 
 # %% auto #0
 __all__ = ['Wearer', 'component_of', 'resolve_components', 'Place', 'Slot', 'Places', 'places', 'root_module', 'stack_of',
-           'plain_modules', 'adapted_class', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn', 'worn_state',
-           'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing', 'is_offloaded',
-           'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores', 'check_here',
-           'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'overwritten', 'weight_state', 'remerge',
-           'was_overwritten', 'detach_branches', 'unhang']
+           'plain_modules', 'adapted_class', 'check_plain', 'foreign_adapters', 'branches', 'branch_parameters', 'Worn',
+           'worn_state', 'wears', 'adapters', 'branch_index', 'worn_names', 'roll_back', 'locked', 'changing',
+           'is_offloaded', 'stored_weight', 'store_weight', 'device_of', 'group_of', 'check_groups', 'check_stores',
+           'check_here', 'layer_factors', 'original_weight', 'summed_weight', 'note_weight', 'overwritten',
+           'weight_state', 'remerge', 'was_overwritten', 'detach_branches', 'unhang']
 
 # %% ../nbs/08_worn.ipynb #9e58f7ab
 import threading, warnings, weakref
@@ -177,6 +177,16 @@ def adapted_class(
     "The adapted class for a linear or a convolution"
     if isinstance(module, Slot): raise LoraError("a change of a norm or a bias has no branch: wear this LoRA with mode='merge'")
     return LoraInjectedConv2d if isinstance(root_module(module), nn.Conv2d) else LoraInjectedLinear
+
+# %% ../nbs/08_worn.ipynb #bfeaa1bb
+def check_plain(
+    name: str,          # of the layer, for the error
+    module: nn.Module,  # plain or adapted
+) -> None:
+    "Raise if a layer's weight is no tensor of its own, as under weight_norm and other parametrizations: writing into it would have no effect"
+    if "weight" in root_module(module)._parameters: return
+    raise TargetError(f"{name}: the weight is computed from other parameters at each call. Take the parametrization off first "
+                      "(torch.nn.utils.parametrize.remove_parametrizations)")
 
 # %% ../nbs/08_worn.ipynb #bf3648af
 def foreign_adapters(
@@ -586,7 +596,8 @@ def remerge(
     own = {p: s for p, s in schedule.sites.items() if p not in schedule.fresh} if schedule and schedule.mode == "merge" else {}
     lost = gone + [p for p, root in roots.items() if (not own[p].untouched() if p in own else
                                                       bool(of(was, p)) and overwritten(root, of(was, p), p in theirs))]
-    if lost and not leaving: raise was_overwritten(was, lost)
+    hint = _HALF_FUSED if lost and not gone and not any(p in own or overwritten(roots[p], of(was, p), True) for p in lost) else ""
+    if lost and not leaving: raise was_overwritten(was, lost, hint or "remove_lora forgets what was merged; then put LoRAs on again")
     undo.append(lambda: setattr(worn, "merged", was))
     if schedule:
         undo.append(lambda fresh={*schedule.fresh}: setattr(schedule, "fresh", fresh))
@@ -599,8 +610,8 @@ def remerge(
                 for k in _MARKS: root.__dict__.pop(k, None)
         else: _reweigh(path, root, before, after, tied, schedule is not None, undo)
     worn.merged = merged
-    if lost: warnings.warn(str(was_overwritten(was, lost, "They stay as they are; for the original ones load the base again")),
-                            stacklevel=4)
+    stay = "They stay as they are; for the original ones load the base again" + (hint and f". {hint}")
+    if lost: warnings.warn(str(was_overwritten(was, lost, stay)), stacklevel=4)
 
 # %% ../nbs/08_worn.ipynb #c993afdb
 def _check_fused(
@@ -611,6 +622,9 @@ def _check_fused(
     fused = {str(n): p for p, m in parents.items() if _is_foreign(m) for n in getattr(m, "merged_adapters", ())}
     if fused: raise LoraError(f"diffusers has fused {' and '.join(fused)} into weights ({some([*fused.values()], 2)}) that "
                               f"{' and '.join(merged) or 'a LoRA'} is merged into. Nothing was changed: call pipe.unfuse_lora() first")
+
+_HALF_FUSED = ("They differ by rounding only, as after fuse_lora and unfuse_lora of diffusers in half precision. If that was it: load that "
+               "adapter again, take this LoRA off, then unload the adapter")
 
 def was_overwritten(
     merged: Iterable[str],  # names of the LoRAs in the weights

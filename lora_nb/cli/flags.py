@@ -9,10 +9,10 @@ __all__ = ['REQUIRED', 'JSON', 'CONFIG', 'COMMANDS', 'BASE_NAMES', 'QUANTIZE_NAM
            'UsageError', 'stop', 'meant', 'Parser', 'terminal', 'Flag', 'truth', 'outside', 'number', 'choice',
            'shown_default', 'help_of', 'add_flag', 'given', 'sets_instead', 'Old', 'OldFlag', 'old_help',
            'asks_for_the_same', 'values_of', 'range_of', 'help_line', 'entry', 'text_table', 'folded', 'help_text',
-           'Shown', 'config_words', 'config_path', 'words_of', 'Command', 'complete', 'plain_errors', 'plain_warnings',
-           'stop_if_ours', 'command', 'flag_table', 'check_base_name', 'check_lora', 'check_exists', 'bundled',
-           'check_lora_file', 'lora_file', 'quiet_libraries', 'available_device', 'open_base', 'base_of', 'writable',
-           'folder_of', 'check_file', 'layer_rates', 'check_targets', 'check_name', 'check_encoders']
+           'Shown', 'config_words', 'config_path', 'words_of', 'check_texts', 'Command', 'complete', 'plain_errors',
+           'plain_warnings', 'stop_if_ours', 'command', 'flag_table', 'check_base_name', 'check_lora', 'check_exists',
+           'bundled', 'check_lora_file', 'lora_file', 'quiet_libraries', 'available_device', 'open_base', 'base_of',
+           'writable', 'folder_of', 'check_file', 'layer_rates', 'check_targets', 'check_name', 'check_encoders']
 
 # %% ../../nbs/83_cli_flags.ipynb #dc8c994d
 import argparse, contextlib, difflib, importlib.util, io, json, math, os, re, shutil, sys, textwrap
@@ -370,6 +370,14 @@ def words_of(
     return [f"--{flag.name}"] * value if flag.kind is None else [f"--{flag.name}={value}"]
 
 
+# %% ../../nbs/83_cli_flags.ipynb #ae860ebe
+def check_texts(a: argparse.Namespace):
+    "Refuse prompts and words whose bytes are not UTF-8: no tokenizer reads them"
+    for name, value in vars(a).items():
+        texts = value if isinstance(value, list) else [value]
+        if not re.search("prompt|token|trigger", name) or not any(isinstance(t, str) and re.search("[\ud800-\udfff]", t) for t in texts): continue
+        raise UsageError(f"--{name} is not UTF-8: set the terminal's encoding to UTF-8, or write it in another way.")
+
 # %% ../../nbs/83_cli_flags.ipynb #03d3ff13
 @dataclass
 class Command:
@@ -405,6 +413,7 @@ class Command:
         for f in (f for flags in self.groups.values() for f in flags if f.check):
             value = getattr(a, f.name)
             for v in value if f.many else [] if value is None else [value]: f.check(v)
+        check_texts(a)
         return a
     def __call__(self, argv: Sequence[object] | None = None) -> None:
         if argv is None and "_ARGCOMPLETE" in os.environ: complete(self.parser())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 # %% ../../nbs/80_studio.ipynb #9cd26c15
-from ..core import DataError, LoraError, atomic_path, closest, file_name, free_name, patch_to
+from ..core import DataError, LoraError, atomic_path, closest, escaped, file_name, free_name, is_unicode, patch_to, printable
 from ..prompts import cut_off
 from ..loading import load_base
 from ..lora import Lora, triggers_of
@@ -125,6 +125,37 @@ def silently(self):
     try: yield
     finally: self.quiet = was
 
+# %% ../../nbs/80_studio.ipynb #0b41079b
+@patch_to(Studio)
+def show(self,
+         s: Settings):
+    "Set the widgets; load the LoRAs that are missing from where they came."
+    w = self.ways
+    fields = zip((self.seed, self.steps, self.guidance, self.width, self.height, w.subseed, w.clip, w.more),
+                 (s.seed, s.steps, s.guidance_scale, *s.size, s.subseed, s.clip_skip, s.enlarge_steps))
+    if odd := [f"{v} (here {w.min} to {w.max})" for w, v in fields if not w.min <= v <= w.max]:
+        raise DataError(f"the panel cannot show {', '.join(odd)}: these settings draw their picture in Python, or on another base.")
+    if s.skip_layers or s.t5 != "keep" or s.quantize:
+        raise DataError("the panel has neither skip-layer guidance nor another T5, and packs no base: "
+                        "lora_generate --from_png draws this picture again.")
+    if odd := [t for t in (s.prompt, s.negative_prompt, *(x.name for x in s.loras)) if not is_unicode(t)]:
+        raise DataError(f"no page can show {odd[0]!r}, which is not UTF-8.")
+    if s.method not in MIXES.values(): raise DataError(f"no way {s.method!r} to combine LoRAs.{closest(s.method, MIXES.values())}")
+    if s.image or s.mask: self.redraw.check(s)
+    for x in s.loras:
+        if x.name not in self.strips or x.source not in ("", self.strips[x.name].source):
+            self.load(x.source or x.name, x.name, insert=False)
+    with self.silently():
+        self.prompt.value, self.negative.value, self.seed.value = s.prompt, s.negative_prompt, s.seed
+        self.steps.value, self.guidance.value, (self.width.value, self.height.value) = s.steps, s.guidance_scale, s.size
+        self.method.value, self.compare.value = s.method, s.compare
+        if s.over: self.over.value = s.over
+        self.styles.style.value = ""                                       # what it added is in the prompt
+        self.ways.show(s); self.redraw.show(s)
+        worn = {x.name: x for x in s.loras}
+        for n, strip in self.strips.items(): strip.show(worn.get(n) or replace(strip.wear, on=False))
+    self.curves()
+
 # %% ../../nbs/80_studio.ipynb #0d642ddb
 @patch_to(Studio)
 def show(self,
@@ -197,7 +228,7 @@ def load(self,
     lora, source = find_lora(source, self.base)
     report = lora.report(self.base)
     if lora.layers and not report.ok: raise LoraError(" ".join(a for a in report.advice if "apply_lora" not in a))
-    name = name or self._name(Path(source).stem if source else file_name(lora.metadata.get("concept"), "lora"))
+    name = name or self._name(printable(Path(source).stem) if source else file_name(lora.metadata.get("concept"), "lora"))
     if name in self.strips: self.remove(name)
     strip = Strip(name, lora, source, report_html(lora, report), self.worker.background)
     self.strips[name], self.easel.loras[name] = strip, lora
@@ -373,7 +404,7 @@ def _remember(self, entry):
         if x.source or x.name not in self.easel.loras: return x
         lora = self.easel.loras[x.name]
         path = self.history.folder.resolve() / "loras" / f"{lora.content_hash()[:16]}.safetensors"
-        if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True); lora.save(path)
+        if not path.exists(): lora.save(path)
         return replace(x, source=str(path))
     known = days_of(self.history.folder)
     keep_picture(self.history.folder, entry.image, replace(entry.settings, loras=tuple(map(source, entry.settings.loras))))
@@ -395,7 +426,7 @@ def _present(self, entry):
              f"variation {s.subseed} at {s.subseed_strength:g}" * bool(s.subseed_strength),
              f"clip skip {s.clip_skip}" * (s.clip_skip > 1),
              "in a mask" if s.mask else "over a picture" * bool(s.image), described_loras(s.wears())]
-    self.caption.value = f"<b>{html.escape(s.prompt)}</b><br>{html.escape(' · '.join(f for f in facts if f))}"
+    self.caption.value = f"<b>{escaped(s.prompt)}</b><br>{escaped(' · '.join(f for f in facts if f))}"
     code, stem = self.python(s), f"picture-{s.seed}"
     self.links.value = "".join([data_link(f"{stem}.png", "image/png", png_bytes(entry.image, s), "PNG"),
                                 data_link(f"{stem}.json", "application/json", s.to_json().encode(), "JSON"),
@@ -449,7 +480,6 @@ def save(self,
 ) -> list[Path]:
     "Write a picture as PNG, its settings as JSON, and its Python; a LoRA that has no file gets one."
     entry = entry or self.shown
-    self.folder.mkdir(parents=True, exist_ok=True)
     for x in entry.settings.loras:
         if x.on and not x.source: self._write_lora(x.name)
     source = lambda x: x.source or getattr(self.strips.get(x.name), "source", "")
@@ -487,7 +517,7 @@ def take(self,
 @patch_to(Studio)
 def collect(self):
     "Send the picture on show to the training tab."
-    folder = (self.folder / "collected").resolve(); folder.mkdir(parents=True, exist_ok=True)
+    folder = (self.folder / "collected").resolve()
     name = free_name(f"picture-{self.shown.settings.seed}", lambda n: (folder / f"{n}.png").exists(), first=2)
     with atomic_path(folder / f"{name}.png") as tmp: self.shown.image.save(tmp, "PNG")
     self.training.choose(folder)
@@ -525,7 +555,7 @@ def _resized(self, size):
 @patch_to(Studio)
 def _named(self):
     "Show the base's name."
-    self.title.value = f"<b>{html.escape(self.source)}</b> · {html.escape(self.base.family)}, {self.base.resolution} px"
+    self.title.value = f"<b>{escaped(self.source)}</b> · {escaped(self.base.family)}, {self.base.resolution} px"
 
 @patch_to(Studio)
 def use(self,
@@ -555,7 +585,7 @@ def opening(
 ) -> "widgets.Box":
     "A panel that says what is loading, and becomes the studio when all is there."
     import ipywidgets as widgets
-    told = f"Loading the base <b>{html.escape(base)}</b>" + (f" and {html.escape(', '.join(loras))}" if loras else "")
+    told = f"Loading the base <b>{escaped(base)}</b>" + (f" and {escaped(', '.join(loras))}" if loras else "")
     note = widgets.HTML(f'{style_sheet()}<div class="ls-wait" role="status">{told} ...</div>')
     box = boxed([note], "ls")
     def load():

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from PIL import Image
-from ..core import DataError, LoraError, atomic_path, closest, file_name, free_name, patch_to
+from ..core import DataError, LoraError, atomic_path, closest, escaped, file_name, free_name, is_unicode, patch_to, printable
 from ..prompts import cut_off
 from ..loading import load_base
 from ..lora import Lora, triggers_of

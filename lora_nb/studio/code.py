@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 # %% ../../nbs/72_studio_code.ipynb #c422b189
-from ..core import DataError, data_path
+from ..core import DataError, data_path, printable
 from ..prompts import Prompt, parse_prompt
 from .settings import SCALES, Settings, Wear, settings_from, without_tags
 from .easel import LIVE, bundled_files
@@ -158,7 +158,7 @@ def png_bytes(
 ) -> bytes:
     "A PNG that carries its settings."
     info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("lora_nb", s.to_json()); info.add_text("parameters", parameters_of(s))
+    info.add_text("lora_nb", s.to_json()); info.add_text("parameters", printable(parameters_of(s)))
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/71_studio_easel.ipynb #0dce4d49
-from ..core import DataError, LoraError, closest, patch_to
+from ..core import DataError, LoraError, closest, is_there, patch_to
 from ..composition import compose
 from ..lora import Lora
 from ..pictures import open_picture
@@ -142,6 +142,7 @@ class Glimpse:
                  latents: "torch.Tensor",    # after this step
     ) -> "Callable[[], Image.Image]":
         "Note the latents; gives a function that decodes the guess."
+        if i == 0: self.last = None          # a Hires fix draws twice, at two sizes
         clock = self.base.pipe.scheduler
         t = clock.timesteps[min(i + 1, len(clock.timesteps) - 1)].reshape(1)
         ends, over = i + 1 >= len(clock.timesteps), float(getattr(clock, "init_noise_sigma", 1.)) != 1
@@ -243,6 +244,6 @@ def find_lora(
     text, bundled = str(source).strip(), bundled_files(base.name)
     if (name := text.replace(" ", "_")) in bundled: return Lora.load(bundled[name]), name
     path = Path(text).expanduser()
-    if not text or not path.exists():
+    if not text or not is_there(path):
         raise DataError(f"no LoRA {text!r}: expected a file, or one of {', '.join(bundled)}.{closest(name, bundled)}")
     return Lora.load(path, base=base), text

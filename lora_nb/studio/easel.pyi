@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..core import DataError, LoraError, closest, patch_to
+from ..core import DataError, LoraError, closest, is_there, patch_to
 from ..composition import compose
 from ..lora import Lora
 from ..pictures import open_picture

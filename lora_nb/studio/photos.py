@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 # %% ../../nbs/77_studio_photos.ipynb #5655744e
-from ..core import DataError, atomic_path, patch_to
+from ..core import DataError, atomic_path, is_there, patch_to
 from ..captions import own_captions
 from ..pictures import find_pictures, open_picture
 from .panel import boxed, labelled
@@ -52,8 +52,7 @@ def prepared(
     "A folder with the photographs as they were corrected."
     chosen = [p for p in photos if p.use]
     if not chosen: raise DataError("no picture is left: tick at least one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for f in folder.iterdir():
+    for f in folder.iterdir() if is_there(folder) else ():
         if f.suffix in (".png", ".txt"): f.unlink()
     for i, p in enumerate(chosen):
         with atomic_path(folder / f"{i:03d}.png") as tmp: photo_square(open_picture(p.path), p.crop).save(tmp, "PNG")

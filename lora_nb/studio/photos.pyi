@@ -5,7 +5,7 @@ from base64 import b64encode
 from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
-from ..core import DataError, atomic_path, patch_to
+from ..core import DataError, atomic_path, is_there, patch_to
 from ..captions import own_captions
 from ..pictures import find_pictures, open_picture
 from .panel import boxed, labelled

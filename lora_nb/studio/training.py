@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/studio_training.html.md"""
 __all__ = ['NOTHING_LEARNED', 'find_concept', 'Lesson', 'card_html', 'pictures_html', 'Training']
 
 # %% ../../nbs/78_studio_training.ipynb #b2b053c5
-import html, io, re, shutil, time
+import html, io, os, re, shutil, time
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -306,7 +306,7 @@ def _learn(self, job, lesson, resume):
     out, self.shown, self.cost, self.run = self.out(lesson), time.perf_counter(), .1, None
     def on_step(pipe, i, t, now): job.check(); return now
     if not resume: self._forget(out)
-    with atomic_path(out / "pictures.txt") as note: Path(note).write_text(str(find_concept(lesson.pictures)[0].resolve()), "utf-8")
+    with atomic_path(out / "pictures.txt") as note: Path(note).write_bytes(os.fsencode(find_concept(lesson.pictures)[0].resolve()))
     self.say("Encoding the pictures, and drawing some of their class ...")
     own = prepared(self.photos.photos, out / "pictures") if self.photos.changed else None
     self.run = lesson.start(self.studio.base, out, lambda trainer: self._after_step(job, trainer), on_step, own)
@@ -329,11 +329,11 @@ def out(self,
     "The folder of a lesson: called like that of its pictures, and never shared with pictures from another place."
     source, root = str(find_concept(lesson.pictures)[0].resolve()), self.studio.folder / "training"
     def others(name): return (root / name).exists() and _source_of(root / name) != source
-    return root / free_name(re.sub(r"\W+", "-", file_name(Path(source).name, "mine")).strip("-"), others, first=2)
+    return root / free_name(re.sub(r"\W+", "-", file_name(Path(source).name, "mine")).strip("-") or "mine", others, first=2)
 
 def _source_of(folder):
     "Where the pictures of a training folder lie, as its note says; None without a note."
-    try: return (folder / "pictures.txt").read_text("utf-8")
+    try: return os.fsdecode((folder / "pictures.txt").read_bytes())
     except OSError: return None
 
 @patch_to(Training)

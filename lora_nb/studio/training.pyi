@@ -1,6 +1,6 @@
 # Written by tools/stubs.py from the exported modules (make export): do not edit.
 from typing import Any, Iterator
-import html, io, re, shutil, time
+import html, io, os, re, shutil, time
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -188,7 +188,6 @@ def input_file(
 ) -> Path:
     "The file of a picture or mask, named by its content; written if it is not there."
     name = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     if not (path := folder.resolve() / f"{name}.png").exists():
         with atomic_path(path) as tmp: image.save(tmp, "PNG")
     return path
