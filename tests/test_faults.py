@@ -200,3 +200,32 @@ def test_a_schedule_interrupted_anywhere_leaves_the_base_as_it_was(mode, worn, k
         if trap.n < k: break
         k += 37 if kind == "lines" else 7
     assert stopped > 15 and all(torch.equal(g, w) for g, w in zip(act(), want))
+
+@pytest.mark.parametrize("act", ["apply", "set", "remove"])
+def test_another_lora_inside_a_schedule_interrupted_at_sampled_lines(act):
+    "It is worn or it is not, the next picture says so, and on leaving every bit is back"
+    torch.manual_seed(0); net, x = Denoiser(), torch.ones(1, 6)
+    a, b, c = (small_lora(i, words=False).only("unet") for i in range(3))
+    bits, k, tried = (fingerprint(net), [p.data_ptr() for p in net.parameters()]), 1, 0
+    apply_lora(net, c, name="c"); before = fingerprint(net), adapters(net)
+    def picture(*more):
+        with scheduled(net, {a: .5, **dict.fromkeys(more, .3)}), torch.no_grad(): return net(x, 500)
+    want = {False: picture(), True: picture(b)}
+    while True:
+        trap = _Lines(k, (*FILES, "scheduling.py", "weight_cache.py"))
+        with scheduled(net, {a: .5}, 4096), torch.no_grad():
+            net(x, 500)
+            if act != "apply": apply_lora(net, b, .3, name="b"); net(x, 400)
+            with contextlib.suppress(Stop), trap:
+                {"apply": lambda: apply_lora(net, b, .3, name="b"), "set": lambda: set_scale(net, .6, "b"),
+                 "remove": lambda: remove_lora(net, "b")}[act]()
+            on, tried = "b" in adapters(net), tried + 1
+            if act == "set": set_scale(net, .3, "b")
+            assert torch.allclose(net(x, 500), want[on], atol=1e-4), k
+            if on: remove_lora(net, "b")
+            assert torch.allclose(net(x, 300), want[False], atol=1e-4), k
+        assert (fingerprint(net), adapters(net)) == before, k
+        if trap.n < k: break
+        k += 31
+    remove_lora(net)
+    assert tried > 15 and (fingerprint(net), [p.data_ptr() for p in net.parameters()]) == bits
