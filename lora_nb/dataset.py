@@ -569,7 +569,8 @@ def _told(name, s, cut, read, seen, why_unmasked=""):
                (f"; {counted} of {n} say {s.trigger!r}" if s.trigger else ""))
     if masked: out.append(f"  masks: {masked} of {n}" + why_unmasked)
     counts = sorted(Counter(s.repeats).items())
-    if max(s.repeats) > 1: out.append("  repeats: " + ", ".join(f"{k} {'pictures count' if k > 1 else 'picture counts'} x{r}" for r, k in counts))
+    often = [f"{k} picture{'s count' if k > 1 else ' counts'} {f'{r} times' if r > 1 else 'once'}" for r, k in counts]
+    if max(s.repeats) > 1: out.append(f"  repeats: {', '.join(often)}")
     if seen: out.append(f"  each picture is seen {seen[0]:.3g} times" + (f" to {seen[1]:.3g}" if seen[1] > seen[0] * 1.001 else ""))
     out += [f"  left out: {f} ({why})" for f, why in _left(s)[:20]]
     if len(s.left_out) > 20: out.append(f"  left out: {len(s.left_out) - 20} more")

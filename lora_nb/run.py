@@ -220,6 +220,7 @@ def inject(self,
         if not learning: raise LoraError(f"train_text_encoder: {self.base.name} has no CLIP. Name the encoder in encoders=, or leave it out.")
         targets |= dict.fromkeys(learning, "attention")
     if isinstance(start, (str, Path)): start = Lora.load(start, base=self.base.pipe)
+    if not isinstance(start, Lora | None): raise LoraError(f"start = {start!r:.60}: expected a LoRA, or its file.")
     dora = r.dora or start is not None and any(f.magnitude is not None for f in start.layers.values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)

@@ -238,6 +238,8 @@ WRONG = {
     "rates of layers": (lora_dreambooth, (*SUBJECT, "--layer_rates", "mid_block"), "down_blocks=0.5"),
     "old words": (lora_pti, (*WORDS, "--output_dir", "x", "--load_pretrained_inversion_embeddings_path", "absent.pt"), "absent.pt"),
     "plain strength": (lora_generate, ("--prompt", "x", "--lora", f"{NEON}:ramp:0:1", "--together", "switch"), "plain strength"),
+    "together alone": (lora_generate, ("--prompt", "x", "--lora", NEON, "--together", "composite"), "no effect with 1 LoRA"),
+    "together with none": (lora_generate, ("--prompt", "x", "--together", "sum"), "no effect with no LoRA"),
     "half a ramp": (lora_generate, ("--prompt", "x", "--lora", f"{NEON}:ramp:0"), "ramp"),
     "no LoRA": (lora_generate, ("--prompt", "x", "--lora", "none.safetensors"), "none.safetensors"),
     "LoRA twice": (lora_generate, ("--prompt", "x", "--lora", NEON, "--lora", f"{NEON}:2"), "same file twice"),

@@ -155,8 +155,9 @@ def test_a_class_picture_that_was_deleted_is_drawn_again(sd, tmp_path):
     ("sks, sitting", "sks toy", "toy", "toy, sitting"), ("a sks plush toy", "sks toy", "toy", "a toy plush toy"),
     ("desks and a sks", "sks", "toy", "desks and a toy"), ("a <s1> <s2> toy", "<s1> <s2> toy", "toy", "a toy"),
     ("a <s1> on grass", "<s1> toy", "toy", "a toy on grass"), ("a wall", "sks toy", "toy", "a wall"),
-    ("sks toys on a table", "sks toy", "toy", "toys on a table"), ("a sks-toy", "sks toy", "toy", "a toy"), ("a sks toyshop", "sks toy", "toy",
-                                                                                                   "a toy toyshop")))
+    ("sks toys on a table", "sks toy", "toy", "toys on a table"), ("a sks-toy", "sks toy", "toy", "a toy"),
+    ("a <w> toy at night", "<w>", "toy", "a toy at night"), ("SKS toys, a sks", "sks", "toy", "toys, a toy"),
+    ("a <a> <b> toy, <a>", "<a> <b>", "toy", "a toy, toy"), ("a sks toyshop", "sks toy", "toy", "a toy toyshop")))
 def test_the_subject_s_words_become_those_of_the_class(caption, trigger, noun, expected): assert swapped(caption, trigger, noun) == expected
 
 

@@ -404,3 +404,9 @@ def test_pictures_of_one_name_are_told_apart(base, tmp_path):
     run = DreamBooth(base, tmp_path, "a sks wall", rank=2, batch_size=1, recursive=True)
     text = str(run.start_report()); run.remove()
     assert "caption cut: a/0.png" in text and "caption cut: b/0.png" in text, text
+
+
+@pytest.mark.parametrize("start", (3, {"a": 1}, ["a.safetensors"]))
+def test_a_start_that_is_no_lora(base, start):
+    with pytest.raises(LoraError, match="expected a LoRA, or its file"): train_dreambooth(base, WALL, "a sks wall", start=start, **QUICK)
+    assert bare(base)
