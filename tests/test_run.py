@@ -360,3 +360,14 @@ def test_a_trigger_that_nobody_gave(tmp_path):
     assert any("{trigger} in the prompt stays empty" in n for n in ConceptDataset(tmp_path).sources.notes)
     assert ConceptDataset(tmp_path).captions == ["a photo of"] and ConceptDataset(tmp_path, trigger="sks").captions == ["a photo of sks"]
     assert not any("{trigger}" in n for n in ConceptDataset(tmp_path, "a toy").sources.notes)
+
+
+def test_a_recipe_that_somebody_else_wrote_is_kept(base, tmp_path):
+    "A configuration written by hand, under the name of ours, was replaced without a word"
+    own = tmp_path / "recipe.toml"; own.write_text("# mine\nlearning_rate = 1e-4\n")
+    with pytest.raises(LoraError, match="exists and is not a recipe that lora_nb wrote"):
+        train_dreambooth(base, WALL, "a sks toy", output_dir=tmp_path, **QUICK)
+    assert own.read_text().startswith("# mine") and bare(base)
+    own.unlink()
+    for steps in (1, 2): train_dreambooth(base, WALL, "a sks toy", output_dir=tmp_path, **{**QUICK, "steps": steps})
+    assert "steps = 2" in own.read_text()
