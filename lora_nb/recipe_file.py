@@ -78,14 +78,20 @@ def sayable(
     return kept, lost
 
 # %% ../nbs/52_recipe_file.ipynb #51b00012
+def _is_ours(path):
+    "Did we write this file?"
+    try: return path.is_file() and path.read_text("utf-8").startswith("# Written by lora_nb")
+    except UnicodeDecodeError: return False
+
 def write_recipe(
     path: str | Path,            # of the file
     command: str,                # that repeats the run
     flags: Mapping[str, Any],    # what the run was given; None and False are left out
     settings: Mapping[str, Any], # of the recipe
 ) -> Path:
-    "Write a run into a file, at once or not at all."
-    from lora_nb.core import atomic_path
+    "Write a run into a file, at once or not at all; a file that somebody else wrote is kept, with an error."
+    from lora_nb.core import atomic_path, check_free
+    check_free(path, same=_is_ours, kind="a recipe that lora_nb wrote")
     kept, lost = sayable(flags)
     note = [f"Given in Python, and not in this file: {', '.join(lost)}. Add what the command needs."] if lost else []
     with atomic_path(Path(path)) as tmp: Path(tmp).write_text(recipe_text(command, kept, settings, note), "utf-8")

@@ -410,3 +410,14 @@ def test_pictures_of_one_name_are_told_apart(base, tmp_path):
 def test_a_start_that_is_no_lora(base, start):
     with pytest.raises(LoraError, match="expected a LoRA, or its file"): train_dreambooth(base, WALL, "a sks wall", start=start, **QUICK)
     assert bare(base)
+
+
+def test_a_recipe_that_somebody_else_wrote_is_kept(base, tmp_path):
+    "A configuration written by hand, under the name of ours, was replaced without a word"
+    own = tmp_path / "recipe.toml"; own.write_text("# mine\nlearning_rate = 1e-4\n")
+    with pytest.raises(LoraError, match="exists and is not a recipe that lora_nb wrote"):
+        train_dreambooth(base, WALL, "a sks toy", output_dir=tmp_path, **QUICK)
+    assert own.read_text().startswith("# mine") and bare(base)
+    own.unlink()
+    for steps in (1, 2): train_dreambooth(base, WALL, "a sks toy", output_dir=tmp_path, **{**QUICK, "steps": steps})
+    assert "steps = 2" in own.read_text()
