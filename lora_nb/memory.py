@@ -31,7 +31,7 @@ from .core import table as as_table
 from .families import FAMILIES, HUB, as_base
 from .injection import inject_lora
 from .loading import embedded_bases
-from .quantize import PACKINGS
+from .quantize import PACKINGS, packed_layers, packing_parts
 from .show import INK, PALETTE, Plot
 
 # %% ../nbs/23_memory.ipynb #e81bd9ea
@@ -178,7 +178,9 @@ class _Fused(torch.autograd.Function):
     "Attention's shapes, and what its fused kernels keep for the backward pass."
     @staticmethod
     def forward(ctx, q, k, v):
-        out, rows = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        same = q.shape[-1] == v.shape[-1]
+        out = torch.empty_like(q) if same else q.new_empty(*q.shape[:-1], v.shape[-1])    # as `q` lies in memory
+        rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, rows)
         return out
     @staticmethod
@@ -308,9 +310,9 @@ def _weights(nets, item, t5, packed=None):
     "Bytes of each network's weights; `packed` is component -> kind of packing."
     packed = {**({"text_encoder_3": "int8"} if t5 == "8bit" else {}), **(packed or {})}
     def size(c, net):
-        linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear))
-        rest = sum(t.numel() for t in (*net.parameters(), *net.buffers()))
-        return int(linear * (PACKINGS[packed[c]].bytes if c in packed else item) + (rest - linear) * item)
+        small = sum(m.weight.numel() for m in packed_layers(net, packed[c])) if c in packed else 0
+        total = sum(t.numel() for t in (*net.parameters(), *net.buffers()))
+        return int((total - small) * item + (small and small * PACKINGS[packed[c]].bytes))
     return {c: size(c, net) for c, net in nets.items()}
 
 def _resident(weights, offload, working):
@@ -464,7 +466,7 @@ def _check_question(task, optimizer):
 
 def _packed_parts(quantize, main):
     "component -> kind of packing; installed or not, on whatever device"
-    parts = {main: quantize} if isinstance(quantize, str) else dict(quantize or {})
+    parts = packing_parts(quantize, main)
     for kind in parts.values():
         if kind not in PACKINGS: raise LoraError(f"quantize={kind!r}: expected one of {', '.join(PACKINGS)}.{closest(str(kind), PACKINGS)}")
     return parts

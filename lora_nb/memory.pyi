@@ -19,7 +19,7 @@ from .core import table as as_table
 from .families import FAMILIES, HUB, as_base
 from .injection import inject_lora
 from .loading import embedded_bases
-from .quantize import PACKINGS
+from .quantize import PACKINGS, packed_layers, packing_parts
 from .show import INK, PALETTE, Plot
 
 __all__ = ['SHAPES', 'OPTIMIZERS', 'SIZES', 'USABLE', 'CONTEXT', 'SPLIT', 'meta_part', 'shapes_of', 'LiveBytes', 'Autocast', 'pass_bytes', 'step_bytes', 'usable', 'Memory', 'estimate_memory', 'memory_bars']

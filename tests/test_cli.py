@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
+import lora_nb.loading
 from PIL import Image
 
 from lora_nb.cli import main
@@ -432,13 +433,30 @@ def test_a_packed_base(tmp_path, monkeypatch):
     works(lora_dreambooth, "--instance_data_dir", BEAR, "--instance_prompt", "a sks toy", "--max_train_steps", 1, "--train_batch_size", 1,
           "--device", "cpu", "--quantize", "fp8", "--output_dir", "out")
     assert 'quantize = "fp8"' in Path("out/recipe.toml").read_text()
-    assert "nf4" in refused(lora_generate, *one, "--quantize", "nf5")
+    works(lora_generate, *one, "--quantize", "unet=fp8")
+    assert pixels("000000-4.png") == pixels("000000-2.png") and read_settings("000000-4.png").quantize == "unet=fp8"
+    assert "nf4" in refused(lora_generate, *one, "--quantize", "nf5") and "nf4" in refused(lora_generate, *one, "--quantize", "unet=nf5")
+
+
+def test_a_compiled_base_and_another_attention(tmp_path, monkeypatch):
+    "--compile and --attention_backend reach `load_base` in every command that loads a base, and its errors the person"
+    asked, real = [], lora_nb.loading.load_base
+    def spied(*a, **kw): asked.append((kw.pop("compile"), kw.pop("attention_backend"))); return real(*a, **kw)
+    monkeypatch.setattr(lora_nb.loading, "load_base", spied); monkeypatch.chdir(tmp_path)
+    more = ("--device", "cpu", "--compile", "--attention_backend", "native")
+    works(lora_generate, "--prompt", "a cat", "--num_images", 1, "--num_inference_steps", 1, "--output_dir", ".", *more)
+    works(lora_dreambooth, "--instance_data_dir", BEAR, "--instance_prompt", "a sks toy", "--max_train_steps", 1, "--train_batch_size", 1,
+          "--output_dir", "out", *more)
+    assert asked == [(True, "native")] * 2
+    monkeypatch.setattr(lora_nb.loading, "load_base", real)
+    said = refused(lora_generate, "--prompt", "a cat", "--device", "cpu", "--output_dir", ".", "--attention_backend", "flsh")
+    assert "flash" in said
 
 
 def test_settings_that_fit_cards():
     text = works(lora_memory, "flux.1-dev", "--fit", 12, 24)
     from lora_nb.plan import plan_that_fits
-    assert "--quantize nf4" in text and f"{plan_that_fits('flux.1-dev', 24).memory.total / 2**30:.1f}" in text
+    assert "--quantize nf4" in text and "--quantize fp8" in text and f"{plan_that_fits('flux.1-dev', 24).memory.total / 2**30:.1f}" in text
     found = json.loads(works(lora_memory, "sd1.5", "--fit", 2, 16, "--json"))["cards"]
     assert "Nothing fits" in found[0]["error"] and "--train_batch_size 1" in found[1]["flags"]
     assert "leave out --offload" in refused(lora_memory, "sdxl", "--fit", 12, "--offload", "model")

@@ -1,4 +1,4 @@
-import os
+import copy, os
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from lora_nb.core import LoraError
 from lora_nb.families import HUB, as_base
-from lora_nb.injection import find_targets
-from lora_nb.memory import SHAPES, estimate_memory, meta_part, shapes_of
+from lora_nb.injection import find_targets, inject_lora
+from lora_nb.memory import SHAPES, _ask, _build, estimate_memory, meta_part, pass_bytes, shapes_of, step_bytes
+from lora_nb.quantize import cast_to_fp8, fp8_layers
 from lora_nb.random_pipes import random_pipe
 
 
@@ -56,7 +57,7 @@ def test_t5_whole_in_8_bits_and_left_out():
     phases = lambda t5: estimate_memory("sd3-medium", "generate", resolution=256, t5=t5).phases
     t5 = [phases(t)["draw"].get("weights: text_encoder_3", 0)
           for t in (True, "8bit", False)]
-    assert t5[0] > 1.9 * t5[1] > t5[2] == 0
+    assert 1.7 > t5[0] / t5[1] > 1.5 and t5[2] == 0                                 # its `wo` stay in half precision
 
 
 def test_decoding_is_the_peak_of_drawing():
@@ -84,25 +85,86 @@ def test_shared_networks_are_left_as_they_were(answers):
     assert F.scaled_dot_product_attention.__name__ != "<lambda>"
 
 
-# Peaks in GiB of the second step of `Trainer`, simulated at true shapes: fake CPU tensors, PyTorch's MemTracker, CUDA's autocast
-# played by a TorchFunctionMode; rank 16 on attention, batch 1. The simulator keeps the MMDiTs' table of places in fp32; files in half
-# precision do not, and what that adds (.421 for Medium, .167 for Large) is taken off. UNets without checkpointing: the estimate is
-# 2 to 4 % above the simulation; where the difference comes from is not known.
+# Peaks in GiB of the second step of `Trainer`, simulated at true shapes by helpers_memsim.py (its program prints them, in minutes each);
+# rank 16 on attention, batch 1. An earlier simulator kept the MMDiTs' table of places in fp32: what that added (.421 for Medium, .167 for
+# Large) is taken off.
 SIMULATED = (
-    ("sd1.5", dict(resolution=512), 2.682, .02), ("sdxl", dict(gradient_checkpointing=True), 5.714, .02), ("sdxl", {}, 11.883, .045),
-    ("sdxl", dict(prior_batch=1), 18.679, .045), ("sdxl", dict(dtype=torch.float16), 11.883, .045),
-    ("sd3.5-medium", dict(gradient_checkpointing=True), 5.922 - .421, .02), ("sd3.5-medium", {}, 14.008 - .421, .02),
-    ("sd3.5-large", dict(gradient_checkpointing=True), 16.991 - .167, .02), ("sd3.5-large", {}, 32.664 - .167, .02))
+    ("sd1.5", dict(resolution=512), 2.682), ("sdxl", dict(gradient_checkpointing=True), 5.714), ("sdxl", {}, 11.883),
+    ("sdxl", dict(prior_batch=1), 18.679), ("sdxl", dict(dtype=torch.float16), 11.883),
+    ("sd3.5-medium", dict(gradient_checkpointing=True), 5.922 - .421), ("sd3.5-medium", {}, 14.008 - .421),
+    ("sd3.5-large", dict(gradient_checkpointing=True), 16.991 - .167), ("sd3.5-large", {}, 32.664 - .167))
+LIGHT = (0, 1, 2, 5)        # the others take minutes: LORA_NB_TRUE_SIZE=1, which `make true-size` sets
+TRUE_SIZE = os.environ.get("LORA_NB_TRUE_SIZE")
 
 
-LIGHT = (0, 1, 5)        # one of each family; the others take minutes: LORA_NB_TRUE_SIZE=1, which `make true-size` sets
-
-
-@pytest.mark.parametrize("name, settings, simulated, within", SIMULATED if os.environ.get("LORA_NB_TRUE_SIZE") else
-                         [SIMULATED[i] for i in LIGHT])
-def test_the_estimate_agrees_with_a_simulated_step(name, settings, simulated, within):
+@pytest.mark.parametrize("name, settings, simulated", SIMULATED if TRUE_SIZE else [SIMULATED[i] for i in LIGHT])
+def test_the_estimate_agrees_with_a_simulated_step(name, settings, simulated):
+    "Within 1 %. SDXL was 3.2 % above: the answer of attention was counted twice where joining the heads copies nothing"
     step = estimate_memory(name, allowance=False, **settings).sums["step"] / 2**30
-    assert -.02 < step / simulated - 1 < within, step
+    assert abs(step / simulated - 1) < .01, step
+
+
+def few(name, **changes):
+    "A published denoiser with fewer blocks"
+    kind, config = SHAPES[name]["unet" if "unet" in SHAPES[name] else "transformer"]
+    return kind, {**config, **changes}
+
+
+FEWER = {
+    "sd1.5": (few("sd1.5", block_out_channels=(320, 640), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")), 256),
+    "sdxl": (few("sdxl", block_out_channels=(320, 640), layers_per_block=1, transformer_layers_per_block=(1, 2), attention_head_dim=(5, 10),
+                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")), 512),
+    "sd3.5-medium": (few("sd3.5-medium", num_layers=2, dual_attention_layers=(0,)), 512), "sd3.5-large": (few("sd3.5-large", num_layers=2), 512),
+    "flux.1-dev": (few("flux.1-dev", num_layers=1, num_single_layers=1), 512),
+    "flux.2-klein-4b": (few("flux.2-klein-4b", num_layers=1, num_single_layers=1), 512), "z-image": (few("z-image", n_layers=2), 512)}
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("name", FEWER)
+def test_every_family_agrees_with_a_step_simulated_here(name, checkpointing):
+    "The whole `Trainer.step` on fake tensors, under PyTorch's own MemTracker, with two pictures"
+    if (checkpointing and name not in ("sdxl", "z-image") or name == "sd3.5-large") and not TRUE_SIZE: pytest.skip("simulated by make true-size")
+    from helpers_memsim import simulated
+    (kind, config), size = FEWER[name]
+    net, factor = _build(kind, config), 8
+    peak, n = step_bytes(net, 2, (size, size), factor, checkpointing=checkpointing)
+    weights = 2 * sum(p.numel() for p in (*net.parameters(), *net.buffers()))
+    found = simulated(kind, config, size, batch=2, checkpointing=checkpointing)
+    assert abs((weights + 4 * 4 * n + peak - 4 * n) / found - 1) < .01
+
+
+@pytest.mark.parametrize("kind", ("fp8", "nf4", "int8"))
+@pytest.mark.parametrize("name", ("sdxl", "sd3.5-large"))
+def test_packed_weights_are_those_that_are_packed(name, kind):
+    "Norms' projections stay in half precision in fp8: 2.5 GiB of SD3.5-Large"
+    part = "unet" if name == "sdxl" else "transformer"
+    settings = dict(resolution=256, gradient_checkpointing=True, allowance=False)
+    row = estimate_memory(name, quantize=kind, **settings).phases["step"][f"weights: {part}"]
+    net = copy.deepcopy(meta_part(name, part)).bfloat16()
+    if kind == "fp8":
+        cast_to_fp8(net, torch.bfloat16)
+        assert row == sum(t.numel() * t.itemsize for t in (*net.parameters(), *net.buffers()))
+    else: assert .25 < row / (2 * count(net)) < .6
+
+
+def test_a_step_in_fp8_keeps_no_wide_weights():
+    "torch's own cast kept them all until the backward pass: more than bf16 would have taken"
+    net = copy.deepcopy(meta_part("sd1.5", "unet"))
+    ask = lambda: _ask(net, 1, (256, 256), 8, 77, torch.bfloat16)
+    peaks = []
+    for pack in (False, True):
+        net.bfloat16() if not pack else cast_to_fp8(net, torch.bfloat16)
+        with torch.device("meta"): worn = inject_lora(net, "attention", rank=4)
+        peaks.append(pass_bytes(ask, True, torch.bfloat16)); worn.remove()
+    wide = 2 * sum(m.weight.numel() for m in fp8_layers(net))
+    assert peaks[1] - peaks[0] < wide / 10, (peaks, wide)
+
+
+def test_what_stays_of_t5():
+    "Its `wo` is left as it is by bitsandbytes: a fifth of T5"
+    of = lambda t5: estimate_memory("sd3-medium", resolution=256, t5=t5, offload="model", gradient_checkpointing=True).phases["prepare"]
+    assert of("8bit")["weights: text_encoder_3"] > 1.2 * count(meta_part("sd3-medium", "text_encoder_3"))
 
 
 def test_a_plan_is_the_first_that_fits_and_quantises_last():
@@ -112,7 +174,8 @@ def test_a_plan_is_the_first_that_fits_and_quantises_last():
     assert plans[-1].settings == dict(batch_size=4, prior_batch=4, accumulate=1) and plans[-1].tried == 1
     assert all(p.memory.total <= p.card * .94 * 2**30 and p.settings["batch_size"] * p.settings["accumulate"] == 4 for p in plans)
     with pytest.raises(LoraError, match="the least is"): plan_that_fits("sd1.5", 1, **few)
-    assert plan_that_fits("sd1.5", 2.2, **few).loading.get("quantize") == "nf4"
+    packed = [plan_that_fits("sd1.5", g, **few).loading.get("quantize") for g in (2.4, 2.2, 2.1)]
+    assert packed[-1] == "nf4" and packed == sorted(packed, key=[None, "fp8", "nf4"].index), packed      # eight bits before four
     with pytest.raises(LoraError): plan_that_fits("sd1.5", 2.2, can_quantize=False, **few)
 
 

@@ -163,6 +163,20 @@ def test_several_parts(kind, folder):
     assert any(packing(m) for m in base.pipe.text_encoder_2.modules()) and base.encode_prompts(["a"])["prompt_embeds"].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", EACH)
+def test_no_kind_keeps_wide_copies_for_the_backward_pass(kind):
+    "fp8 and torchao's kinds did: their layers took three bytes a weight in training, where bf16 takes two"
+    net = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(4)]).to(torch.bfloat16).requires_grad_(False)
+    quantize_network(net, kind, torch.bfloat16)
+    x, kept = torch.randn(2, 256, dtype=torch.bfloat16, requires_grad=True), {}
+    def note(t):
+        if type(t) is torch.Tensor and t.dtype.itemsize > 1 and t.numel() >= 256 * 256: kept[t.data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): y = net(x)
+    y.float().square().sum().backward()
+    assert not kept and x.grad.isfinite().all() and x.grad.abs().max() > 0
+
+
 def test_gradients_beside_fp8_cast_layer_by_layer():
     "Always run: no package is needed"
     base, same = as_base(random_pipe("flux")), as_base(random_pipe("flux"))
