@@ -10,7 +10,7 @@ __all__ = ['PRIORS', 'PriorKind', 'Prior', 'trigger_of', 'class_pictures', 'clas
            'train_dreambooth']
 
 # %% ../nbs/63_dreambooth.ipynb #d1206280
-import itertools, json, re, warnings
+import functools, itertools, json, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -124,11 +124,13 @@ def swapped(
 ) -> str:
     "A caption of the subject as one of its class"
     whole = lambda words: rf"(?<!\w){re.escape(words)}(?!\w)"
-    text = re.sub(whole(trigger), lambda m: noun, caption, flags=re.I) if trigger else caption
-    for rare in [w for w in trigger.split() if w.lower() not in noun.lower().split()]:
-        text = re.sub(rf"{whole(rare)}\s+(?={whole(noun)})", "", text, flags=re.I)
-        text = re.sub(rf"{whole(rare)}(?=\s+{re.escape(noun)}(?:e?s)?(?!\w)|-{re.escape(noun)})[\s-]+", "", text, flags=re.I)
-        text = re.sub(whole(rare), lambda m: noun, text, flags=re.I)
+    ahead = rf"(?=\s+{re.escape(noun)}(?:e?s)?(?!\w)|-{re.escape(noun)})[\s-]+"             # the noun is there already
+    drop = lambda rare, text: re.sub(whole(rare) + ahead, "", text, flags=re.I)
+    rares = [w for w in trigger.split() if w.lower() not in noun.lower().split()]
+    early = [] if trigger.lower().endswith(noun.lower()) else rares                    # the trigger has no noun of its own
+    text = functools.reduce(lambda text, rare: drop(rare, text), early, caption)
+    if trigger: text = re.sub(whole(trigger), lambda m: noun, text, flags=re.I)
+    for rare in rares: text = re.sub(whole(rare), lambda m: noun, drop(rare, text), flags=re.I)
     return text
 
 # %% ../nbs/63_dreambooth.ipynb #a73346df

@@ -213,6 +213,8 @@ def drawn_now(
     text, no, tags = read_prompts(a)
     worn, mode, first = worn_as(a.lora + tags, a.pretrained_model_name_or_path), a.together or "sum", a.seed or 0
     plan = together({f: parse_schedule(x.schedule) for f, x in worn.items()}, mode)
+    if a.together and len(worn) < 2:
+        raise UsageError(f"--together {mode} has no effect with {len(worn) or 'no'} LoRA: name at least two by --lora.")
     base = base_of(writable(out) and a)
     how, seeds = drawing(a, base, plan), [first + i for i in range(a.num_images or 4)]
     full = {**base.sampling, "size": (base.resolution,) * 2, **{k: v for k, v in how.items() if v is not None}}

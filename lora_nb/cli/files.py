@@ -9,7 +9,7 @@ __all__ = ['PPIM_FLAGS', 'CAPTION_FLAGS', 'PICTURE_FLAGS', 'CHECK_FLAGS', 'PPIM'
            'CONVERT', 'ADD', 'WEIGHT', 'SIZE_FLAGS', 'RESIZE', 'DISTILL', 'MEMORY', 'ppim_settings', 'lora_ppim',
            'lora_info', 'pipe_of', 'as_flags', 'flag_words', 'check_lora_output', 'lora_convert', 'weighted',
            'mix_files', 'check_sum', 'add_command', 'size_of', 'lora_resize', 'lora_distill', 'card_plans',
-           'plan_flags', 'lora_memory']
+           'lora_memory']
 
 # %% ../../nbs/87_cli_files.ipynb #7c1415dd
 import argparse, contextlib, re
@@ -371,17 +371,10 @@ def card_plans(
                                           resolution=a.resolution, t5=dict(keep=True, drop=False).get(a.t5, "8bit"))
         except LoraError as e: plans[card] = str(e)
     fits = lambda p: not isinstance(p, str)
-    rows = [[f"{c:g} GiB", *((f"{p.memory.total / 2**30:.1f}", " ".join(plan_flags(p))) if fits(p) else ("", p))] for c, p in plans.items()]
+    rows = [[f"{c:g} GiB", *((f"{p.memory.total / 2**30:.1f}", " ".join(p.flags)) if fits(p) else ("", p))] for c, p in plans.items()]
     report(a, "\n".join([text_table(["card", "GiB", "flags of a training"], rows), "", "Computed from shapes, not measured on a card."]),
            base=a.base, cards=[dict(card=c, **(dict(error=p) if isinstance(p, str) else dict(
-               settings=p.settings, bytes=p.memory.total, flags=plan_flags(p)))) for c, p in plans.items()])
-
-def plan_flags(plan: Any) -> list[str]:
-    "The settings of a plan as flags of a training."
-    names = dict(batch_size="train_batch_size", accumulate="gradient_accumulation_steps")
-    t5 = {True: [], False: ["--t5 drop"]}.get(kept := plan.settings.get("t5", True), [f"--t5 {kept}"])
-    said = {k: v for k, v in plan.settings.items() if v and k not in ("prior_batch", "t5") and (k, v) != ("accumulate", 1)}
-    return [f"--{names.get(k, k)}" + ("" if v is True else f" {v}") for k, v in said.items()] + t5
+               settings=p.settings, bytes=p.memory.total, flags=p.flags))) for c, p in plans.items()])
 
 # %% ../../nbs/87_cli_files.ipynb #a8500004
 @command(MEMORY, examples=["lora_memory sdxl --gradient_checkpointing", "lora_memory sd3.5-medium --task generate",

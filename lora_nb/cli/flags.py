@@ -10,9 +10,10 @@ __all__ = ['REQUIRED', 'JSON', 'CONFIG', 'COMMANDS', 'BASE_NAMES', 'QUANTIZE_NAM
            'shown_default', 'help_of', 'add_flag', 'given', 'sets_instead', 'Old', 'OldFlag', 'old_help',
            'asks_for_the_same', 'values_of', 'range_of', 'help_line', 'entry', 'text_table', 'folded', 'help_text',
            'Shown', 'config_words', 'config_path', 'words_of', 'check_texts', 'Command', 'complete', 'plain_errors',
-           'plain_warnings', 'stop_if_ours', 'command', 'flag_table', 'check_base_name', 'check_lora', 'check_exists',
-           'bundled', 'check_lora_file', 'lora_file', 'quiet_libraries', 'available_device', 'open_base', 'base_of',
-           'writable', 'folder_of', 'check_file', 'layer_rates', 'check_targets', 'check_name', 'check_encoders']
+           'plain_warnings', 'stop_if_ours', 'command', 'flag_table', 'packing_words', 'check_base_name', 'check_lora',
+           'check_exists', 'bundled', 'check_lora_file', 'lora_file', 'quiet_libraries', 'available_device',
+           'open_base', 'base_of', 'writable', 'folder_of', 'check_file', 'layer_rates', 'check_targets', 'check_name',
+           'check_encoders']
 
 # %% ../../nbs/83_cli_flags.ipynb #dc8c994d
 import argparse, contextlib, difflib, importlib.util, io, json, math, os, re, shutil, sys, textwrap
@@ -489,6 +490,15 @@ BASE_NAMES = ("tiny-sd", "tiny-sd3", "sd1.5", "sdxl", "sd3-medium", "sd3.5-large
               "z-image", "z-image-turbo")
 QUANTIZE_NAMES = ("nf4", "fp4", "int8", "int8-torchao", "fp8-torchao", "int4", "quanto", "fp8")
 
+def packing_words(text: str) -> str:  # a kind for what draws, or part=kind with commas
+    "The same, if it names kinds of packing that there are."
+    parts = dict(p.partition("=")[::2] for p in text.split(",")) if "=" in text else {"": text}
+    for kind in parts.values():
+        if kind not in QUANTIZE_NAMES:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(QUANTIZE_NAMES)}, or parts such as transformer=nf4,text_encoder=nf4; "
+                                             f"found {kind!r}.{meant(kind, QUANTIZE_NAMES)}")
+    return text
+
 def check_base_name(name: str):
     "Refuse a base that is neither a known name, nor there, nor a hub id."
     if name in BASE_NAMES or Path(name).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in ".": return
@@ -536,8 +546,11 @@ BASE_FLAGS = [
     Flag("pretrained_model_name_or_path", str, "tiny-sd", "the base: an embedded one, a folder, a single file, or a hub id",
          check=check_base_name),
     Flag("t5", ("keep", "drop", "8bit"), "keep", "SD3: what to do with the third text encoder"),
-    Flag("quantize", QUANTIZE_NAMES, None, "pack the frozen weights that draw into 4 or 8 bits: far less memory, a little less exact"),
+    Flag("quantize", packing_words, None, "pack frozen weights: far less memory, a little less exact. "
+         f"{', '.join(QUANTIZE_NAMES)} for what draws, or parts: transformer=nf4,text_encoder=nf4"),
     Flag("offload", ("model", "sequential"), None, "keep networks, or layers, in main memory until they are needed (CUDA)"),
+    Flag("compile", None, False, "compile the blocks of the network that draws: the first step is slow, the others faster"),
+    Flag("attention_backend", str, None, "whose attention to use, as diffusers names it: flash, sage, xformers; without it, PyTorch's"),
     Flag("device", str, None, "cuda, mps or cpu; without it, the best there is"),
 ]
 
@@ -571,16 +584,19 @@ def open_base(
     offload: Literal["model", "sequential"] | None = None,   # what waits in main memory
     config: str | None = None,                        # for single files: a folder with the configs of their architecture
     quantize: str | None = None,                      # one of `QUANTIZE_NAMES`
+    compile: bool = False,                            # compile the denoiser's blocks
+    attention_backend: str | None = None,             # as diffusers names it
 ) -> "Base":
     "Load a base quietly."
     from lora_nb.loading import load_base
     quiet_libraries()
     return load_base(source, available_device(device), config=config, t5="8bit" if t5 == "8bit" else t5 == "keep",
-                     offload=offload or False, quantize=quantize)
+                     offload=offload or False, quantize=quantize, compile=compile, attention_backend=attention_backend)
 
 def base_of(a: argparse.Namespace) -> "Base":
     "The base that `BASE_FLAGS` name."
-    return open_base(a.pretrained_model_name_or_path, a.device, a.t5, a.offload, quantize=a.quantize)
+    return open_base(a.pretrained_model_name_or_path, a.device, a.t5, a.offload, quantize=a.quantize, compile=a.compile,
+                     attention_backend=a.attention_backend)
 
 def writable(folder: str | Path) -> Path:
     "Make a folder and prove that it can be written, before any work is done."
