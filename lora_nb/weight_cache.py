@@ -8,7 +8,7 @@ Docs: https://lora-nb.github.io/lora_nb/weight_cache.html.md"""
 __all__ = ['WeightCache', 'cache_budget', 'weight_sum']
 
 # %% ../nbs/49_weight_cache.ipynb #c654e671
-import math, os
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -80,10 +80,9 @@ def weight_sum(
     data = t.contiguous().flatten().view(torch.uint8)
     if data.storage_offset() % 8: data = data.clone()                                   # a view into another tensor
     words = data[:len(data) // 8 * 8].view(torch.int64)
-    side = min(64, math.isqrt(len(words))) or 1
-    n = len(words) // side
-    odd, square = _odd(n, t.device), words[:n * side]
-    total = (square.view(n, side).sum(1) * odd + square.view(side, n).sum(0) * (odd << 1)).sum()
-    if len(data) == square.nbytes: return total
-    rest = torch.cat([words[n * side:], data[len(words) * 8:].long()])
-    return total + (rest * _odd(len(rest), t.device)).sum()
+    n = max(len(words) // 64, 63) | 1                        # odd: rows of a matrix that change places come into other columns
+    side, odd = len(words) // n, _odd(2 * n + 8, t.device)
+    total = (words[:side * n].view(side, n).sum(0) * odd[:n]).sum()
+    if len(data) == side * n * 8: return total
+    rest = torch.cat([words[side * n:], data[len(words) * 8:].long()])
+    return total + (rest * odd[n:n + len(rest)]).sum()
