@@ -93,6 +93,7 @@ def page_jpeg(
     small.thumbnail((most, most)); small.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
 
+# %% ../../nbs/77b_studio_extras.ipynb #200631d1
 class PngPage:
     "A picture, what it says of itself, and where it can be sent."
     def __init__(self,
@@ -115,6 +116,7 @@ def say(self, text: object, error: bool = False):
     "Show a line of text on the tab."
     self.words.value = note_html(text, error)
 
+# %% ../../nbs/77b_studio_extras.ipynb #0d6e665a
 @patch_to(PngPage)
 def take(self, message: dict):
     "Look at a picture from the page."
@@ -159,6 +161,7 @@ def enlarge_file(
     with atomic_path(path) as tmp: image.save(tmp, "PNG", pnginfo=info)
     return path
 
+# %% ../../nbs/77b_studio_extras.ipynb #fc78f6ac
 class Extras:
     "Pictures of any origin, made larger."
     def __init__(self,
@@ -182,6 +185,7 @@ def say(self, text: object, error: bool = False):
     "Show a line of text on the tab."
     self.words.value = note_html(text, error)
 
+# %% ../../nbs/77b_studio_extras.ipynb #91c41982
 @patch_to(Extras)
 def take(self, message: dict):
     "Take pictures from the page."
