@@ -17,6 +17,7 @@ import torch
 
 # %% ../nbs/55_stopping.ipynb #dc957454
 from .log import TrainingLog
+from .states import saved_states
 
 # %% ../nbs/55_stopping.ipynb #2006c9e6
 def worse(
@@ -56,7 +57,7 @@ def superfluous(
     levels: list[tuple[int, float]],  # (step, loss on fixed samples): the guard's looks so far
 ) -> list[Path]:
     "Checkpoints that may go: neither the newest ones nor the one from before the best look, which `rise` would name"
-    paths = sorted(Path(folder).glob("step-*.pt"))
+    paths = saved_states(folder)
     best = min(((v, at) for at, v in levels if math.isfinite(v)), default=(0, -1))[1]
     before = [p for p in paths if int(p.stem[5:]) <= best][-1:]
     return [p for p in paths[:-keep or None] if p not in before]

@@ -196,3 +196,14 @@ def test_wordings_tell_runs_apart(base):
 
 
 def drop(caption, rng): return ""
+
+
+def test_files_that_only_look_like_checkpoints(tmp_path):
+    "`step-abc.pt` ended a run with a ValueError; the millionth step is newer than the one before; a folder is no checkpoint"
+    from lora_nb.states import saved_states
+    from lora_nb.stopping import superfluous
+    names = ["step-000002.pt", "step-999999.pt", "step-1000000.pt"]
+    for n in (*names, "step-abc.pt", "step-.pt", "step-\u00b2.pt"): (tmp_path / n).write_bytes(b"")
+    (tmp_path / "step-000009.pt").mkdir()
+    assert [p.name for p in saved_states(tmp_path)] == names and saved_states(tmp_path / "none") == []
+    assert [p.name for p in superfluous(tmp_path, 2, [])] == names[:1]
