@@ -3,7 +3,7 @@
     python tools/bench_gpu.py            the true shapes, random weights in bf16; writes nbs/benchmarks/03_gpu.json, .md
     python tools/bench_gpu.py --tiny     the same program on small shapes, on any device: its test
     python tools/bench_gpu.py --models medium --batches 1 4 --rounds 3
-    python tools/bench_gpu.py --check    at most ten minutes (`make gpu-check`): one picture, few steps, memory beside its estimate
+    python tools/bench_gpu.py --check    at most ten minutes (`make gpu-check`): few steps of one picture; rows that do not fit are named
 
 Both sides train the same transformer in the same process, in turns. No weights are loaded: time and memory do not
 depend on their values.
@@ -65,6 +65,29 @@ def matmul_rate(device, dtype, n):
     for _ in range(12):
         start = now(device); a @ b; times.append(now(device) - start)
     return 2 * n**3 / median(times[2:])
+
+
+class Budget:
+    "Seconds that a run may take: a row that is expected to need more than what is left is left out, and says so"
+    def __init__(self, seconds=None, clock=time.perf_counter): self.seconds, self.clock, self.start = seconds, clock, clock()
+    @property
+    def left(self): return float("inf") if self.seconds is None else self.seconds - (self.clock() - self.start)
+    def refuses(self, expected):
+        "Why a row of these seconds is left out; empty where there is time"
+        return "" if expected <= self.left else f"left out: about {expected:.0f} s, and {max(0, self.left):.0f} s are left"
+
+
+EFFICIENCY = .25           # share of the matrix rate that a careful guess expects of a step; cards reach more
+SETUP = 8                  # seconds around a row: adapters, warm caches, freeing memory
+KINDS = {"load": 45, "encode a picture": 10, "encode a caption": 5, "draw, 20 steps": 40, "step, checkpointing": 30, "step": 25,
+         "step, compiled": 150, "draw, 20 steps, offload": 90, "step, nf4, checkpointing": 90, "step, fp8, checkpointing": 60}    # of SDXL
+SIZE = {"sd1.5": .4, "sdxl": 1., "sd3.5-medium": 1.3, "sd3.5-large": 3., "flux.1-dev": 4., "z-image": 2.5}       # times that of SDXL
+
+
+def expected_steps(args, batch, checkpointing, work, rate):
+    "Seconds that a row of both sides should take at most"
+    steps = args.rounds * len(SIDES) * (args.steps + 2)
+    return SETUP * args.rounds + steps * batch * work * (4 / 3 if checkpointing else 1) / (rate * EFFICIENCY)
 
 
 def now(device):
@@ -169,13 +192,16 @@ def operations(config):
     return count.get_total_flops()
 
 
-def rows_of(name, args, device, dtype, rate):
+def rows_of(name, args, device, dtype, rate, budget):
     "All rows of one model"
     config = shape_of(name, args.tiny)
-    net, work = transformer(config, device, dtype), operations(config)
+    net, work = None, operations(config)
     tokens = (config["sample_size"] // config["patch_size"])**2 + TEXT
     for batch in args.batches:
         for checkpointing in (True, False):
+            if why := budget.refuses(expected_steps(args, batch, checkpointing, work, rate)):
+                yield dict(model=name, batch=batch, checkpointing=checkpointing, side="both", error=why); continue
+            if net is None: net = transformer(config, device, dtype)
             found = {side: [] for side in SIDES}
             for _ in range(args.rounds):                          # in turns, so that both meet the same weather
                 for side, make in SIDES.items():
@@ -238,35 +264,52 @@ def steps_of(base, checkpointing):
 
 
 def works(name, args, device):
-    "(what, work, how to undo it): each kind of work of one pipeline, one after the other"
+    "(what, how to set it up): each kind of work of one pipeline; setting up returns (work, how to undo it)"
     from lora_nb.loading import compile_denoiser
     from lora_nb.quantize import quantize_parts
-    base = whole(name, args.tiny); base.pipe.to(device)
-    size, nothing = base.resolution, lambda: None
-    pixels = torch.zeros(1, 3, size, size, device=device)
-    draw = lambda: base.generate("a sks toy", seeds=[0], size=size, steps=2 if args.tiny else 20)
-    yield "encode a picture", lambda: base.encode_images(pixels), nothing
-    yield "encode a caption", lambda: base.encode_prompts(["a sks toy"]), nothing
-    yield "draw, 20 steps", draw, nothing
-    yield "step, checkpointing", *steps_of(base, True)
-    yield "step", *steps_of(base, False)
-    compile_denoiser(base, **(dict(backend="eager") if args.tiny else {}))
-    yield "step, compiled", *steps_of(base, False)
-    if device.type == "cuda":
-        base = None; base = whole(name, args.tiny); base.pipe.enable_model_cpu_offload(device=device)
-        yield "draw, 20 steps, offload", lambda: base.generate("a sks toy", seeds=[0], size=size, steps=20), nothing
-    base = None; base = whole(name, args.tiny)
-    quantize_parts(base.pipe, {base.denoiser_name: (kind := "fp8" if args.tiny else "nf4")}, base.dtype, {})
-    base.pipe.to(device)
-    yield f"step, {kind}, checkpointing", *steps_of(base, True)
+    held, nothing, kind = {}, lambda: None, "fp8" if args.tiny else "nf4"
+    def fresh(place=True):
+        held.clear(); gc.collect(); held["base"] = base = whole(name, args.tiny)
+        if place: base.pipe.to(device)
+        return base
+    base = lambda: held.get("base") or fresh()
+    size = lambda: base().resolution
+    draw = lambda: base().generate("a sks toy", seeds=[0], size=size(), steps=2 if args.tiny else 20)
+    def encode_picture():
+        pixels = torch.zeros(1, 3, size(), size(), device=device)
+        return lambda: base().encode_images(pixels), nothing
+    def compiled():
+        compile_denoiser(base(), **(dict(backend="eager") if args.tiny else {}))
+        return steps_of(base(), False)
+    def offloaded(): fresh(False).pipe.enable_model_cpu_offload(device=device); return draw, nothing
+    def packed():
+        b = fresh(False); quantize_parts(b.pipe, {b.denoiser_name: kind}, b.dtype, {}); b.pipe.to(device)
+        return steps_of(b, True)
+    yield "encode a picture", encode_picture
+    yield "encode a caption", lambda: (lambda: base().encode_prompts(["a sks toy"]), nothing)
+    yield "draw, 20 steps", lambda: (draw, nothing)
+    yield "step, checkpointing", lambda: steps_of(base(), True)
+    yield "step", lambda: steps_of(base(), False)
+    yield "step, compiled", compiled
+    if device.type == "cuda": yield "draw, 20 steps, offload", offloaded
+    yield f"step, {kind}, checkpointing", packed
 
 
-def pipeline_rows(name, args, device):
-    "Seconds and peak of each kind of work; a kind that fails says so and the others go on"
-    for what, work, undo in works(name, args, device):
-        row = dict(pipeline=name, work=what)
+def expected_work(name, what, loaded, tiny):
+    "Seconds that a kind of work should take at most, with loading where it is due"
+    load = 0 if loaded and not any(w in what for w in ("offload", "nf4", "fp8")) else KINDS["load"]
+    return 0 if tiny else SIZE[name] * (KINDS[what] + load)
+
+
+def pipeline_rows(name, args, device, budget):
+    "Seconds and peak of each kind of work; a kind that fails, or is left out, says so and the others go on"
+    loaded = False
+    for what, setup in works(name, args, device):
+        row, undo = dict(pipeline=name, work=what), lambda: None
+        if why := budget.refuses(expected_work(name, what, loaded, args.tiny)): yield {**row, "error": why}; continue
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         try:
+            work, undo = setup(); loaded = True
             work()                                                # warms up; compiles
             times = []
             for _ in range(args.steps): start = now(device); work(); times.append(now(device) - start)
@@ -274,7 +317,7 @@ def pipeline_rows(name, args, device):
         except torch.OutOfMemoryError: row |= dict(error="out of memory")
         except Exception as e: row |= dict(error=f"{type(e).__name__}: {str(e)[:120]}")
         finally: undo()
-        work = undo = None; gc.collect()                          # the next kind may load the pipeline again
+        work = undo = setup = None; gc.collect()                  # the next kind may load the pipeline again
         if device.type == "cuda": torch.cuda.empty_cache()
         yield row
 
@@ -318,13 +361,15 @@ def parser():
                    help="whole pipelines: encoding, drawing, nf4, compiled, offload; default sdxl (tiny: none)")
     p.add_argument("--steps", type=int, default=None, help="measured steps in a round, after two others; default 6")
     p.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    p.add_argument("--seconds", type=float, default=None, help="rows that would not fit are left out and named; default 600 with --check")
     p.add_argument("--output", default=None, help="folder of 03_gpu.json and .md; default nbs/benchmarks (tiny: none)")
     return p
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    if args.check: args.rounds, args.steps = 1, args.steps or 4
+    if args.check: args.rounds, args.steps, args.seconds = 1, args.steps or 4, args.seconds or 600
+    budget = Budget(args.seconds)
     args.batches = args.batches or ([1] if args.check else [1, 2] if args.tiny else [1, 2, 4])
     args.steps = args.steps or (1 if args.tiny else 6)
     if not args.tiny and not torch.cuda.is_available():
@@ -341,7 +386,8 @@ def main(argv=None):
                  parameters={n: c[0] for n, c in counted.items()}, lora={n: c[1] for n, c in counted.items()})
     rows, out = [], args.output or (None if args.tiny else KEPT)
     pipelines = ([] if args.tiny else ["sdxl"]) if args.pipelines is None else args.pipelines
-    for found in (*(rows_of(m, args, device, dtype, rate) for m in args.models), *(pipeline_rows(p, args, device) for p in pipelines)):
+    for found in (*(rows_of(m, args, device, dtype, rate, budget) for m in args.models),
+                  *(pipeline_rows(p, args, device, budget) for p in pipelines)):
         for row in found:
             rows.append(row); print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if out: save(out, rows, about)                         # what is measured stays, whatever comes next
