@@ -30,6 +30,7 @@ from .dataset import StartReport, cut_captions, start_report
 from .log import TrainingLog, joined
 from .recipe import Recipe, learning_encoders, setting
 from .recipe_file import write_recipe
+from .states import saved_states
 from .stopping import RunStopped
 from .optimizers import optimizer_class
 from .tracking import newest_row, open_trackers, tracker_names
@@ -386,7 +387,7 @@ def fit(self,
             self.trackers = open_trackers(self.options.report_to, self.dir/"logs", self.recipe)
         for i, make in enumerate(phases.values()):
             self.trainer, self.told = make(), 0
-            begun = i == 0 or self.dir is not None and any(self.trainer.dir.glob("checkpoints/step-*.pt"))
+            begun = i == 0 or self.dir is not None and saved_states(self.trainer.dir/"checkpoints")
             self.logs.append(self.trainer.fit(resume and begun))
             if self.trainer.done < self.trainer.recipe.steps: break      # a callback said stop
         self.log = self.logs[0] if len(self.logs) == 1 else joined(self.logs, list(phases))

@@ -19,6 +19,7 @@ from .dataset import StartReport, cut_captions, start_report
 from .log import TrainingLog, joined
 from .recipe import Recipe, learning_encoders, setting
 from .recipe_file import write_recipe
+from .states import saved_states
 from .stopping import RunStopped
 from .optimizers import optimizer_class
 from .tracking import newest_row, open_trackers, tracker_names
