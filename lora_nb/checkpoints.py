@@ -25,7 +25,8 @@ from .lora import Lora
 from .injection import apply_lora, remove_lora
 from .kohya import CLIPS
 from .formats import is_lora_file
-from .worn import adapters, check_here, foreign_adapters
+from .stored import check_here
+from .worn import adapters, foreign_adapters
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from lora_nb.bases import Base

@@ -26,7 +26,8 @@ from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
 from .lora import Factors, Lora, as_lora
-from .worn import Wearer, check_here, foreign_adapters, places, resolve_components
+from .stored import check_here
+from .worn import Wearer, foreign_adapters, places, resolve_components
 from .injection import find_targets
 
 # %% ../nbs/36_extraction.ipynb #476648c7

@@ -26,7 +26,8 @@ from .core import FormatError, ShapeError, TargetError, some, working_dtype
 from .kinds import KIND_PARTS, factor_bias, kernel_of, read_change, vera_factors, with_magnitude
 from .lora import PAIR_LIMIT, Factors, Lora
 from .names import COMPONENTS
-from .worn import foreign_adapters, original_weight, places, resolve_components, root_module
+from .stored import root_module
+from .worn import foreign_adapters, original_weight, places, resolve_components
 
 if TYPE_CHECKING:
     from lora_nb.worn import Wearer

@@ -24,9 +24,9 @@ from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
 from .quantized import packing
-from .worn import (Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked,
-                          original_weight, overwritten, places, resolve_components, root_module, store_weight, stored_weight,
-                          summed_weight, was_overwritten, worn_state)
+from .stored import check_stores, root_module, store_weight, stored_weight
+from .worn import (Wearer, adapters, branches, changing, foreign_adapters, layer_factors, locked, original_weight,
+                          overwritten, places, resolve_components, summed_weight, was_overwritten, worn_state)
 from .injection import apply_lora, place_lora, remove_lora, set_scale
 from .schedule import Clock, LoraComposite, LoraSchedule, Moment, RankMask, as_plan, as_schedule, rank_at
 from .weight_cache import WeightCache, cache_budget, weight_sum
@@ -154,8 +154,7 @@ class Scheduled:
         self.undo, self.hooks = [], []                  # what leaving calls, from the end; handles of hooks
         self.left: dict[str, None] = {}                 # weights that other code has written over
         self.fresh: set[str] = set()                    # weights that other code merged into since the last step
-        self.gone = False                               # did the context end?
-        self.room: torch.Tensor | None = None           # for one weight in single precision
+        self.gone, self.room = False, None              # did the context end? A tensor for one weight in single precision
 
     names = property(lambda self: [l.name for l in self.loras])
     def __repr__(self): return f"Scheduled({', '.join(self.names)} on {len(self.sites)} layers of {self.component}; {self.stats})"

@@ -18,7 +18,8 @@ from torch import nn
 
 from .core import DataError, ShapeError, TargetError
 from .lora import Lora
-from .worn import changing, check_groups, wears
+from .stored import check_groups
+from .worn import changing, wears
 
 if TYPE_CHECKING:
     from lora_nb.worn import Wearer

@@ -33,7 +33,7 @@ class _Lines:
     def __exit__(self, *error): sys.settrace(self.was)
 
 
-FILES = ("worn.py", "injection.py", "vocabulary.py", "layers.py", "checkpoints.py")
+FILES = ("stored.py", "worn.py", "injection.py", "vocabulary.py", "layers.py", "checkpoints.py")
 MODES = {"lines": lambda k: _Lines(k, FILES), "calls": lambda k: _Calls(k, False), "after calls": lambda k: _Calls(k, True)}
 
 def injections(kind, act, reset, step=1, first=1):

@@ -346,7 +346,8 @@ def test_hires_fix_variation_and_clip_skip_in_the_panel_replay(studio, tmp_path)
     steps = []; Easel(studio.base).draw(s, lambda i, look: steps.append((i, look().size)))            # previews of both drawings
     assert steps == [(1, (64, 64)), (2, (64, 64)), (3, (96, 96)), (4, (96, 96))] and s.denoising_steps == 4
     assert studio.now.image.size == (96, 96) and (s.enlarge, s.enlarge_steps, s.subseed, s.clip_skip) == ("redraw", 4, 8, 2)
-    for name in ("Hires upscale: 1.5", "Hires steps: 4", "Denoising strength: 0.5", "Variation seed: 8", "Variation seed strength: 0.3", "Clip skip: 2"):
+    for name in ("Hires upscale: 1.5", "Hires steps: 4", "Denoising strength: 0.5", "Variation seed: 8", "Variation seed strength: 0.3",
+                 "Clip skip: 2"):
         assert name in text, text
     w.enlarge.value, w.subshare.value, w.clip.value = "", 0, 1; assert studio.settings == Settings(*[getattr(studio.settings, f) for f in (
         "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "loras", "method", "compare", "over", "base")], notation=True)
@@ -356,7 +357,8 @@ def test_hires_fix_variation_and_clip_skip_in_the_panel_replay(studio, tmp_path)
 def test_a_style_and_wildcards_are_in_the_picture_as_words(studio, tmp_path):
     (tmp_path / "wildcards").mkdir(); (tmp_path / "wildcards" / "colours.txt").write_text("red\nblue\n")
     studio.styles.name.value, studio.prompt.value, studio.negative.value = "ink", "{prompt}, in ink", "green"; studio.styles.keep.click()
-    studio.prompt.value, studio.negative.value, studio.styles.style.value, studio.ways.count.value = "a {cat|dog} on a __colours__ background", "", "ink", 4
+    studio.prompt.value, studio.negative.value = "a {cat|dog} on a __colours__ background", ""
+    studio.styles.style.value, studio.ways.count.value = "ink", 4
     studio.go.click()
     prompts = [e.settings.prompt for e in studio.gallery]
     assert all(re.fullmatch("a (cat|dog) on a (red|blue) background, in ink", p) for p in prompts) and len(set(prompts)) > 1, prompts
@@ -364,7 +366,8 @@ def test_a_style_and_wildcards_are_in_the_picture_as_words(studio, tmp_path):
     s, _ = replays(studio, tmp_path)
     assert s.prompt == prompts[-1]
     studio.recall(0); assert studio.prompt.value == prompts[0] and studio.styles.style.value == "" and studio.negative.value == "green"
-    studio.prompt.value = "a __colors__ cat"; studio.go.click(); assert "Did you mean 'colours'" in plain(studio.words) and len(studio.gallery) == 4
+    studio.prompt.value = "a __colors__ cat"; studio.go.click()
+    assert "Did you mean 'colours'" in plain(studio.words) and len(studio.gallery) == 4
 
 
 def test_outpainting_in_the_panel_replays(studio, tmp_path):
@@ -391,14 +394,16 @@ def test_a_folder_is_drawn_over(studio, tmp_path):
 
 def test_png_info_reads_another_programs_picture_and_extras_enlarges_it(studio, tmp_path):
     from PIL.PngImagePlugin import PngInfo
-    info = PngInfo(); info.add_text("parameters", "a dog\nNegative prompt: red\nSteps: 3, Sampler: Euler a, CFG scale: 5, Seed: 77, Size: 64x64, Clip skip: 2")
+    info = PngInfo()
+    info.add_text("parameters", "a dog\nNegative prompt: red\nSteps: 3, Sampler: Euler a, CFG scale: 5, Seed: 77, Size: 64x64, Clip skip: 2")
     buffer = io.BytesIO(); Image.new("RGB", (64, 64), "navy").save(buffer, "PNG", pnginfo=info)
     studio.info.drop.wire.value = json.dumps(sent(("theirs.png", buffer.getvalue())))
     assert "Sampler: Euler a" in plain(studio.info.words) and "Steps: 3" in plain(studio.info.text)
     studio.info.draw.click(); s = studio.settings
     assert (s.prompt, s.negative_prompt, s.seed, s.steps, s.clip_skip) == ("a dog", "red", 77, 3, 2)
     studio.info.over.click(); assert studio.redraw.mode.value == "img2img"
-    studio.info.drop.wire.value = json.dumps(sent(("plain.png", png()))); assert "no settings" in plain(studio.info.words) and studio.info.draw.disabled
+    studio.info.drop.wire.value = json.dumps(sent(("plain.png", png())))
+    assert "no settings" in plain(studio.info.words) and studio.info.draw.disabled
     studio.extras.go.click(); assert "there is no picture" in plain(studio.extras.words)
     studio.extras.drop.wire.value = json.dumps(sent(("theirs.png", buffer.getvalue()))); studio.extras.by.value = 3; studio.extras.go.click()
     with Image.open(tmp_path / "extras" / "theirs-2.png") as im: assert im.size == (192, 192) and "Steps: 3" in im.info["parameters"]

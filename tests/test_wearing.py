@@ -20,7 +20,8 @@ from lora_nb.mixing import Mixture
 from lora_nb.random_pipes import random_pipe
 from lora_nb.schedule import LoraSchedule
 from lora_nb.scheduling import scheduled
-from lora_nb.worn import adapters, group_of, places, plain_modules
+from lora_nb.stored import group_of, plain_modules
+from lora_nb.worn import adapters, places
 
 
 def answer(unet):

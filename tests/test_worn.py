@@ -5,8 +5,9 @@ from torch import nn
 
 from lora_nb.layers import LoraInjectedLinear
 from lora_nb.lora import Factors
+from lora_nb.stored import root_module, stack_of
 from lora_nb.worn import (branch_index, branches, component_of, detach_branches, layer_factors, original_weight, places,
-                          resolve_components, root_module, stack_of, summed_weight)
+                          resolve_components, summed_weight)
 
 
 class Box(nn.Module): pass

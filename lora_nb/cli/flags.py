@@ -412,8 +412,7 @@ class Command:
         a = p.parse_args([*more, *words])
         a.recipe = recipe
         for f in (f for flags in self.groups.values() for f in flags if f.check):
-            value = getattr(a, f.name)
-            for v in value if f.many else [] if value is None else [value]: f.check(v)
+            for v in getattr(a, f.name) if f.many else {getattr(a, f.name)} - {None}: f.check(v)
         check_texts(a)
         return a
     def __call__(self, argv: Sequence[object] | None = None) -> None:

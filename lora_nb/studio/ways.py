@@ -84,7 +84,8 @@ class Ways:
         row = lambda **ws: boxed([labelled(k.replace("_", " "), w) for k, w in ws.items()], "ls-row", row=True)
         self.panel = boxed([row(Sampler=self.sampler, Batch_count=self.count, Clip_skip=self.clip),
                             row(Variation_seed=self.subseed, Variation_strength=self.subshare)], "ls-fields")
-        self.hires = boxed([row(Upscaler=self.enlarge, Upscale_by=self.by), row(Denoising_strength=self.again, Hires_steps=self.more)], "ls-fields")
+        self.hires = boxed([row(Upscaler=self.enlarge, Upscale_by=self.by),
+                            row(Denoising_strength=self.again, Hires_steps=self.more)], "ls-fields")
         self.suit(base)
         for w in (self.sampler, self.clip, self.subseed, self.subshare, self.enlarge, self.by, self.again, self.more):
             w.observe(lambda _: changed(), "value")
