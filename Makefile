@@ -25,7 +25,7 @@ QUIET := LORA_NB_QUIET=1 HF_HUB_OFFLINE=1
 COLAB ?= $(CURDIR)/.venv-colab
 
 # what depends on the versions of torch, diffusers, transformers and peft: layers, files, families, one training of each kind
-CORE := nbs/0 nbs/1 nbs/2 nbs/3 63_dreambooth 64_textual_inversion 65_pti 66_sd3 50_scheduling tests/test_ editable
+CORE := nbs/0 nbs/1 nbs/2 nbs/3 64_dreambooth 65_textual_inversion 66_pti 67_sd3 51_scheduling tests/test_ editable
 
 .PHONY: demo test test-versions test-browser test-colab release-check bench bench-gpu gpu-check true-size results turbo quality base base3 live docs readme picture export clean
 

@@ -299,6 +299,7 @@ from . import show as show
 from . import similarity as similarity
 from . import states as states
 from . import stopping as stopping
+from . import stored as stored
 from . import studio as studio
 from . import textual_inversion as textual_inversion
 from . import tracking as tracking

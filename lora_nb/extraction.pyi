@@ -10,7 +10,8 @@ from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
 from .lora import Factors, Lora, as_lora
-from .worn import Wearer, check_here, foreign_adapters, places, resolve_components
+from .stored import check_here
+from .worn import Wearer, foreign_adapters, places, resolve_components
 from .injection import find_targets
 
 __all__ = ['Truncated', 'svd_by_gram', 'svd_by_krylov', 'low_rank', 'svd_of_product', 'Core', 'core_of_product', 'recompress_layers', 'recompress', 'allocate', 'spectra', 'resize', 'Changes', 'changes', 'Distillation', 'distillation', 'distill']

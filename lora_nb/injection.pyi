@@ -12,7 +12,8 @@ from .core import table as as_table
 from .layers import LoraLayer, branch_dtype, check_rank, set_scales
 from .lora import Factors, Lora, add_factors, as_lora, limit_pairs
 from .names import BLOCKS, COMPONENTS, block_number, block_numbers, canonical, longest_key, on_path, split_name
-from .worn import Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_plain, check_stores, component_of, device_of, foreign_adapters, group_of, is_offloaded, layer_factors, places, plain_modules, remerge, resolve_components, root_module, stack_of, stored_weight, unhang, wears, weight_state, worn_names, worn_state
+from .stored import check_stores, device_of, group_of, is_offloaded, plain_modules, root_module, stack_of, stored_weight
+from .worn import Place, Slot, Wearer, adapted_class, adapters, branch_index, branch_parameters, branches, changing, check_plain, component_of, foreign_adapters, layer_factors, places, remerge, resolve_components, unhang, wears, weight_state, worn_names, worn_state
 from .quantized import outline, packing
 from .vocabulary import check_new_words, hold_vocabulary, plan_words, put_words, take_words
 

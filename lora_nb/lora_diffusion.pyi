@@ -11,7 +11,8 @@ from .injection import apply_lora, freeze_base, place_lora, remove_from_model, r
 from .vocabulary import add_words, word_rows
 from .layers import LoraInjectedConv2d, LoraInjectedLinear, LoraLayer, check_rank
 from .lora import Factors, Lora, gather, triggers_of
-from .worn import Place, Wearer, adapted_class, adapters, branches, detach_branches, note_weight, resolve_components, root_module, summed_weight, wears
+from .stored import root_module
+from .worn import Place, Wearer, adapted_class, adapters, branches, detach_branches, note_weight, resolve_components, summed_weight, wears
 from .positional import WORD_FLAG, index_key, legacy_order, fitting_walk, pt_paths, split_index, walks
 from .containers import check_tensors, find_file, read_safetensors, unpickle, write_safetensors
 from .peft_files import group_parts, to_factors

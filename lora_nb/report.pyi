@@ -7,7 +7,8 @@ from .core import DataError, Markup, code, escaped, patch_to, printable, table
 from .lora import Factors, Lora
 from .names import block_of, canonical_name, kind_of
 from .products import Change
-from .worn import Wearer, foreign_adapters, places, resolve_components, root_module, stack_of, stored_weight, worn_state
+from .stored import root_module, stack_of, stored_weight
+from .worn import Wearer, foreign_adapters, places, resolve_components, worn_state
 
 __all__ = ['Report', 'make_report']
 @dataclass

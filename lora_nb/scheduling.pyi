@@ -13,7 +13,8 @@ from .names import block_positions
 from .layers import LoraLayer, set_scales
 from .lora import Factors, Lora
 from .quantized import packing
-from .worn import Wearer, adapters, branches, changing, check_stores, foreign_adapters, layer_factors, locked, original_weight, overwritten, places, resolve_components, root_module, store_weight, stored_weight, summed_weight, was_overwritten, worn_state
+from .stored import check_stores, root_module, store_weight, stored_weight
+from .worn import Wearer, adapters, branches, changing, foreign_adapters, layer_factors, locked, original_weight, overwritten, places, resolve_components, summed_weight, was_overwritten, worn_state
 from .injection import apply_lora, place_lora, remove_lora, set_scale
 from .schedule import Clock, LoraComposite, LoraSchedule, Moment, RankMask, as_plan, as_schedule, rank_at
 from .weight_cache import WeightCache, cache_budget, weight_sum
@@ -99,7 +100,7 @@ class Scheduled:
     left: dict[str, None]
     fresh: set[str]
     gone: bool
-    room: torch.Tensor | None
+    room: Any
     def __init__(self, pipe: 'Wearer', loras: Any, budget: int | None, mode: Literal['merge', 'inject']='merge') -> None: ...
     def __repr__(self): ...
     def _put_on(self): ...

@@ -1,4 +1,4 @@
-"""The measurements behind the lesson of nbs/50_scheduling.ipynb: which steps and which blocks carry a subject.
+"""The measurements behind the lesson of nbs/51_scheduling.ipynb: which steps and which blocks carry a subject.
 
     python tools/schedule.py heat      one LoRA on, or off, in one window of steps x one group of blocks
     python tools/schedule.py grid      subject x style under complementary schedules

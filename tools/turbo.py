@@ -1,4 +1,4 @@
-"""The turbo LoRAs and the numbers behind the lesson of nbs/67_turbo.ipynb.
+"""The turbo LoRAs and the numbers behind the lesson of nbs/68_turbo.ipynb.
 
     python tools/turbo.py train BASE...    distil a few-step LoRA of each base into out/turbo/turbo-BASE.safetensors
     python tools/turbo.py table BASE...    quality over steps, with it and without: nbs/results/turbo.json, turbo-BASE.jpg
