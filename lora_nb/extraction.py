@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from .core import (LoraError, ShapeError, TargetError, common_dtype, usable_device, finite, human, patch_to, printable,
-                          some, working_dtype)
+from .core import LoraError, ShapeError, TargetError, common_dtype, usable_device, finite, human, patch_to, printable, some, working_dtype
 from .names import canonical
 from .peft_files import config_bytes
 from .layers import LoraLayer
