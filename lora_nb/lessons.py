@@ -21,6 +21,7 @@ from .bases import Base
 from .families import HUB
 from .loading import load_base
 from .pictures import find_pictures
+from .plan import plan_that_fits
 if TYPE_CHECKING: from diffusers import DiffusionPipeline
 
 # %% ../nbs/88_lessons.ipynb #920539b1
@@ -39,6 +40,14 @@ def _hush():
     for lib in (diffusers, transformers):
         if os.environ.get("LORA_NB_QUIET", "0") not in ("", "0"): lib.utils.logging.disable_progress_bar()
 
+def _fitting(name):
+    "What `load_base` is told so that a training fits the card; nothing where the shapes of a base are not known."
+    from importlib.util import find_spec
+    try: plan = plan_that_fits(name, can_quantize=find_spec("bitsandbytes") is not None)
+    except LoraError: return {}
+    if plan.loading: print(f"To fit this card: {', '.join(f'{k}={v!r}' for k, v in plan.loading.items())}")
+    return plan.loading
+
 def lesson_base(
     name: str,                  # as `load_base` takes it
     embedded: str = "tiny-sd",  # what to use without a GPU or the hub
@@ -50,6 +59,7 @@ def lesson_base(
     device = default_device()
     why = "No GPU here" if device.type == "cpu" else None
     if not why:
+        if device.type == "cuda": options = {**_fitting(name), **options}
         if device.type == "cuda" and not fast_bf16() and "xl" not in name: options = {"dtype": torch.float16, **options}
         try: base = load_base(name, **options)
         except LoraError:

@@ -74,8 +74,23 @@ def test_precision_on_a_gpu(gpu, monkeypatch, bf16, name, dtype):
     sliced, asked = [], {}
     loaded = types.SimpleNamespace(vae=types.SimpleNamespace(enable_slicing=lambda: sliced.append(1)))
     monkeypatch.setattr(lessons, "fast_bf16", lambda: bf16)
+    monkeypatch.setattr("lora_nb.plan.free_memory", lambda device: 15 << 30)
     monkeypatch.setattr(lessons, "load_base", lambda *a, **k: asked.update(k) or loaded)
     assert lessons.lesson_base(name) is loaded and sliced == [1] and asked.get("dtype") == dtype
+
+
+@pytest.mark.parametrize("name, gib, settings", [("sdxl", 15, {}), ("sd3.5-medium", 15, dict(offload="model")), ("owner/other", 1, {}),
+                                                 ("sd1.5", .1, {})])
+def test_a_lesson_loads_what_fits_the_card(gpu, monkeypatch, name, gib, settings):
+    asked = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lora_nb.plan.free_memory", lambda device: int(gib * 2**30))
+    monkeypatch.setattr(lessons, "fast_bf16", lambda: True)
+    loaded = types.SimpleNamespace(vae=types.SimpleNamespace(enable_slicing=int))
+    monkeypatch.setattr(lessons, "load_base", lambda *a, **k: asked.update(k) or loaded)
+    lessons.lesson_base(name)
+    assert asked == settings
+    asked.clear(); lessons.lesson_base(name, offload="sequential"); assert asked["offload"] == "sequential"
 
 
 def test_a_folder_is_loaded_as_it_is(monkeypatch, tmp_path):
