@@ -135,7 +135,7 @@ def test_shapes_of_learned_weights(pair):
 
 
 def test_layers_that_do_not_fit(base):
-    with pytest.raises(LoraError, match="missing"):
+    with pytest.raises(LoraError, match="1 layers \\(unet.nowhere\\) are not in this model"):
         Mixture(base, [Lora({"unet.nowhere": Factors(torch.ones(2, 1), torch.ones(1, 2))})])
 
 
