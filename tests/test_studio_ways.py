@@ -207,7 +207,7 @@ def test_history_survives_a_restart_with_loras_from_memory(studio, base, tmp_pat
 
 def test_a_history_that_cannot_be_written_costs_no_picture(studio, tmp_path):
     (tmp_path / "history").write_text("a file where a folder should be"); studio.go.click()
-    assert studio.gallery and "Error" in plain(studio.saved) and "s" in plain(studio.words)
+    assert studio.gallery and "cannot write" in plain(studio.saved) and "s" in plain(studio.words)
 
 
 # ------------------------------------------------------------------------------------------ files from the page
