@@ -92,11 +92,12 @@ def test_a_wide_light_page(browser, server, tmp_path):
         field(page, "LoRA").fill("neon"); page.keyboard.press("Enter"); said(page, "Loaded neon")
         checked(page)
         # a LoRA from a file, and a saved picture whose settings come back
-        page.locator(".ls-left .ls-drop input").first.set_input_files(data_path("loras", "teapot.safetensors")); said(page, "Loaded teapot")
+        files = page.locator(".ls-drop", has_text="Drop LoRAs").locator("input")
+        files.set_input_files(data_path("loras", "teapot.safetensors")); said(page, "Loaded teapot")
         kept = next(iter((server[1] / "pictures" / "history").glob("*/*.png")))
         assert read_settings(kept).prompt == alt
         type_in(page, "Prompt", "something else")
-        page.locator(".ls-left .ls-drop input").first.set_input_files(kept); said(page, "Recalled")
+        files.set_input_files(kept); said(page, "Recalled")
         assert field(page, "Prompt").input_value() == alt
         # Stop within a step, and the panel shows what was there before
         before = page.locator(".ls-shown img").get_attribute("src")
