@@ -287,6 +287,15 @@ def test_what_only_the_base_can_tell(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ training
+def test_somebody_else_s_log_and_recipe_stay(tmp_path):
+    "A log.json of another program was replaced when a training ended"
+    out = tmp_path / "run"; out.mkdir()
+    (out / "log.json").write_text('{"mine": 1}')
+    for _ in range(2): works(lora_dreambooth, *SUBJECT, "--output_dir", out, "--targets", "attention")
+    assert (out / "log.json").read_text() == '{"mine": 1}' and json.loads((out / "log-2.json").read_text())["losses"]
+    assert sorted(p.name for p in out.glob("*.json")) == ["log-2.json", "log.json"]
+
+
 def test_dreambooth_writes_old_formats_previews_and_checkpoints_and_goes_on(tmp_path):
     out = tmp_path / "old"
     works(lora_dreambooth, *SUBJECT, "--output_dir", out, "--output_format", "both", "--targets", "attention",

@@ -284,6 +284,16 @@ def recipe_toml(
     return recipe_text(c.name, {**kept, **here}, recipe.to_dict())
 
 # %% ../../nbs/91_cli_runs.ipynb #29b4c90f
+def _own(path):
+    "A name for a file of ours: `path`, unless somebody else's file has it."
+    from lora_nb.core import free_name
+    def ours(p):
+        try: text = p.read_text("utf-8")
+        except (OSError, UnicodeDecodeError): return False
+        return not text or text.startswith("# Written by lora_nb" if p.suffix == ".toml" else '{"losses"')
+    taken = lambda stem: (p := path.with_stem(stem)).exists() and not ours(p)
+    return path.with_stem(free_name(path.stem, taken, first=2))
+
 def conclude(
     run: Any,                          # a finished training
     lora: "Lora",                      # what it made
@@ -299,9 +309,9 @@ def conclude(
     from lora_nb.show import save_jpeg
     from lora_nb.run import kept
     if not is_main_process(): return
-    made, settings = kept(save, lora), out / "recipe.toml"
+    made, settings, log = kept(save, lora), _own(out / "recipe.toml"), _own(out / "log.json")
     run.log.curve(out / "loss.svg")
-    for path, text in ((out / "log.json", json.dumps(run.log.to_dict())), (settings, recipe_toml(a, c, run.recipe))):
+    for path, text in ((log, json.dumps(run.log.to_dict())), (settings, recipe_toml(a, c, run.recipe))):
         with atomic_path(path) as tmp: Path(tmp).write_text(text, "utf-8")
     if run.log.previews: save_jpeg(run.log.preview_grid(), out / "previews.jpg")
     more = publish(a, lora, made, out)
@@ -310,4 +320,4 @@ def conclude(
             f"Trained {run.log.steps} steps in {run.log.seconds:.0f} s: {files}. Trigger: {lora.metadata['trigger']!r}. "
             f"Loss: {out / 'loss.svg'}."]
     report(a, "\n".join(text), files=made, trigger=lora.metadata["trigger"], steps=run.log.steps, seconds=round(run.log.seconds, 2),
-           loss=out / "loss.svg", log=out / "log.json", config=settings, **more)
+           loss=out / "loss.svg", log=log, config=settings, **more)
