@@ -75,7 +75,7 @@ class Plan:
         "The settings as flags of a training, such as `lora_dreambooth`."
         names = dict(batch_size="train_batch_size", accumulate="gradient_accumulation_steps")
         return [f"--{names.get(k, k)}" + ("" if v is True else f" {_flag_value(k, v)}") for k, v in self.settings.items()
-                if k != "prior_batch" and v not in (0, None) and (k, v) != ("accumulate", 1) or k == "t5" and v is False]
+                if k != "prior_batch" and v not in (0, None) and (k, v) not in (("accumulate", 1), ("t5", True)) or (k, v) == ("t5", False)]
     @property
     def told(self) -> str:
         "The settings in words."
