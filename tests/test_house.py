@@ -209,3 +209,11 @@ def test_exported_cells_are_short(path):
 def test_tests_that_the_text_names_are_there():
     named = {(p.name, t) for p in NBS.rglob("[!.]*.ipynb") for t in re.findall(r"tests/test_\w+\.py", p.read_text(encoding="utf-8"))}
     assert not (gone := {(p, t) for p, t in named if not (ROOT / t).exists()}), gone
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lora_nb").rglob("*.py")), ids=lambda p: "/".join(p.with_suffix("").parts[-2:]))
+def test_nothing_is_defined_twice(path):
+    "A second definition hides the first, with all that was mended in it: a merge once left the studio's `show` so"
+    on = lambda n: next((ast.unparse(d.args[0]) for d in n.decorator_list if isinstance(d, ast.Call) and ast.unparse(d.func) == "patch_to"), "")
+    names = [(on(n), n.name) for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    assert not (twice := {n for n in names if names.count(n) > 1}), twice

@@ -320,6 +320,14 @@ def test_the_studio_reads_pictures_as_training_does(tmp_path):
     assert to_image(tmp_path / "a.jpg").size == (60, 40)
 
 
+def test_settings_that_no_page_can_show(studio):
+    "Half of a surrogate pair cannot be sent to a page: refused before a widget changes"
+    was = studio.settings
+    for s in (Settings("a \ud800 cat"), Settings("a cat", negative_prompt="\udfff")):
+        with pytest.raises(DataError, match="not UTF-8"): studio.show(s)
+    assert studio.settings == was
+
+
 # ------------------------------------------------------------------------------------------ what A1111 made usual
 def made_by(studio, code=None):
     "What the program of the picture on show draws, on the studio's base."

@@ -156,35 +156,6 @@ def show(self,
         for n, strip in self.strips.items(): strip.show(worn.get(n) or replace(strip.wear, on=False))
     self.curves()
 
-# %% ../../nbs/87_studio.ipynb #0d642ddb
-@patch_to(Studio)
-def show(self,
-         s: Settings):
-    "Set the widgets; load the LoRAs that are missing from where they came."
-    w = self.ways
-    fields = zip((self.seed, self.steps, self.guidance, self.width, self.height, w.subseed, w.clip, w.more),
-                 (s.seed, s.steps, s.guidance_scale, *s.size, s.subseed, s.clip_skip, s.enlarge_steps))
-    if odd := [f"{v} (here {w.min} to {w.max})" for w, v in fields if not w.min <= v <= w.max]:
-        raise DataError(f"the panel cannot show {', '.join(odd)}: these settings draw their picture in Python, or on another base.")
-    if s.skip_layers or s.t5 != "keep" or s.quantize:
-        raise DataError("the panel has neither skip-layer guidance nor another T5, and packs no base: "
-                        "lora_generate --from_png draws this picture again.")
-    if s.method not in MIXES.values(): raise DataError(f"no way {s.method!r} to combine LoRAs.{closest(s.method, MIXES.values())}")
-    if s.image or s.mask: self.redraw.check(s)
-    for x in s.loras:
-        if x.name not in self.strips or x.source not in ("", self.strips[x.name].source):
-            self.load(x.source or x.name, x.name, insert=False)
-    with self.silently():
-        self.prompt.value, self.negative.value, self.seed.value = s.prompt, s.negative_prompt, s.seed
-        self.steps.value, self.guidance.value, (self.width.value, self.height.value) = s.steps, s.guidance_scale, s.size
-        self.method.value, self.compare.value = s.method, s.compare
-        if s.over: self.over.value = s.over
-        self.styles.style.value = ""                                       # what it added is in the prompt
-        self.ways.show(s); self.redraw.show(s)
-        worn = {x.name: x for x in s.loras}
-        for n, strip in self.strips.items(): strip.show(worn.get(n) or replace(strip.wear, on=False))
-    self.curves()
-
 # %% ../../nbs/87_studio.ipynb #2233ccc0
 @patch_to(Studio)
 def say(self,

@@ -94,7 +94,13 @@ def page_jpeg(
     return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
 
 # %% ../../nbs/83_studio_extras.ipynb #200631d1
-class PngPage:
+class _Tab:
+    "A tab with a line for messages."
+    def say(self, text: object, error: bool = False):
+        "Show a line of text on the tab."
+        self.words.value = note_html(text, error)
+
+class PngPage(_Tab):
     "A picture, what it says of itself, and where it can be sent."
     def __init__(self,
                  studio: "Studio"):
@@ -110,11 +116,6 @@ class PngPage:
         left, right = boxed([self.drop.panel, self.seen, acts, self.words], "ls-left"), boxed([self.text], "ls-right")
         self.panel = boxed([boxed([left, right], "ls-columns", row=True)], "ls-page")
         self.draw.disabled = self.over.disabled = True
-
-@patch_to(PngPage)
-def say(self, text: object, error: bool = False):
-    "Show a line of text on the tab."
-    self.words.value = note_html(text, error)
 
 # %% ../../nbs/83_studio_extras.ipynb #0d6e665a
 @patch_to(PngPage)
@@ -162,7 +163,7 @@ def enlarge_file(
     return path
 
 # %% ../../nbs/83_studio_extras.ipynb #fc78f6ac
-class Extras:
+class Extras(_Tab):
     "Pictures of any origin, made larger."
     def __init__(self,
                  studio: "Studio"):
@@ -179,11 +180,6 @@ class Extras:
         start = boxed([labelled("Resize by", self.by), self.go], "ls-row", row=True)
         left = boxed([self.drop.panel, self.mine, start, self.words, note], "ls-left")
         self.panel = boxed([boxed([left, boxed([self.seen], "ls-right")], "ls-columns", row=True)], "ls-page")
-
-@patch_to(Extras)
-def say(self, text: object, error: bool = False):
-    "Show a line of text on the tab."
-    self.words.value = note_html(text, error)
 
 # %% ../../nbs/83_studio_extras.ipynb #91c41982
 @patch_to(Extras)
